@@ -1,0 +1,16 @@
+"""Running averages of covariances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ema_(average: Tensor, new: Tensor, beta: float) -> None:
+    """Exponential moving average in place that starts at its first non-zero sample.
+
+    ``average`` holds symmetric positive matrices; one that is zero has seen no gradient yet.
+    """
+    trace = average.diagonal(dim1=-2, dim2=-1).sum(-1)
+    weight = torch.where(trace == 0, 1.0, 1 - beta).to(average.dtype)
+    average.lerp_(new, weight[..., None, None])

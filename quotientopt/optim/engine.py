@@ -1,0 +1,255 @@
+"""The framed part of an optimizer step, over all buckets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quotientopt.optim.bucket import Bucket
+from quotientopt.optim.head_frames import HeadFrames
+from quotientopt.optim.leaves import Leaf, Leaves
+from quotientopt.optim.residual_frame import SharedResidualFrame
+
+COVARIANCE_BETA = 0.95
+TIE_BREAK = 1e-3
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Engine:
+    """Buckets of framed leaves and one step of Adam on all of them.
+
+    Parameters
+    ----------
+    leaves : Leaves
+    param_groups : sequence of dict
+    state : mapping
+        The optimizer's state. What it holds for the leaves is taken over; afterwards its entries
+        are views of the buckets' stacked tensors.
+    """
+
+    def __init__(
+        self, leaves: Leaves, param_groups: Sequence[dict[str, Any]], state: State
+    ) -> None:
+        self.param_groups = param_groups
+        self.heads: list[HeadFrames] = []
+        self.shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
+        self.buckets: list[Bucket] = []
+        self._owners: dict[tuple[int, int], Leaf] = {}
+        frames = self._head_frames(leaves.framed)
+        grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
+        # Left sides first: the leaves of a bucket then lie in the order of their frames.
+        for leaf in sorted(leaves.framed, key=lambda leaf: leaf.side):
+            heads = frames.get(id(leaf))
+            if heads is not None:
+                self._owners.setdefault((id(heads), heads.place(leaf)), leaf)
+            options = param_groups[leaf.group_index]
+            key = (
+                leaf.group_index,
+                id(heads),
+                leaf.shape,
+                leaf.residual,
+                leaf.parameter.dtype,
+                leaf.parameter.device,
+                len(grouped) if options["foreach"] is False else None,
+            )
+            grouped[key].append(leaf)
+        for members in grouped.values():
+            heads = frames.get(id(members[0]))
+            bucket = Bucket(
+                members,
+                heads,
+                self._shared_frame(members[0]),
+                compute_dtype(members[0].parameter.dtype),
+            )
+            self.buckets.append(bucket)
+        self._adopt(state)
+
+    def _head_frames(self, leaves: Sequence[Leaf]) -> dict[int, HeadFrames]:
+        grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
+        for leaf in leaves:
+            if leaf.symmetry is not None:
+                kind = self.param_groups[leaf.group_index]["head_frame"]
+                key = (kind, leaf.symmetry.group, leaf.symmetry.heads)
+                grouped[*key, leaf.parameter.dtype, leaf.parameter.device].append(leaf)
+        frames = {}
+        for (kind, *_), members in grouped.items():
+            parameter = members[0].parameter
+            heads = HeadFrames(
+                list(dict.fromkeys(leaf.symmetry for leaf in members if leaf.symmetry)),
+                kind,
+                dtype=compute_dtype(parameter.dtype),
+                device=parameter.device,
+            )
+            self.heads.append(heads)
+            frames |= {id(leaf): heads for leaf in members}
+        return frames
+
+    def _shared_frame(self, leaf: Leaf) -> SharedResidualFrame | None:
+        if not leaf.residual or self.param_groups[leaf.group_index]["residual_frame"] != "shared":
+            return None
+        dtype, device = compute_dtype(leaf.parameter.dtype), leaf.parameter.device
+        key = (leaf.shape[-1], dtype, device)
+        if key not in self.shared:
+            self.shared[key] = SharedResidualFrame(leaf.shape[-1], dtype, device)
+        return self.shared[key]
+
+    def _entries(self) -> Iterator[tuple[Leaf, str, Tensor]]:
+        """Every tensor of the state: the leaf it is filed under, its key, and the tensor."""
+        for bucket in self.buckets:
+            for i, leaf in enumerate(bucket.leaves):
+                for key, stack in bucket.state.items():
+                    yield leaf, key, stack[i]
+                if bucket.heads is not None:
+                    place = bucket.heads.place(leaf)
+                    if self._owners[id(bucket.heads), place] is leaf:
+                        yield leaf, "head_frame", bucket.heads.frame[place]
+                        yield leaf, "head_covariance", bucket.heads.covariance[place]
+        for shared in self.shared.values():
+            leaf = next(b.leaves[0] for b in self.buckets if b.shared is shared)
+            yield leaf, "shared_residual_frame", shared.frame
+            yield leaf, "shared_residual_covariance", shared.covariance
+
+    def _adopt(self, state: State) -> None:
+        for leaf, key, tensor in self._entries():
+            own = state[leaf.parameter]
+            saved = own.get(key + leaf.suffix)
+            if saved is not None:
+                tensor.copy_(saved)
+            own[key + leaf.suffix] = tensor
+            if "step" not in own:
+                own["step"] = torch.zeros((), dtype=torch.float32)
+        for bucket in self.buckets:
+            bucket.steps = [int(state[leaf.parameter]["step"]) for leaf in bucket.leaves]
+        self._steps = {leaf.parameter: state[leaf.parameter] for b in self.buckets for leaf in b.leaves}
+
+    def active(self) -> list[tuple[Bucket, list[int]]]:
+        """Buckets with the leaves that have a gradient."""
+        found = []
+        for bucket in self.buckets:
+            rows = [i for i, leaf in enumerate(bucket.leaves) if leaf.parameter.grad is not None]
+            if rows:
+                found.append((bucket, rows))
+        return found
+
+    def refresh_due(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+        """Whether frames are made afresh in this step: every K steps, or for a new leaf."""
+        steps = [bucket.steps[i] for bucket, rows in active for i in rows]
+        every = min(
+            self.param_groups[bucket.group_index]["refresh_every"] for bucket, _ in active
+        )
+        return min(steps) == 0 or (max(steps) + 1) % every == 0
+
+    def fresh_dressings(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Dressing fields of all heads, by ``id`` of their frames; changes nothing."""
+        return {id(heads): heads.dressing() for heads in self.heads}
+
+    def dressed_gradients(
+        self,
+        active: Sequence[tuple[Bucket, list[int]]],
+        dressings: Mapping[int, tuple[Tensor, Tensor]] | None,
+    ) -> list[Tensor]:
+        """Dressed gradients u∂ (maximized groups negated), one stack per active bucket."""
+        dressed = []
+        for bucket, rows in active:
+            part = self._part(bucket, rows)
+            gradients = part.gradients()
+            if self.param_groups[bucket.group_index]["maximize"]:
+                gradients.neg_()
+            if bucket.heads is not None:
+                heads = bucket.heads
+                field = heads.frame if dressings is None else dressings[id(heads)][0]
+                gradients = part.of_heads(field) @ gradients
+            dressed.append(gradients)
+        return dressed
+
+    def step(
+        self,
+        active: Sequence[tuple[Bucket, list[int]]],
+        dressed: Sequence[Tensor],
+        dressings: Mapping[int, tuple[Tensor, Tensor]] | None,
+    ) -> None:
+        """Update covariances, frames when ``dressings`` are given, moments and parameters."""
+        changes: dict[int, Tensor] = {}
+        if dressings is not None:
+            for heads in self.heads:
+                changes[id(heads)] = heads.begin_refresh(dressings[id(heads)][0])
+        self._accumulate(active, dressed)
+        if dressings is not None:
+            dressed = self._refresh(active, dressed, dressings, changes)
+        for (bucket, rows), gradients in zip(active, dressed, strict=True):
+            part = self._part(bucket, rows)
+            part.update_(gradients, self.param_groups[bucket.group_index])
+            if part is not bucket:
+                bucket.absorb(part, rows)
+        counted = {
+            bucket.leaves[i].parameter: None for bucket, rows in active for i in rows
+        }
+        torch._foreach_add_([self._steps[parameter]["step"] for parameter in counted], 1)
+
+    def _part(self, bucket: Bucket, rows: list[int]) -> Bucket:
+        return bucket if len(rows) == len(bucket.leaves) else bucket.subset(rows)
+
+    def _accumulate(
+        self, active: Sequence[tuple[Bucket, list[int]]], dressed: Sequence[Tensor]
+    ) -> None:
+        samples: dict[int, list[Tensor]] = defaultdict(list)
+        places: dict[int, list[int]] = defaultdict(list)
+        for (bucket, rows), gradients in zip(active, dressed, strict=True):
+            part = self._part(bucket, rows)
+            if bucket.heads is not None and bucket.heads.kind != "svd":
+                samples[id(bucket.heads)].append(part.head_covariance(gradients))
+                places[id(bucket.heads)] += part.places
+            part.accumulate_residual(gradients, COVARIANCE_BETA)
+            if part is not bucket:
+                bucket.absorb(part, rows)
+        for heads in self.heads:
+            if id(heads) in samples:
+                heads.accumulate(torch.cat(samples[id(heads)]), places[id(heads)], COVARIANCE_BETA)
+        for shared in self.shared.values():
+            shared.accumulate(COVARIANCE_BETA)
+
+    def _refresh(
+        self,
+        active: Sequence[tuple[Bucket, list[int]]],
+        dressed: Sequence[Tensor],
+        dressings: Mapping[int, tuple[Tensor, Tensor]],
+        changes: dict[int, Tensor],
+    ) -> list[Tensor]:
+        """Turn to eigenframes, move the moments, and return gradients in the new frames."""
+        turns = {}
+        for heads in self.heads:
+            turn = heads.end_refresh(dressings[id(heads)][0])
+            turns[id(heads)] = turn
+            changes[id(heads)] = turn @ changes[id(heads)]
+        for shared in self.shared.values():
+            own = [bucket for bucket in self.buckets if bucket.shared is shared]
+            grams = [
+                bucket.dressed_weights_gram(self._dual(bucket, dressings)).sum(0) for bucket in own
+            ]
+            shared.refresh(torch.stack(grams).sum(0), TIE_BREAK)
+        for bucket in self.buckets:
+            change = None if bucket.heads is None else changes[id(bucket.heads)]
+            bucket.refresh(change, self._dual(bucket, dressings), TIE_BREAK)
+        turned = []
+        for (bucket, rows), gradients in zip(active, dressed, strict=True):
+            if bucket.heads is not None:
+                part = self._part(bucket, rows)
+                gradients = part.of_heads(turns[id(bucket.heads)]) @ gradients
+            turned.append(gradients)
+        return turned
+
+    @staticmethod
+    def _dual(
+        bucket: Bucket, dressings: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> Tensor | None:
+        return None if bucket.heads is None else dressings[id(bucket.heads)][1]

@@ -1,0 +1,146 @@
+"""Frames for Adam: what reduces a structure group to signed permutations.
+
+A head frame u sends a covector ∂ of one side to dressed coordinates ``u ∂``. Under the group it
+goes to ``u g^{-1}`` (left side) or ``u gᵀ`` (right side), so that ``u ∂`` is invariant and
+``uᵀ · (function of u ∂)`` is a tangent vector. (François & Ravera, arXiv 2602.18948, dressing
+fields; Vyas et al., arXiv 2409.11321, eigenframes.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
+from quotientopt.sections.factor import svd_element
+
+HEAD_FRAMES = ("balanced", "orthonormal", "svd")
+
+
+class Dressing(NamedTuple):
+    """Dressing fields of the two sides and their duals, each ``(…, r, r)``.
+
+    ``left ∂_A`` and ``right ∂_B`` are the dressed gradients, ``left_dual A`` and ``right_dual B``
+    the dressed factors; a dual is the inverse transpose of its field.
+    """
+
+    left: Tensor
+    left_dual: Tensor
+    right: Tensor
+    right_dual: Tensor
+
+
+def head_dressing(
+    kind: str, group: StructureGroup, left_gram: Tensor, right_gram: Tensor
+) -> Dressing:
+    """Dressing fields that reduce ``group`` to a compact group, from the Grams AAᵀ and BBᵀ.
+
+    ``"balanced"`` and ``"svd"`` use one group element g with equal diagonal Grams of
+    ``(g^{-T} A, g B)``: ∂_A ↦ g ∂_A, ∂_B ↦ g^{-T} ∂_B. ``"orthonormal"`` sees each side through
+    orthonormal coordinates of its partner: ∂_A ↦ L_B^{-1} ∂_A, ∂_B ↦ L_A^{-1} ∂_B with Cholesky
+    factors L, so that step sizes are absolute in AᵀB.
+
+    Parameters
+    ----------
+    kind : {"balanced", "orthonormal", "svd"}
+    group : GL, RotaryCommutant or O
+        O(r) needs no reduction: identity fields. The rotated planes of a RotaryCommutant are
+        scaled, plane by plane.
+    left_gram, right_gram : Tensor
+        Shape ``(…, r, r)``, positive definite.
+
+    Raises
+    ------
+    TypeError
+        If frames for this group are not known.
+    """
+    if isinstance(group, O):
+        identity = torch.eye(group.r, dtype=left_gram.dtype, device=left_gram.device)
+        identity = identity.expand_as(left_gram)
+        return Dressing(identity, identity, identity, identity)
+    if isinstance(group, GL):
+        return _linear_dressing(kind, left_gram, right_gram)
+    if not isinstance(group, RotaryCommutant):
+        raise TypeError(f"no head frames for the group {group}")
+    scales = _plane_dressing(kind, group, left_gram, right_gram)
+    if not len(group.pass_rows):
+        return Dressing(*(scale.diag_embed() for scale in scales))
+    rows = torch.as_tensor(group.pass_rows, device=left_gram.device)
+    passing = _linear_dressing(
+        kind, left_gram[..., rows[:, None], rows], right_gram[..., rows[:, None], rows]
+    )
+    fields = []
+    for scale, block in zip(scales, passing, strict=True):
+        field = scale.diag_embed()
+        field[..., rows[:, None], rows] = block
+        fields.append(field)
+    return Dressing(*fields)
+
+
+def _linear_dressing(kind: str, left_gram: Tensor, right_gram: Tensor) -> Dressing:
+    if kind in ("balanced", "svd"):
+        g, contragredient = svd_element(left_gram, right_gram, check=False)
+        return Dressing(g, contragredient, contragredient, g)
+    left_factor = torch.linalg.cholesky_ex(left_gram).L
+    right_factor = torch.linalg.cholesky_ex(right_gram).L
+    return Dressing(
+        _lower_inverse(right_factor), right_factor.mT, _lower_inverse(left_factor), left_factor.mT
+    )
+
+
+def _lower_inverse(factor: Tensor) -> Tensor:
+    identity = torch.eye(factor.size(-1), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+
+def _plane_dressing(
+    kind: str, group: RotaryCommutant, left_gram: Tensor, right_gram: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Diagonals of the fields on the rotated planes (ones on the rows that pass)."""
+    partner = plane_partners(group, left_gram.device)
+    left, right = (
+        (diagonal + diagonal[..., partner]).sqrt()
+        for diagonal in (left_gram.diagonal(dim1=-2, dim2=-1), right_gram.diagonal(dim1=-2, dim2=-1))
+    )
+    if kind == "orthonormal":
+        fields = (right.reciprocal(), right, left.reciprocal(), left)
+    else:
+        scale = (left / right).sqrt()
+        fields = (scale, scale.reciprocal(), scale.reciprocal(), scale)
+    rotated = partner != torch.arange(group.r, device=partner.device)
+    first, second, third, fourth = (torch.where(rotated, field, 1.0) for field in fields)
+    return first, second, third, fourth
+
+
+def plane_partners(group: StructureGroup, device: torch.device) -> Tensor:
+    """Row index of each row's partner in its rotated plane; rows that pass are their own."""
+    partner = torch.arange(group.r, device=device)
+    if isinstance(group, RotaryCommutant):
+        planes = torch.as_tensor(group.planes, device=device)
+        partner[planes[:, 0]] = planes[:, 1]
+        partner[planes[:, 1]] = planes[:, 0]
+    return partner
+
+
+def head_eigenframe(group: StructureGroup, covariance: Tensor) -> Tensor:
+    """Rows are eigenvectors of the dressed gradient covariance: the frame O left over by a section.
+
+    Parameters
+    ----------
+    group : StructureGroup
+        For a RotaryCommutant the rotated planes stay as they are (the second moment is taken per
+        complex entry there), and only the rows that pass get eigenvectors.
+    covariance : Tensor
+        Symmetric, shape ``(…, r, r)``.
+    """
+    if not isinstance(group, RotaryCommutant):
+        return torch.linalg.eigh(covariance).eigenvectors.mT
+    frame = torch.eye(group.r, dtype=covariance.dtype, device=covariance.device)
+    frame = frame.repeat(*covariance.shape[:-2], 1, 1)
+    if len(group.pass_rows):
+        rows = torch.as_tensor(group.pass_rows, device=covariance.device)
+        passing = covariance[..., rows[:, None], rows]
+        frame[..., rows[:, None], rows] = torch.linalg.eigh(passing).eigenvectors.mT
+    return frame

@@ -1,0 +1,155 @@
+"""Frames of attention heads, stacked over all symmetries of equal shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quotientopt.optim.head_dressing import head_dressing, head_eigenframe, plane_partners
+from quotientopt.optim.averages import ema_
+from quotientopt.optim.leaves import Leaf
+from quotientopt.symmetries import Block, HeadSymmetry
+
+
+class HeadFrames:
+    """Frames u and covariances C of S symmetries with the same group, heads and rank.
+
+    Both sides are kept in one stack of 2S entries, left sides first. Under a group element g a
+    frame goes to ``u g^{-1}`` (left) or ``u gᵀ`` (right); the covariance C = EMA(Σ u∂ (u∂)ᵀ) is
+    written in the frame and does not change.
+
+    Attributes
+    ----------
+    frame, covariance : Tensor
+        Shape ``(2S, heads, r, r)``.
+    partner : Tensor or None
+        Partner rows of rotated planes, None for groups without planes.
+    """
+
+    def __init__(
+        self,
+        symmetries: Sequence[HeadSymmetry],
+        kind: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.symmetries = tuple(symmetries)
+        self.kind = kind
+        self.group = self.symmetries[0].group
+        rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
+        shape = (2 * len(self.symmetries), heads, rank, rank)
+        self.frame = torch.zeros(shape, dtype=dtype, device=device)
+        self.covariance = torch.zeros(shape, dtype=dtype, device=device)
+        partner = plane_partners(self.group, device)
+        planes = bool((partner != torch.arange(rank, device=device)).any())
+        self.partner = partner if planes else None
+        # Where float64 exists, Grams of ill-conditioned float32 factors keep their small directions.
+        self.gram_dtype = dtype if device.type == "mps" else torch.float64
+
+    def place(self, leaf: Leaf) -> int:
+        """Entry of a leaf's side in the stack."""
+        assert leaf.symmetry is not None
+        place = self.symmetries.index(leaf.symmetry)
+        return place + len(self.symmetries) if leaf.side == "right" else place
+
+    def grams(self) -> Tensor:
+        """Gram matrices of all factors, shape ``(2S, heads, r, r)``."""
+        sides = [s.left_blocks for s in self.symmetries] + [s.right_blocks for s in self.symmetries]
+        by_size: dict[tuple[int, ...], list[tuple[int, Block]]] = defaultdict(list)
+        for place, blocks in enumerate(sides):
+            for block in blocks:
+                by_size[block.size].append((place, block))
+        grams = torch.zeros(self.frame.shape, dtype=self.gram_dtype, device=self.frame.device)
+        for entries in by_size.values():
+            stacked = torch.stack([block.view() for _, block in entries]).to(self.gram_dtype)
+            places = torch.tensor([place for place, _ in entries], device=grams.device)
+            grams.index_add_(0, places, stacked @ stacked.mT)
+        return grams
+
+    def dressing(self) -> tuple[Tensor, Tensor]:
+        """Fresh dressing fields of the parameters as they are now, ``(2S, heads, r, r)`` each.
+
+        Returns
+        -------
+        fields, duals : Tensor
+            What acts on gradients, and its inverse transpose, which acts on factors.
+
+        Raises
+        ------
+        ValueError
+            If a factor is rank-deficient or not finite; names the symmetry and the side.
+        """
+        grams = self.grams()
+        info = torch.linalg.cholesky_ex(grams).info
+        if bool(info.any()):
+            place = int(info.flatten().nonzero()[0])
+            entry, head = divmod(place, grams.size(1))
+            symmetry = self.symmetries[entry % len(self.symmetries)]
+            side = "left" if entry < len(self.symmetries) else "right"
+            finite = bool(grams[entry, head].isfinite().all())
+            problem = "rank-deficient" if finite else "not finite"
+            raise ValueError(
+                f"symmetry {symmetry.name!r}: the {side} factor of head {head} is {problem}, so "
+                "that its head frame is undefined; initialise it at full row rank, or leave head "
+                "frames out with head_frame=None"
+            )
+        left, right = grams.chunk(2)
+        dressing = head_dressing(self.kind, self.group, left, right)
+        return (
+            torch.cat([dressing.left, dressing.right]),
+            torch.cat([dressing.left_dual, dressing.right_dual]),
+        )
+
+    def accumulate(self, samples: Tensor, places: Sequence[int], beta: float) -> None:
+        """Take Σ u∂ (u∂)ᵀ of this step into the covariance.
+
+        Parameters
+        ----------
+        samples : Tensor
+            Shape ``(K, heads, r, r)``, one per leaf that has a gradient.
+        places : sequence of int
+            Entry of each leaf; leaves of one entry (weight and bias) are summed.
+        beta : float
+        """
+        total = torch.zeros_like(self.covariance)
+        total.index_add_(0, torch.tensor(places, device=total.device), samples)
+        touched = sorted(set(places))
+        if len(touched) == len(total):
+            ema_(self.covariance, total, beta)
+            return
+        index = torch.tensor(touched, device=total.device)
+        part = self.covariance.index_select(0, index)
+        ema_(part, total.index_select(0, index), beta)
+        self.covariance.index_copy_(0, index, part)
+
+    def begin_refresh(self, field: Tensor) -> Tensor:
+        """Write the covariance in the coordinates of a fresh ``field``.
+
+        Returns
+        -------
+        Tensor
+            The change of coordinates field · u^{-1}; the identity where there was no frame.
+        """
+        identity = torch.eye(self.frame.size(-1), dtype=field.dtype, device=field.device)
+        missing = (self.frame == 0).flatten(-2).all(-1)[..., None, None]
+        old = torch.where(missing, identity, self.frame.to(field.dtype))
+        change = torch.linalg.solve_ex(old, field, left=False).result
+        change = torch.where(missing, identity, change)
+        self.covariance.copy_(change @ self.covariance.to(field.dtype) @ change.mT)
+        return change
+
+    def end_refresh(self, field: Tensor) -> Tensor:
+        """Turn ``field`` into the eigenframe of the covariance, u = O · field; returns O."""
+        if self.kind == "svd":
+            self.frame.copy_(field)
+            identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
+            return identity.expand_as(field)
+        turn = head_eigenframe(self.group, self.covariance)
+        self.covariance.copy_(turn @ self.covariance @ turn.mT)
+        turn = turn.to(field.dtype)
+        self.frame.copy_(turn @ field)
+        return turn

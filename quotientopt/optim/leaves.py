@@ -1,0 +1,198 @@
+"""Leaves: the pieces of a model's parameters that get a frame of their own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
+
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """Blocks of one parameter that share their frames.
+
+    Attributes
+    ----------
+    parameter : Tensor
+    name : str
+        The parameter's name, for messages.
+    group_index : int
+        Its param group.
+    blocks : tuple of Block
+        M views ``(heads, r, n)``; several for grouped queries. A matrix outside attention is one
+        block ``(1, rows, d)`` with the residual axis last.
+    symmetry : HeadSymmetry, optional
+        Whose group acts on the rows; None for a matrix without head frame.
+    side : str
+        ``"left"`` or ``"right"`` factor of that symmetry.
+    residual : bool
+        Whether the columns are the residual stream and get a residual frame.
+    suffix : str
+        Distinguishes the leaves of one parameter in its optimizer state; empty if there is one.
+    """
+
+    parameter: Tensor
+    name: str
+    group_index: int
+    blocks: tuple[Block, ...]
+    symmetry: HeadSymmetry | None
+    side: str
+    residual: bool
+    suffix: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(M, heads, r, n)``."""
+        return (len(self.blocks), *self.blocks[0].size)
+
+
+@dataclass(eq=False)
+class Leaves:
+    """All leaves of an optimizer's parameters, and the parameters that have none."""
+
+    framed: list[Leaf] = field(default_factory=list)
+    plain: list[list[Tensor]] = field(default_factory=list)
+
+
+def parameter_name(
+    parameter: Tensor, names: Mapping[int, str], groups: Sequence[Mapping[str, Any]]
+) -> str:
+    """The parameter's qualified name, or its place in the param groups."""
+    if id(parameter) in names:
+        return names[id(parameter)]
+    for i, group in enumerate(groups):
+        for j, candidate in enumerate(group["params"]):
+            if candidate is parameter:
+                return f"param_groups[{i}]['params'][{j}]"
+    return "a parameter outside the optimizer"
+
+
+def find_leaves(
+    param_groups: Sequence[Mapping[str, Any]],
+    symmetries: SymmetryMap,
+    names: Mapping[int, str],
+) -> Leaves:
+    """Cut the parameters of an optimizer into leaves.
+
+    Parameters
+    ----------
+    param_groups : sequence of dict
+        With ``params``, ``head_frame`` and ``residual_frame``.
+    symmetries : SymmetryMap
+    names : mapping of int to str
+        ``id(parameter)`` to name.
+
+    Raises
+    ------
+    ValueError
+        If the weights of a pair are split over groups, or symmetries cover a parameter partly or
+        twice.
+    """
+    owners = {
+        id(parameter): i for i, group in enumerate(param_groups) for parameter in group["params"]
+    }
+    residual = symmetries.residual
+    axes = (
+        {}
+        if residual is None
+        else {id(residual.parameters[name]): axis for name, axis in residual.axes.items()}
+    )
+
+    def name_of(parameter: Tensor) -> str:
+        return parameter_name(parameter, names, param_groups)
+
+    leaves: dict[int, list[Leaf]] = defaultdict(list)
+    for symmetry in symmetries.heads:
+        _refuse_split(symmetry, owners, name_of)
+        for side, blocks in zip(SIDES, (symmetry.left_blocks, symmetry.right_blocks), strict=True):
+            for members in _by_parameter(blocks):
+                parameter = members[0].parameter
+                if id(parameter) not in owners:
+                    continue
+                group = param_groups[owners[id(parameter)]]
+                if group["head_frame"] is None:
+                    continue
+                axis = axes.get(id(parameter))
+                framed = group["residual_frame"] is not None and axis is not None
+                leaves[id(parameter)].append(
+                    Leaf(
+                        parameter,
+                        name_of(parameter),
+                        owners[id(parameter)],
+                        members,
+                        symmetry,
+                        side,
+                        residual=framed and members[0].column_axis == axis,
+                    )
+                )
+    found = Leaves(plain=[[] for _ in param_groups])
+    for i, group in enumerate(param_groups):
+        for parameter in group["params"]:
+            own = leaves.get(id(parameter), [])
+            if own:
+                _refuse_partial_cover(own)
+                found.framed += _with_suffixes(own)
+            elif (
+                group["residual_frame"] is not None
+                and id(parameter) in axes
+                and parameter.ndim == 2
+            ):
+                view = parameter.movedim(axes[id(parameter)], -1).unsqueeze(0)
+                block = Block.of(view, parameter, name_of(parameter))
+                found.framed.append(
+                    Leaf(parameter, block.name, i, (block,), None, "", residual=True)
+                )
+            else:
+                found.plain[i].append(parameter)
+    return found
+
+
+def _refuse_split(symmetry: HeadSymmetry, owners: Mapping[int, int], name_of: Any) -> None:
+    """A pair's weights belong to one group; its biases may sit in one without weight decay."""
+    weights = [b.parameter for b in symmetry.blocks if b.size[2] > 1 and id(b.parameter) in owners]
+    for parameter in weights[1:]:
+        first, other = owners[id(weights[0])], owners[id(parameter)]
+        if first != other:
+            raise ValueError(
+                f"symmetry {symmetry.name!r} is split over param groups: "
+                f"{name_of(weights[0])!r} is in group {first}, {name_of(parameter)!r} in group "
+                f"{other}; put both into one group with one lr"
+            )
+
+
+def _by_parameter(blocks: Iterable[Block]) -> list[tuple[Block, ...]]:
+    """Blocks of one parameter and one shape together: they share their frames."""
+    members: dict[tuple[int, tuple[int, ...]], list[Block]] = defaultdict(list)
+    for block in blocks:
+        members[id(block.parameter), block.size].append(block)
+    return [tuple(group) for group in members.values()]
+
+
+def _refuse_partial_cover(leaves: Sequence[Leaf]) -> None:
+    parameter = leaves[0].parameter
+    hits = torch.empty_like(parameter, dtype=torch.int8, device="cpu").zero_()
+    for leaf in leaves:
+        for block in leaf.blocks:
+            hits.as_strided(block.size, block.stride, block.offset).add_(1)
+    if not bool((hits == 1).all()):
+        partly = "only partly" if bool((hits == 0).any()) else "more than once"
+        raise ValueError(
+            f"parameter {leaves[0].name!r} is covered {partly} by the blocks of its symmetries; "
+            "cover each of its entries once, or leave all symmetries of this parameter out"
+        )
+
+
+
+
+def _with_suffixes(leaves: Sequence[Leaf]) -> list[Leaf]:
+    if len(leaves) == 1:
+        return list(leaves)
+    return [replace(leaf, suffix=f".{i}") for i, leaf in enumerate(leaves)]

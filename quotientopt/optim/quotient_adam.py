@@ -1,0 +1,322 @@
+"""QuotientAdam: Adam on dressed fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from quotientopt.optim.checks import refuse_bad_hyperparameters, refuse_nonfinite, refuse_sparse
+from quotientopt.optim.engine import Engine
+from quotientopt.optim.leaves import Leaves, find_leaves, parameter_name
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+
+
+class QuotientAdam(Optimizer):
+    r"""AdamW on dressed fields: an Adam that cannot see a Transformer's gauge.
+
+    Adam's own symmetry group is the signed permutations. Where a model has a larger one, GL(r) on
+    every attention head or O(d) on the residual stream, a dressing field u reduces it to signed
+    permutations, and Adam runs on the dressed gradients u∂, with both moments written in the
+    frame:
+
+    .. math:: m \leftarrow β_1 m + (1-β_1)\, u∂Q, \quad v \leftarrow β_2 v + (1-β_2) (u∂Q)^2,
+       \quad W \leftarrow (1 - ηλ) W - η\, u^T \frac{\hat m}{\sqrt{\hat v} + ε} Q^T.
+
+    Head frames u = O g₀ come from a section g₀ of the pair and the eigenvectors O of the dressed
+    gradient covariance; residual frames Q from the eigenvectors of the covariance of dressed
+    gradients along the residual axis. Frames are made afresh every ``refresh_every`` steps and
+    the moments move with them. The trajectory is then exactly equivariant: from x and from g·x
+    the losses are the same, moments included. Parameters without a symmetry get torch's AdamW.
+
+    Parameters
+    ----------
+    model_or_params : Module or iterable
+        A model, whose symmetries are found by :func:`quotientopt.find_symmetries`; or tensors,
+        named tensors or param-group dicts, with ``symmetries`` from the caller.
+    lr : float or Tensor
+        Learning rate.
+    betas : tuple of float
+        Decay of the moments.
+    eps : float
+        Added to the denominator, in dressed coordinates.
+    weight_decay : float
+        Decoupled weight decay, which is linear and hence equivariant.
+    symmetries : SymmetryMap or sequence of HeadSymmetry, optional
+        For a model, overrides what would be found.
+    head_frame : {"balanced", "orthonormal", "svd"} or None
+        ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe of the dressed
+        covariance. ``"orthonormal"``: each factor seen through orthonormal coordinates of its
+        partner, likewise turned. ``"svd"``: the singular vectors of AᵀB alone, not turned.
+    residual_frame : {"per_matrix", "shared"} or None
+        One frame for each matrix on the residual stream, one for all, or none.
+    refresh_every : int
+        Steps between fresh frames.
+    max_grad_norm : float, optional
+        Clips the gradient's norm in dressed coordinates, which no gauge changes (over all param
+        groups at once).
+    nesterov : bool
+        Nesterov momentum for the framed parameters; others stay AdamW.
+    maximize : bool
+        Maximize the objective.
+    foreach : bool, optional
+        None and True: leaves of equal shape are stacked and updated at once, plain parameters as
+        torch chooses. False: one by one.
+    capturable : bool
+        Not available yet; True is refused.
+
+    Raises
+    ------
+    ValueError
+        For an unknown option, a hyperparameter out of range, a pair split over param groups, a
+        parameter covered partly by symmetries; in :meth:`step` for a rank-deficient factor and
+        for gradients that are NaN or infinite. Parameters and state stay as they were.
+
+    Notes
+    -----
+    State of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, shape
+    ``(M, heads, r, n)`` (M > 1 for grouped queries; a matrix without head frame has
+    ``(1, 1, rows, d)``); ``head_frame``, ``head_covariance`` of shape ``(heads, r, r)``;
+    ``residual_frame``, ``residual_covariance`` of shape ``(d, d)``. Where several blocks share a
+    fused parameter, keys end in ``.0``, ``.1``, …. Only frames change with the gauge: u to
+    ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``. State is kept in
+    at least float32.
+
+    Sources: François & Ravera, arXiv 2602.18948 (dressing fields); Kingma & Ba 2015; Loshchilov &
+    Hutter 2019; Vyas et al., arXiv 2409.11321 (Adam in an eigenbasis).
+
+    Examples
+    --------
+    >>> optimizer = QuotientAdam(model, lr=1e-2, weight_decay=0.1)      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+        head_frame: str | None = "balanced",
+        residual_frame: str | None = "per_matrix",
+        refresh_every: int = 10,
+        max_grad_norm: float | None = None,
+        nesterov: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "head_frame": head_frame,
+            "residual_frame": residual_frame,
+            "refresh_every": refresh_every,
+            "max_grad_norm": max_grad_norm,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+        }
+        refuse_bad_hyperparameters(defaults)
+        self._names: dict[int, str] = {}
+        self._engine: Engine | None = None
+        self._leaves = Leaves()
+        self._signature: tuple[bool, ...] = ()
+        if isinstance(model_or_params, nn.Module):
+            if symmetries is None:
+                symmetries = find_symmetries(model_or_params)
+            self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
+            model_or_params = list(model_or_params.parameters())
+        if not isinstance(symmetries, SymmetryMap):
+            symmetries = SymmetryMap(symmetries or ())
+        self.symmetries = symmetries
+        for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
+            if block.name:
+                self._names.setdefault(id(block.parameter), block.name)
+        super().__init__(model_or_params, defaults)
+        self._plan()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; refuses one that would split a pair.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``params`` and the options that differ from the defaults.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            refuse_bad_hyperparameters(group)
+            if self._signature:
+                self._plan()
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
+            self._names.setdefault(id(parameter), name)
+
+    def _plan(self) -> None:
+        """Cut the parameters into leaves; state is allocated at the next step."""
+        trainable = [
+            group | {"params": [p for p in group["params"] if self._takes_part(p)]}
+            for group in self.param_groups
+        ]
+        if len({group["max_grad_norm"] for group in self.param_groups}) > 1:
+            raise ValueError("max_grad_norm is one norm over all param groups; give it once")
+        self._leaves = find_leaves(trainable, self.symmetries, self._names)
+        self._signature = self._takes()
+        self._engine = None
+
+    @staticmethod
+    def _takes_part(parameter: Tensor) -> bool:
+        return parameter.requires_grad or parameter.grad is not None
+
+    def _takes(self) -> tuple[bool, ...]:
+        return tuple(self._takes_part(p) for group in self.param_groups for p in group["params"])
+
+    def _name(self, parameter: Tensor) -> str:
+        return parameter_name(parameter, self._names, self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        The closure's loss, or None.
+
+        Raises
+        ------
+        ValueError
+            For NaN or infinite gradients (names the parameter) and for rank-deficient factors;
+            parameters and state stay as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._signature != self._takes():
+            self._plan()
+        gradients = {
+            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        }
+        if not gradients:
+            return loss
+        refuse_sparse(gradients, self._name)
+        refuse_nonfinite(gradients, self._name)
+        if self._engine is None:
+            self._engine = Engine(self._leaves, self.param_groups, self.state)
+        engine = self._engine
+        active = engine.active()
+        dressings = None
+        if active and engine.refresh_due(active):
+            dressings = engine.fresh_dressings()
+        dressed = engine.dressed_gradients(active, dressings)
+        scale = self._clip_scale(dressed)
+        if scale is not None:
+            for stack in dressed:
+                stack.mul_(scale)
+        if active:
+            engine.step(active, dressed, dressings)
+        for group, plain in zip(self.param_groups, self._leaves.plain, strict=True):
+            self._plain_step(group, [p for p in plain if p.grad is not None], scale)
+        return loss
+
+    def _clip_scale(self, dressed: Sequence[Tensor]) -> Tensor | None:
+        """Factor that brings the dressed gradient's norm down to ``max_grad_norm``."""
+        limit = self.param_groups[0]["max_grad_norm"]
+        if limit is None:
+            return None
+        tensors = [p.grad for plain in self._leaves.plain for p in plain if p.grad is not None]
+        norms = torch._foreach_norm([*dressed, *tensors])
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+        return (limit / (total + 1e-6)).clamp(max=1.0)
+
+    def _plain_step(
+        self, group: dict[str, Any], parameters: list[Tensor], scale: Tensor | None
+    ) -> None:
+        """torch's AdamW for parameters without a frame."""
+        if not parameters:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if scale is not None:
+            gradients = [gradient * scale.to(gradient) for gradient in gradients]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                default = torch.get_default_dtype()
+                dtype = torch.float64 if default == torch.float64 else torch.float32
+                state["step"] = torch.zeros((), dtype=dtype)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=group["foreach"],
+            capturable=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            has_complex=any(torch.is_complex(p) for p in parameters),
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Load a state; training then continues bit for bit.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From :meth:`state_dict` of an optimizer over parameters of the same shapes.
+        """
+        super().load_state_dict(dict(state_dict))
+        # torch casts state to the parameter's dtype; that of bfloat16 parameters is float32.
+        saved_order = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, parameter in zip(saved_order, parameters, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[parameter][key] = value.detach().to(parameter.device).clone()
+        self._plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        extra = {"symmetries": self.symmetries, "_named": self._named()}
+        return super().__getstate__() | extra
+
+    def _named(self) -> list[tuple[Tensor, str]]:
+        return [
+            (p, self._names[id(p)])
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in self._names
+        ]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        named = state.pop("_named", None)
+        super().__setstate__(state)
+        if named is not None:
+            self._names = {id(parameter): name for parameter, name in named}
+            self._plan()
