@@ -1,0 +1,185 @@
+"""Batched linear algebra shared by the groups, the sections and the manifolds.
+
+Everything acts on the last two dimensions and is batched over the others. Small symmetric matrices
+are formed and factorised in float64, because a Gram matrix squares the condition number; on devices
+without float64 (``mps``) in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+"""A factor pair, a tangent vector at one, or a Euclidean gradient there: ``(A, B)``."""
+
+_DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless `tensor` is a real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a real floating-point dtype, got {tensor.dtype}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if `tensor` has a NaN or an infinity. Synchronises with the device."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} has non-finite entries")
+
+
+def check_square(name: str, matrix: Tensor, size: int | None = None) -> None:
+    """Raise unless `matrix` is floating-point of shape ``(*batch, size, size)``."""
+    check_floating(name, matrix)
+    wanted = "r" if size is None else str(size)
+    square = matrix.ndim >= 2 and matrix.shape[-1] == matrix.shape[-2]
+    if not square or (size is not None and matrix.shape[-1] != size):
+        raise ValueError(
+            f"{name} must have shape (*batch, {wanted}, {wanted}), got {tuple(matrix.shape)}"
+        )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision in which small matrices of an input of `dtype` are returned: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Widest floating-point dtype of `device`: float64, or float32 where there is none."""
+    return torch.float32 if device.type in _DEVICES_WITHOUT_FLOAT64 else torch.float64
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in the widest precision of its device."""
+    return tensor.to(wide_dtype(tensor.device))
+
+
+def gram(X: Tensor) -> Tensor:
+    """Row Gram matrix ``X Xᵀ`` in the widest precision, ``(*batch, r, n) -> (*batch, r, r)``."""
+    X = wide(X)
+    return X @ X.mT
+
+
+def symmetric_part(matrix: Tensor) -> Tensor:
+    """``(M + Mᵀ) / 2``."""
+    return (matrix + matrix.mT) / 2
+
+
+def skew_part(matrix: Tensor) -> Tensor:
+    """``(M - Mᵀ) / 2``."""
+    return (matrix - matrix.mT) / 2
+
+
+def frobenius_inner(X: Tensor, Y: Tensor) -> Tensor:
+    """``tr(Xᵀ Y)`` over the last two dimensions."""
+    return (X * Y).sum(dim=(-2, -1))
+
+
+def locate_first(failed: Tensor) -> str:
+    """Where the first true entry of a batch mask is, as words for an error message."""
+    if failed.ndim == 0:
+        return ""
+    index = tuple(failed.nonzero()[0].tolist())
+    return f" (batch index {index})"
+
+
+def cholesky(S: Tensor, name: str, *, check: bool = True) -> Tensor:
+    """Lower Cholesky factor ``L Lᵀ = S`` of a Gram matrix, with a readable refusal.
+
+    Parameters
+    ----------
+    S : Tensor, shape (*batch, r, r)
+        Symmetric positive definite.
+    name : str
+        What `S` is the Gram matrix of, for the message.
+    check : bool
+        Whether to raise on non-finite or rank-deficient input, at the price of waiting for the
+        device. Without it the factor of such an input is meaningless.
+
+    Raises
+    ------
+    ValueError
+        If `S` is not finite, or singular to working precision: a row of the factor lies in the span
+        of the rows before it, ``L_ii² ≤ r ε S_ii``.
+    """
+    if check and not bool(torch.isfinite(S).all()):
+        failed = ~torch.isfinite(S).all(dim=-1).all(dim=-1)
+        raise ValueError(f"{name} has non-finite entries{locate_first(failed)}")
+    factor, info = torch.linalg.cholesky_ex(S, check_errors=False)
+    if check:
+        diagonal = S.diagonal(dim1=-2, dim2=-1)
+        floor = S.shape[-1] * torch.finfo(S.dtype).eps * diagonal
+        lost = (factor.diagonal(dim1=-2, dim2=-1).square() <= floor).any(dim=-1)
+        failed = (info > 0) | lost
+        if bool(failed.any()):
+            raise ValueError(
+                f"{name} is rank-deficient{locate_first(failed)}: it needs full rank "
+                f"{S.shape[-1]}, so perturb it or use a smaller rank"
+            )
+    return factor
+
+
+def orthogonal_polar_factor(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to a square one: ``U Vᵀ`` of its SVD ``U Σ Vᵀ``."""
+    U, _, Vt = torch.linalg.svd(matrix)
+    return U @ Vt
+
+
+def row_signs(rows: Tensor) -> Tensor:
+    """Sign of the largest-modulus entry of each row, ``(*batch, r, n) -> (*batch, r, 1)``.
+
+    Of entries whose moduli agree with the largest one to the square root of the precision the first
+    decides, so that rounding cannot move the choice between exact ties.
+    """
+    modulus = rows.abs()
+    slack = 1 - torch.finfo(rows.dtype).eps ** 0.5
+    candidates = modulus >= slack * modulus.amax(dim=-1, keepdim=True)
+    first = candidates.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    entry = rows.gather(-1, first)
+    return torch.where(entry < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def random_device(
+    generator: torch.Generator | None, device: torch.device | str | None
+) -> torch.device:
+    """Device of random tensors: the one asked for, else the generator's, else torch's default."""
+    if device is not None:
+        return torch.device(device)
+    return generator.device if generator is not None else torch.get_default_device()
+
+
+def standard_normal(
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Independent standard normal entries in the widest precision of `device`.
+
+    They are drawn where the generator lives and moved, so that any generator serves any device.
+    """
+    target = random_device(generator, device)
+    source = generator.device if generator is not None else target
+    sample = torch.randn(tuple(shape), generator=generator, dtype=wide_dtype(source), device=source)
+    return sample.to(dtype=wide_dtype(target), device=target)
+
+
+def random_orthogonal(
+    shape: Sequence[int],
+    size: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Haar-distributed orthogonal matrices ``(*shape, size, size)`` in the widest precision.
+
+    The Q of a QR decomposition of a Gaussian matrix, its columns multiplied by the signs of the
+    diagonal of R: without them the law would depend on the QR routine.
+    """
+    Q, R = torch.linalg.qr(
+        standard_normal((*shape, size, size), generator=generator, device=device)
+    )
+    signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
+    return Q * signs.unsqueeze(-2)

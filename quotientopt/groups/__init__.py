@@ -1,0 +1,8 @@
+"""Structure groups: what acts on the factors of a Transformer without changing its function."""
+
+from quotientopt.groups.base import StructureGroup
+from quotientopt.groups.general_linear import GL
+from quotientopt.groups.orthogonal import O
+from quotientopt.groups.rotary import RotaryCommutant
+
+__all__ = ["GL", "O", "RotaryCommutant", "StructureGroup"]

@@ -1,0 +1,82 @@
+"""The general linear group GL(r): what plain attention heads and LoRA pairs cannot see."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quotientopt._linalg import check_square, random_device, random_orthogonal
+from quotientopt.groups.base import StructureGroup, check_cond
+
+
+def random_conditioned(
+    batch_shape: Sequence[int],
+    singular_values: Tensor,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:
+    """Haar orthogonal × diagonal × Haar orthogonal, with the singular values given."""
+    size = singular_values.shape[-1]
+    left = random_orthogonal(batch_shape, size, generator=generator, device=device)
+    right = random_orthogonal(batch_shape, size, generator=generator, device=device)
+    return (left * singular_values.to(left)) @ right
+
+
+class GL(StructureGroup):
+    """The general linear group: all invertible r×r matrices, of dimension r².
+
+    The symmetry of the value-output circuit of every attention head, of the query-key circuit
+    without rotary positions, and of every low-rank adapter.
+
+    Parameters
+    ----------
+    r : int
+        Size of the matrices.
+    """
+
+    @property
+    def dim(self) -> int:
+        """r²."""
+        return self.r**2
+
+    def random(
+        self,
+        batch_shape: Sequence[int] = (),
+        *,
+        cond: float = 10.0,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Random elements ``Q₁ diag(s) Q₂`` with Haar orthogonal Q₁, Q₂.
+
+        The singular values s are logarithmically spaced over ``[cond^{-1/2}, cond^{1/2}]``, so
+        every matrix of the batch has condition number `cond` exactly (for r = 1 it is 1: the
+        element is ``±cond^{-1/2}``).
+
+        Raises
+        ------
+        ValueError
+            If `cond` is below 1 or not finite.
+        """
+        check_cond(cond)
+        device = random_device(generator, device)
+        values = log_spaced(cond, self.r)
+        g = random_conditioned(batch_shape, values, generator, device)
+        return g.to(dtype or torch.get_default_dtype())
+
+    def algebra_projection(self, matrix: Tensor) -> Tensor:
+        """The identity: the Lie algebra is the space of all r×r matrices."""
+        check_square("matrix", matrix, self.r)
+        return matrix.clone()
+
+    def check_element(self, g: Tensor) -> None:
+        """Raise ``ValueError`` unless `g` is finite, invertible and of shape (*batch, r, r)."""
+        self._check_invertible(g)
+
+
+def log_spaced(cond: float, count: int) -> Tensor:
+    """`count` values from ``cond^{-1/2}`` to ``cond^{1/2}``, equal ratios between neighbours."""
+    half = math.log10(cond) / 2
+    return torch.logspace(-half, half, count, dtype=torch.float64, device="cpu")

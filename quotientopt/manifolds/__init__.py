@@ -1,0 +1,7 @@
+"""Quotient manifolds: points are representatives, tangent vectors horizontal lifts."""
+
+from quotientopt.manifolds.base import QuotientManifold
+from quotientopt.manifolds.factor import FactorQuotient
+from quotientopt.manifolds.gram import GramQuotient
+
+__all__ = ["FactorQuotient", "GramQuotient", "QuotientManifold"]

@@ -1,0 +1,46 @@
+"""Checks of shapes and dtypes common to the manifolds."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quotientopt._linalg import check_finite, check_floating, wide
+
+
+def check_size(name: str, size: int) -> int:
+    """Return `size` if it is a positive integer, raise ``ValueError`` otherwise."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name} must be a positive integer, got {size!r}")
+    return size
+
+
+def check_batch_shape(batch_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return `batch_shape` as a tuple of positive integers, raise ``ValueError`` otherwise."""
+    return tuple(check_size("every entry of batch_shape", size) for size in batch_shape)
+
+
+def wide_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, check: bool) -> Tensor:
+    """`tensor` in the widest precision, after a check of its dtype, shape and (optionally) values.
+
+    Raises
+    ------
+    TypeError
+        If it is no real floating-point tensor.
+    ValueError
+        If it has another shape than `shape`, or, with `check`, non-finite entries.
+    """
+    check_floating(name, tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if check:
+        check_finite(name, tensor)
+    return wide(tensor)
+
+
+def random_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, or torch's default; ``TypeError`` unless it is real floating-point."""
+    dtype = dtype or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be real floating-point, got {dtype}")
+    return dtype

@@ -1,0 +1,221 @@
+"""Dressing fields of factor pairs under GL(r), from r×r Gram matrices alone.
+
+A dressing field sends a point x = (A, B) to a group element u(x) with ``u(g·x) = u(x) g^{-1}``, up
+to a residual group that is named with each section; the dressed point ``u(x)·x`` is then invariant
+(François & Ravera, arXiv 2602.18948). Here the element is a function of ``S_A = A Aᵀ`` and
+``S_B = B Bᵀ`` only: nothing larger than r×r is ever decomposed.
+
+Every function returns ``(g, g_inverse_transpose)``: `g` acts on B and `g_inverse_transpose` on A.
+Both come from the same decomposition, so nothing is inverted. Gram matrices are factorised in
+float64 (float32 where the device has none) and the elements come back in the dtype of the Gram
+matrices, at least float32.
+
+Derivatives through ``"svd"``, ``"balanced"`` and ``"orthonormal"`` by autograd divide by gaps
+between singular values; differentiate through them only where these are well separated.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quotientopt._linalg import (
+    Pair,
+    check_floating,
+    check_square,
+    cholesky,
+    compute_dtype,
+    gram,
+    row_signs,
+    wide,
+)
+
+
+class _ElementFunction(Protocol):
+    def __call__(self, SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair: ...
+
+
+def _prepare(SA: Tensor, SB: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    check_square("Gram matrix SA", SA)
+    check_square("Gram matrix SB", SB, SA.shape[-1])
+    dtype = compute_dtype(torch.promote_types(SA.dtype, SB.dtype))
+    return wide(SA), wide(SB), dtype
+
+
+def _symmetric_pair(factor: Tensor, dtype: torch.dtype) -> Pair:
+    """``(FᵀF)^{1/2}`` and its inverse, by an SVD of F, which does not square its condition."""
+    _, values, Vt = torch.linalg.svd(factor)
+    scaled = values.unsqueeze(-1)
+    return (Vt.mT @ (scaled * Vt)).to(dtype), (Vt.mT @ (Vt / scaled)).to(dtype)
+
+
+def _svd_pair(SA: Tensor, SB: Tensor, check: bool) -> Pair:
+    LA = cholesky(SA, "left factor A", check=check)
+    LB = cholesky(SB, "right factor B", check=check)
+    U, values, Vt = torch.linalg.svd(LA.mT @ LB)
+    root = values.sqrt().unsqueeze(-1)
+    g = torch.linalg.solve_triangular(LB, root * Vt, upper=False, left=False)
+    g_inverse_transpose = torch.linalg.solve_triangular(LA, root * U.mT, upper=False, left=False)
+    return g, g_inverse_transpose
+
+
+def svd_element(SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
+    """Element that makes both Gram matrices the singular values of ``Aᵀ B``.
+
+    With ``S_A = L_A L_Aᵀ``, ``S_B = L_B L_Bᵀ`` and ``L_Aᵀ L_B = U Σ Vᵀ`` it is
+    ``g = Σ^{1/2} Vᵀ L_B^{-1}``, and ``g^{-T} = Σ^{1/2} Uᵀ L_A^{-1}``. Afterwards
+    ``A Aᵀ = B Bᵀ = Σ``, in decreasing order.
+
+    Residual group: signs of the rows, which Gram matrices cannot fix (:func:`section` does), and
+    O(k) on every block of k equal singular values.
+
+    Parameters
+    ----------
+    SA, SB : Tensor, shape (*batch, r, r)
+        Gram matrices of the rows of A and of B, both positive definite.
+    check : bool
+        Whether to look for rank deficiency, which waits for the device. Without the check the
+        element of a deficient head is not finite or meaningless.
+
+    Returns
+    -------
+    g, g_inverse_transpose : Tensor, shape (*batch, r, r)
+
+    Raises
+    ------
+    ValueError
+        If a Gram matrix is singular to working precision or not finite, or shapes do not fit.
+    TypeError
+        If a dtype is not floating-point.
+    """
+    SA, SB, dtype = _prepare(SA, SB)
+    g, g_inverse_transpose = _svd_pair(SA, SB, check)
+    return g.to(dtype), g_inverse_transpose.to(dtype)
+
+
+def balanced_element(SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
+    """The symmetric positive definite element that makes both Gram matrices equal.
+
+    Its square is the matrix geometric mean ``S_B^{-1} # S_A``, the only solution of
+    ``P S_B P = S_A``. It is the symmetric polar factor of :func:`svd_element`, ``g_svd = Q g``: a
+    smooth function of the pair wherever both factors have full rank, coinciding singular values
+    included.
+
+    Residual group: O(r). Parameters, returns and errors as for :func:`svd_element`.
+    """
+    SA, SB, dtype = _prepare(SA, SB)
+    return _symmetric_pair(_svd_pair(SA, SB, check)[0], dtype)
+
+
+def orthonormal_element(SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
+    """The symmetric root ``g = S_B^{-1/2}``: the rows of B become orthonormal.
+
+    `SA` is not used and may be singular: the section stays defined where A vanishes, as in a fresh
+    low-rank adapter. Unlike the Cholesky factor it commutes with rotations: (O A, O B) is dressed
+    to O times the dressed (A, B).
+
+    Residual group: O(r). Parameters, returns and errors as for :func:`svd_element`.
+    """
+    SA, SB, dtype = _prepare(SA, SB)
+    inverse_transpose, g = _symmetric_pair(cholesky(SB, "right factor B", check=check).mT, dtype)
+    return g, inverse_transpose
+
+
+def triangular_element(SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
+    """The inverse Cholesky factor ``g = L_B^{-1}``: B becomes the Q of its LQ decomposition.
+
+    The diagonal of L is positive. The cheapest section, one Cholesky factorisation and no spectral
+    decomposition; `SA` is not used and may be singular.
+
+    Residual group: none under lower triangular elements with positive diagonal, signs under all
+    lower triangular ones, O(r) under GL(r). Parameters, returns and errors as for
+    :func:`svd_element`.
+    """
+    SA, SB, dtype = _prepare(SA, SB)
+    L = cholesky(SB, "right factor B", check=check)
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    g = torch.linalg.solve_triangular(L, identity, upper=False)
+    return g.to(dtype), L.mT.to(dtype)
+
+
+_ELEMENTS: dict[str, _ElementFunction] = {
+    "svd": svd_element,
+    "balanced": balanced_element,
+    "orthonormal": orthonormal_element,
+    "triangular": triangular_element,
+}
+
+
+def _element_function(kind: str) -> Callable[..., Pair]:
+    if kind not in _ELEMENTS:
+        raise ValueError(f"section must be one of {tuple(_ELEMENTS)}, got {kind!r}")
+    return _ELEMENTS[kind]
+
+
+def element(kind: str, SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
+    """Element of the section `kind` from the Gram matrices.
+
+    Parameters
+    ----------
+    kind : {"svd", "balanced", "orthonormal", "triangular"}
+        See the functions of these names.
+    SA, SB, check
+        As for :func:`svd_element`.
+
+    Returns
+    -------
+    g, g_inverse_transpose : Tensor, shape (*batch, r, r)
+
+    Raises
+    ------
+    ValueError
+        If `kind` is unknown, or for the reasons of :func:`svd_element`.
+    """
+    return _element_function(kind)(SA, SB, check=check)
+
+
+def section(kind: str, A: Tensor, B: Tensor, *, check: bool = True) -> tuple[Pair, Tensor]:
+    """Canonical representative of the orbit of (A, B), and the element that leads to it.
+
+    For ``"svd"`` the signs are fixed as well: in each row of the dressed B the entry of largest
+    modulus is positive (of several equal ones the first). Rows of the dressed B are right singular
+    vectors of ``Aᵀ B`` up to scale, so the rule reads invariant data only.
+
+    Parameters
+    ----------
+    kind : {"svd", "balanced", "orthonormal", "triangular"}
+        Which section.
+    A : Tensor, shape (*batch, r, n)
+        Left factor.
+    B : Tensor, shape (*batch, r, m)
+        Right factor.
+    check : bool
+        As for :func:`svd_element`.
+
+    Returns
+    -------
+    representative : tuple of Tensor
+        ``(g^{-T} A, g B)`` in the dtypes of A and B.
+    g : Tensor, shape (*batch, r, r)
+        The group element, in at least float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For the reasons of :func:`svd_element`.
+    """
+    check_floating("A", A)
+    check_floating("B", B)
+    if A.ndim < 2 or B.ndim < 2 or A.shape[:-1] != B.shape[:-1]:
+        raise ValueError(
+            f"A and B must have shapes (*batch, r, n) and (*batch, r, m), "
+            f"got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
+    g, g_inverse_transpose = _element_function(kind)(gram(A), gram(B), check=check)
+    dressed_A, dressed_B = g_inverse_transpose @ wide(A), g @ wide(B)
+    if kind == "svd":
+        signs = row_signs(dressed_B)
+        dressed_A, dressed_B, g = signs * dressed_A, signs * dressed_B, signs * g
+    dtype = compute_dtype(torch.promote_types(A.dtype, B.dtype))
+    return (dressed_A.to(A.dtype), dressed_B.to(B.dtype)), g.to(dtype)

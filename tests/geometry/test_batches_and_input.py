@@ -1,0 +1,181 @@
+"""Batches against loops, precision, and refused input."""
+
+import math
+
+import pytest
+import torch
+
+from quotientopt.groups import O
+from quotientopt.manifolds import FactorQuotient, GramQuotient
+from tests.geometry.cases import KINDS, ONE_LINE, Case, combine, deviation, generator, leaves
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def operations(M, x, y, u, v, square, g):
+    """Results of every method of a manifold on the same arguments, by name."""
+    base = M.differential(x, u)
+    results = {
+        "inner": M.inner(x, u, v),
+        "norm": M.norm(x, u),
+        "distance": M.distance(x, y),
+        "canonical_projection": M.canonical_projection(x),
+        "differential": base,
+        "vertical_vector": M.vertical_vector(x, square),
+        "vertical_component": M.vertical_component(x, u),
+        "horizontal_component": M.horizontal_component(x, u),
+        "horizontal_lift": M.horizontal_lift(x, base),
+        "gradient": M.gradient(x, u),
+        "hessian": M.hessian(x, u, v, y),
+        "retract": M.retract(x, u),
+        "retract_second_order": M.retract_second_order(x, u),
+        "transport": M.transport(x, y, u),
+        "act": M.act(g, x),
+        "align": M.align(x, y)[0],
+    }
+    kinds = ("svd", "polar") if isinstance(M, GramQuotient) else ("svd", "balanced", "orthonormal")
+    results |= {f"section {kind}": M.section(x, kind)[0] for kind in kinds}
+    if isinstance(M, GramQuotient):
+        results |= {"exp": M.exp(x, u), "log": M.log(x, y)}
+    return results
+
+
+def arguments(case):
+    return [case.point() for _ in range(4)] + [case.square(), case.element()]
+
+
+def pick(argument, index):
+    return combine(lambda tensor: tensor[index], argument)
+
+
+def difference(p, q):
+    """Relative deviation of results that are matrices, pairs of matrices, or scalars."""
+    if isinstance(p, torch.Tensor) and p.ndim < 2:
+        p, q = p.reshape(-1, 1, 1), q.reshape(-1, 1, 1)
+    return deviation(p, q)
+
+
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 3)], ids=str)
+@kinds
+def test_batch_equals_loop(kind, batch_shape):
+    case, single = Case(kind, batch_shape), Case(kind)
+    batched = arguments(case)
+    together = operations(case.manifold, *batched)
+    indices = [tuple(i.tolist()) for i in torch.ones(batch_shape).nonzero()]
+    for index in indices:
+        alone = operations(single.manifold, *(pick(a, index) for a in batched))
+        assert alone.keys() == together.keys()
+        for name, result in alone.items():
+            assert difference(pick(together[name], index), result) < 1e-10, name
+            # Control: the neighbour's result is another one.
+            neighbour = indices[(indices.index(index) + 1) % math.prod(batch_shape)]
+            assert difference(pick(together[name], neighbour), result) > 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+)
+@kinds
+def test_low_precision_input_keeps_its_dtype(kind, dtype, tolerance):
+    case = Case(kind, (3,))
+    low = [combine(lambda t: t.to(dtype), argument) for argument in arguments(case)]
+    if case.is_gram:
+        low[-1] = case.element().float()
+    exact = operations(case.manifold, *(combine(lambda t: t.double(), a) for a in low))
+    for name, result in operations(case.manifold, *low).items():
+        assert all(leaf.dtype == dtype for leaf in leaves(result)), name
+        if name != "horizontal_lift":  # its argument was rounded as well
+            wide = combine(lambda t: t.double(), result)
+            assert difference(wide, exact[name]) < tolerance, name
+
+
+@kinds
+def test_random_points_repeat_with_the_generator_and_take_dtype(kind):
+    M = Case(kind).manifold
+    first, second = (M.random_point(generator=generator(7)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
+    assert all(leaf.dtype == torch.get_default_dtype() for leaf in leaves(first))
+    x = M.random_point(dtype=torch.bfloat16)
+    assert all(leaf.dtype == torch.bfloat16 for leaf in leaves(M.random_tangent(x)))
+
+
+def test_operations_are_differentiable_and_do_not_touch_their_input():
+    M = FactorQuotient(3, 7, 5)
+    x = tuple(
+        t.requires_grad_() for t in M.random_point(generator=generator(), dtype=torch.float64)
+    )
+    u = M.random_point(generator=generator(1), dtype=torch.float64)
+    copies = [t.detach().clone() for t in x]
+    loss = sum(t.square().sum() for t in M.horizontal_component(x, u))
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, x))
+    assert all(torch.equal(a, b) for a, b in zip(x, copies, strict=True))
+
+
+def test_description():
+    assert FactorQuotient(3, 7, 5).dim == 3 * 9
+    assert GramQuotient(7, 3).dim == 21 - 3
+    assert "preconditioned" in repr(FactorQuotient(3, 7, 5))
+    assert repr(GramQuotient(7, 3)) == "GramQuotient(7, 3, batch_shape=())"
+
+
+FACTOR = FactorQuotient(2, 4, 3, batch_shape=(3,))
+GRAM = GramQuotient(4, 2)
+PAIR = (torch.randn(3, 2, 4), torch.randn(3, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FactorQuotient(5, 4, 6), "r <= n"),
+        (lambda: FactorQuotient(5, 6, 4), "r <= m"),
+        (lambda: FactorQuotient(0, 4, 6), "positive integer"),
+        (lambda: FactorQuotient(2, 4, 3, batch_shape=(0,)), "batch_shape"),
+        (lambda: FactorQuotient(2, 4, 3, group=O(2)), "not available yet"),
+        (lambda: FactorQuotient(2, 4, 3, metric="euclidean"), "not available yet"),
+        (lambda: GramQuotient(2, 3), "N >= d"),
+        (lambda: GramQuotient(4, 2, stabilizer=O(1)), "not available yet"),
+        (lambda: FACTOR.check_point((PAIR[0][0], PAIR[1][0])), r"\(3, 2, 4\), got \(2, 4\)"),
+        (lambda: FACTOR.check_point(PAIR[::-1]), r"got \(3, 2, 3\)"),
+        (lambda: FACTOR.check_point((PAIR[0], PAIR[1] * float("nan"))), "non-finite"),
+        (lambda: FACTOR.retract(PAIR, (PAIR[0] / 0, PAIR[1])), "non-finite"),
+        (lambda: FACTOR.check_point((PAIR[0], 0 * PAIR[1])), "right factor B is rank-deficient"),
+        (lambda: FACTOR.gradient((0 * PAIR[0], PAIR[1]), PAIR), "left factor A is rank-defic"),
+        (lambda: FACTOR.act(torch.eye(2), PAIR), r"g must have shape \(3, 2, 2\)"),
+        (lambda: FACTOR.section(PAIR, "polar"), "section must be one of"),
+        (lambda: GRAM.check_point(torch.ones(4, 2)), "rank-deficient"),
+        (lambda: GRAM.horizontal_component(torch.ones(4, 2), torch.ones(4, 2)), "rank-deficient"),
+        (lambda: GRAM.exp(torch.ones(4, 2), torch.ones(4, 3)), r"\(4, 2\), got \(4, 3\)"),
+        (lambda: GRAM.section(torch.randn(4, 2), "balanced"), "section must be one of"),
+    ],
+)
+def test_bad_values(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FACTOR.check_point(PAIR[0]),
+        lambda: FACTOR.check_point((PAIR[0], PAIR[1].long())),
+        lambda: FACTOR.check_point((PAIR[0], None)),
+        lambda: FACTOR.random_point(dtype=torch.complex64),
+        lambda: GRAM.check_point(torch.ones(4, 2, dtype=torch.int32)),
+        lambda: GRAM.random_point(dtype=torch.int32),
+    ],
+)
+def test_bad_types(build):
+    with pytest.raises(TypeError, match=ONE_LINE):
+        build()
+
+
+@kinds
+def test_checks_can_be_switched_off(kind):
+    M = GramQuotient(4, 2, check=False) if kind == "gram" else FACTOR
+    if kind != "gram":
+        M = FactorQuotient(2, 4, 3, metric=kind, batch_shape=(3,), check=False)
+    x = M.random_point()
+    poisoned = combine(lambda t: t * float("nan"), x)
+    result = M.retract(x, poisoned)
+    assert all(torch.isnan(leaf).all() for leaf in leaves(result))

@@ -1,0 +1,107 @@
+"""Distances, alignment, exponential and logarithm."""
+
+import pytest
+import torch
+
+from quotientopt.manifolds import FactorQuotient, GramQuotient
+from tests.geometry.cases import BATCH_SHAPES, KINDS, Case, add, deviation, generator, relative
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+batches = pytest.mark.parametrize("batch_shape", BATCH_SHAPES, ids=str)
+
+
+@batches
+@kinds
+def test_distance_sees_orbits_only(kind, batch_shape):
+    case = Case(kind, batch_shape)
+    M, x, y = case.manifold, case.point(), case.point()
+    g, h = case.element(cond=100), case.element(cond=100)
+    size = torch.linalg.matrix_norm(M.canonical_projection(x))
+    size = size.sqrt() if case.is_gram else size
+    assert (M.distance(x, M.act(g, x)) / size).max() < 1e-12
+    distance = M.distance(x, y)
+    assert distance.shape == torch.Size(batch_shape)
+    assert relative(M.distance(y, x), distance) < 1e-12
+    assert relative(M.distance(M.act(g, x), M.act(h, y)), distance) < 1e-11
+    # Control: a transformation that is no symmetry.
+    assert (M.distance(x, case.wrong_act(g, x)) / size).min() > 1e-3
+
+
+@pytest.mark.parametrize(("r", "n", "m"), [(3, 7, 5), (4, 5, 9), (3, 3, 3)])
+def test_factor_distance_equals_the_dense_one(r, n, m):
+    M = FactorQuotient(r, n, m, batch_shape=(2,))
+    source = generator()
+    x, y = (M.random_point(generator=source, dtype=torch.float64) for _ in range(2))
+    dense = torch.linalg.matrix_norm(M.canonical_projection(x) - M.canonical_projection(y))
+    assert relative(M.distance(x, y), dense) < 1e-13
+
+
+def test_factor_distance_does_not_cancel():
+    M = FactorQuotient(3, 7, 5)
+    x = M.random_point(generator=generator(), dtype=torch.float64)
+    y = M.act(M.group.random(cond=100, generator=generator(1), dtype=torch.float64), x)
+    size = torch.linalg.matrix_norm(M.canonical_projection(x))
+    assert M.distance(x, y) / size < 1e-12
+    # Control: the polarisation formula on Gram matrices loses half of the digits.
+    squared = sum(
+        sign * ((p[0] @ q[0].mT) * (p[1] @ q[1].mT)).sum()
+        for p, q, sign in ((x, x, 1), (y, y, 1), (x, y, -2))
+    )
+    assert squared.abs().sqrt() / size > 1e-9
+
+
+@batches
+@kinds
+def test_align(kind, batch_shape):
+    case = Case(kind, batch_shape)
+    M, x, y = case.manifold, case.point(), case.point()
+    g, h = case.element(), case.element()
+    aligned, element = M.align(x, y)
+    M.group.check_element(element)
+    assert deviation(M.act(element, x), aligned) < 1e-10
+    assert deviation(M.canonical_projection(aligned), M.canonical_projection(x)) < 1e-11
+    assert deviation(M.align(M.act(g, x), y)[0], aligned) < 1e-10
+    assert deviation(M.align(x, M.act(h, y))[0], M.act(h, aligned)) < 1e-9
+    assert deviation(M.align(M.act(g, y), y)[0], y) < 1e-10
+    # Control: without alignment the representatives differ.
+    assert deviation(M.act(g, y), y) > 1e-3
+
+
+@batches
+def test_gram_exponential_and_logarithm(batch_shape):
+    case = Case("gram", batch_shape)
+    M, x, y = case.manifold, case.point(), case.point()
+    u = M.log(x, y)
+    M.check_tangent(x, u, tolerance=1e-10)
+    assert deviation(M.canonical_projection(M.exp(x, u)), M.canonical_projection(y)) < 1e-12
+    assert relative(M.norm(x, u), M.distance(x, y)) < 1e-12
+    short = 0.1 * case.tangent(x)
+    assert deviation(M.log(x, M.exp(x, short)), short) < 1e-10
+    assert M.exp(x, short) is not x
+    # Controls: the chord is not horizontal, and longer than the distance.
+    with pytest.raises(ValueError, match="not horizontal"):
+        M.check_tangent(x, y - x, tolerance=1e-10)
+    assert (M.norm(x, y - x) > M.distance(x, y)).all()
+
+
+def test_gram_distance_is_the_bures_wasserstein_distance():
+    M = GramQuotient(6, 3)
+    source = generator()
+    x, y = (M.random_point(generator=source, dtype=torch.float64) for _ in range(2))
+
+    def root(S):
+        values, vectors = torch.linalg.eigh(S)
+        return vectors @ (values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT)
+
+    S, T = x @ x.mT, y @ y.mT
+    fidelity = root(root(S) @ T @ root(S)).trace()
+    assert relative(M.distance(x, y).square(), S.trace() + T.trace() - 2 * fidelity) < 1e-7
+
+
+@kinds
+def test_distance_is_symmetric_and_obeys_the_triangle_inequality(kind):
+    case = Case(kind, (5,))
+    x, y, z = (case.point() for _ in range(3))
+    distance = case.manifold.distance
+    assert (distance(x, z) <= distance(x, y) + distance(y, z)).all()
+    assert (distance(x, add(x, y)) > 0).all()

@@ -1,0 +1,249 @@
+"""Dressing fields of factor pairs, rotary heads and token matrices."""
+
+import pytest
+import torch
+
+from quotientopt import sections
+from quotientopt.groups import GL, O, RotaryCommutant
+from quotientopt.manifolds import FactorQuotient, GramQuotient
+from tests.geometry.cases import BATCH_SHAPES, ONE_LINE, deviation, generator
+
+FACTOR_KINDS = ("svd", "balanced", "orthonormal", "triangular")
+batches = pytest.mark.parametrize("batch_shape", BATCH_SHAPES, ids=str)
+
+
+def random_pair(batch_shape=(), r=4, n=9, m=6, dtype=torch.float64, seed=0):
+    source = generator(seed)
+    return tuple(
+        torch.randn(*batch_shape, r, columns, generator=source, dtype=torch.float64).to(dtype)
+        for columns in (n, m)
+    )
+
+
+def grams(pair):
+    return tuple(factor @ factor.mT for factor in pair)
+
+
+def modulo_rotation(pair):
+    """What two pairs that differ by one element of O(r) share."""
+    return (*(factor.mT @ factor for factor in pair), pair[0].mT @ pair[1])
+
+
+@batches
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_factor_sections(kind, batch_shape):
+    M = FactorQuotient(4, 9, 6, batch_shape=batch_shape)
+    x = random_pair(batch_shape)
+    dressed, g = M.section(x, kind)
+    assert deviation(M.canonical_projection(dressed), M.canonical_projection(x)) < 1e-12
+    assert deviation(M.act(g, x), dressed) < 1e-11
+    assert deviation(M.section(dressed, kind)[0], dressed) < 1e-11
+    h = GL(4).random(batch_shape, cond=100, generator=generator(3), dtype=torch.float64)
+    redressed, _ = M.section(M.act(h, x), kind)
+    if kind == "svd":
+        assert deviation(redressed, dressed) < 1e-10
+        singular = torch.linalg.svdvals(M.canonical_projection(x))[..., :4]
+        for S in grams(dressed):
+            assert deviation(S, torch.diag_embed(singular)) < 1e-11
+    else:
+        assert deviation(modulo_rotation(redressed), modulo_rotation(dressed)) < 1e-10
+    # Control: the raw points of one orbit share none of this.
+    assert deviation(modulo_rotation(M.act(h, x)), modulo_rotation(x)) > 1e-3
+
+
+@batches
+def test_what_each_section_normalises(batch_shape):
+    SA, SB = grams(random_pair(batch_shape))
+    identity = GL(4).identity(batch_shape, dtype=torch.float64)
+    elements = {kind: sections.element(kind, SA, SB) for kind in FACTOR_KINDS}
+    for g, contragredient in elements.values():
+        assert deviation(g.mT @ contragredient, identity) < 1e-11
+    g, contragredient = elements["balanced"]
+    assert deviation(g @ SB @ g.mT, contragredient @ SA @ contragredient.mT) < 1e-11
+    assert deviation(g, g.mT) < 1e-13
+    assert torch.linalg.eigvalsh(g).min() > 0
+    g, _ = elements["orthonormal"]
+    assert deviation(g @ SB @ g.mT, identity) < 1e-11
+    assert deviation(g, g.mT) < 1e-13
+    g, _ = elements["triangular"]
+    assert deviation(g @ SB @ g.mT, identity) < 1e-11
+    assert g.triu(1).abs().max() == 0
+    assert g.diagonal(dim1=-2, dim2=-1).min() > 0
+    # Control: the orthonormal element does not balance.
+    g, contragredient = elements["orthonormal"]
+    assert deviation(g @ SB @ g.mT, contragredient @ SA @ contragredient.mT) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["balanced", "orthonormal"])
+def test_symmetric_sections_commute_with_rotations(kind):
+    x = random_pair((3,))
+    rotation = O(4).random((3,), generator=generator(2), dtype=torch.float64)
+    rotated = tuple(rotation @ factor for factor in x)
+    expected = tuple(rotation @ factor for factor in sections.section(kind, *x)[0])
+    assert deviation(sections.section(kind, *rotated)[0], expected) < 1e-11
+    triangular = tuple(rotation @ factor for factor in sections.section("triangular", *x)[0])
+    assert deviation(sections.section("triangular", *rotated)[0], triangular) > 1e-3
+
+
+def test_triangular_section_is_fixed_under_triangular_elements():
+    x = random_pair()
+    g = GL(4).random(generator=generator(1), dtype=torch.float64).tril()
+    g = g * g.diagonal().sign()
+    moved = GL(4).act(g, x)
+    dressed = sections.section("triangular", *x)[0]
+    assert deviation(sections.section("triangular", *moved)[0], dressed) < 1e-10
+
+
+def test_svd_signs_survive_ties():
+    A, right = random_pair(m=4)
+    # Every entry of a dressed row occurs with both signs, and rounding decides which is larger.
+    disturbed = right * (1 + 1e-15 * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=right.dtype))
+    x = A, torch.cat((right, -disturbed), dim=-1)
+    y = A, torch.cat((disturbed, -right), dim=-1)
+    assert deviation(x, y) < 1e-14
+    dressed, _ = sections.section("svd", *x)
+    assert deviation(sections.section("svd", *y)[0], dressed) < 1e-10
+
+
+def test_balanced_section_is_smooth_where_singular_values_coincide():
+    eye = torch.eye(4, dtype=torch.float64)
+    h = GL(4).random(cond=20, generator=generator(4), dtype=torch.float64)
+    g, _ = sections.balanced_element(*grams(GL(4).act(h, (eye, eye))))
+    assert deviation(g @ h @ h.mT @ g, eye) < 1e-12
+    nearby = GL(4).act(h, (eye, eye + 1e-9 * random_pair(m=4)[1]))
+    assert deviation(sections.balanced_element(*grams(nearby))[0], g) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["orthonormal", "triangular"])
+def test_right_sections_are_defined_where_the_left_factor_vanishes(kind):
+    A, B = random_pair()
+    dressed, _ = sections.section(kind, torch.zeros_like(A), B)
+    assert deviation(dressed[1] @ dressed[1].mT, torch.eye(4, dtype=B.dtype)) < 1e-12
+    assert dressed[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("rotary_dim", [0, 4, 6])
+@batches
+def test_rotary_balanced_element(batch_shape, rotary_dim, layout):
+    group = RotaryCommutant(6, rotary_dim, layout)
+    x = random_pair(batch_shape, r=6, n=9, m=8)
+    g, contragredient = sections.rotary_balanced_element(group, *grams(x))
+    group.check_element(g)
+    identity = group.identity(batch_shape, dtype=torch.float64)
+    assert deviation(g.mT @ contragredient, identity) < 1e-11
+    dressed = group.act(g, x)
+
+    def imbalance(pair):
+        left, right = grams(pair)
+        rows = slice(rotary_dim, 6)
+        parts = [(left - right)[..., rows, rows].abs().amax()] if rotary_dim < 6 else []
+        for plane in group.planes:
+            difference = sum((left - right)[..., row, row] for row in plane)
+            parts.append(difference.abs().amax())
+        return max(part.item() for part in parts)
+
+    assert imbalance(dressed) < 1e-11
+    h = group.random(batch_shape, cond=20, generator=generator(5), dtype=torch.float64)
+    moved = group.act(h, x)
+    redressed = group.act(sections.rotary_balanced_element(group, *grams(moved))[0], moved)
+    for left, right in zip(grams(dressed), grams(redressed), strict=True):
+        for plane in group.planes:
+            trace = [sum(S[..., row, row] for row in plane) for S in (left, right)]
+            assert (trace[0] - trace[1]).abs().max() < 1e-10
+    # Control: neither the raw pair nor one dressed by a general element is balanced in this group.
+    assert imbalance(x) > 1e-3
+    if rotary_dim:
+        with pytest.raises(ValueError, match="does not commute"):
+            group.check_element(sections.balanced_element(*grams(x))[0])
+
+
+@batches
+@pytest.mark.parametrize("kind", ["svd", "polar"])
+def test_gram_sections(kind, batch_shape):
+    M = GramQuotient(8, 3, batch_shape=batch_shape)
+    x = M.random_point(generator=generator(), dtype=torch.float64)
+    dressed, g = M.section(x, kind)
+    O(3).check_element(g)
+    assert deviation(M.canonical_projection(dressed), M.canonical_projection(x)) < 1e-12
+    assert deviation(M.act(g, x), dressed) < 1e-12
+    assert deviation(M.section(dressed, kind)[0], dressed) < 1e-11
+    h = O(3).random(batch_shape, generator=generator(1), dtype=torch.float64)
+    assert deviation(M.section(M.act(h, x), kind)[0], dressed) < 1e-10
+    if kind == "svd":
+        squares = torch.linalg.svdvals(x).square()
+        assert deviation(dressed.mT @ dressed, torch.diag_embed(squares)) < 1e-11
+    else:
+        leading = dressed[..., :3, :]
+        assert deviation(leading, leading.mT) < 1e-12
+        assert torch.linalg.eigvalsh(leading).min() > 0
+    # Control: the orbit's points differ, and so does the section of another orbit.
+    assert deviation(M.act(h, x), x) > 1e-3
+    stretched = x * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert deviation(M.section(stretched, kind)[0], dressed) > 1e-3
+
+
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(kind, dtype):
+    x = random_pair((3,), dtype=dtype)
+    dressed, g = sections.section(kind, *x)
+    assert all(factor.dtype == dtype for factor in dressed)
+    assert g.dtype == torch.float32
+    exact, _ = sections.section(kind, *(factor.double() for factor in x))
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert deviation(tuple(factor.double() for factor in dressed), exact) < tolerance
+    half_gram, _ = sections.element(kind, *(S.to(dtype) for S in grams(random_pair((3,)))))
+    assert half_gram.dtype == torch.float32
+
+
+def test_rank_deficiency_is_named():
+    A, B = random_pair((2, 3))
+    A[1, 2, 3] = A[1, 2, :3].sum(dim=0)
+    with pytest.raises(ValueError, match=r"left factor A is rank-deficient \(batch index \(1, 2\)"):
+        sections.section("svd", A, B)
+    B[0, 1] = 0
+    with pytest.raises(ValueError, match=r"right factor B is rank-deficient \(batch index \(0, 1"):
+        sections.section("orthonormal", A, B)
+    B[0, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"right factor B has non-finite entries \(batch index"):
+        sections.section("triangular", A, B)
+    sections.section("triangular", A, B, check=False)
+    vanishing = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="left factor A has a vanishing"):
+        sections.rotary_balanced_element(RotaryCommutant(4), vanishing, torch.eye(4))
+    X = random_pair((3,))[0].mT
+    X[1, :, 0] = 0
+    with pytest.raises(ValueError, match=r"token matrix X is rank-deficient \(batch index \(1,\)"):
+        sections.gram_svd(X)
+    X[0, :2] = 0
+    with pytest.raises(ValueError, match="leading 4 rows of X are linearly dependent"):
+        sections.gram_polar(X)
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        (lambda: sections.element("qr", torch.eye(2), torch.eye(2)), ValueError),
+        (lambda: sections.gram_section("qr", torch.ones(3, 2)), ValueError),
+        (lambda: sections.gram_svd(torch.ones(2, 3)), ValueError),
+        (lambda: sections.svd_element(torch.ones(2, 3), torch.eye(2)), ValueError),
+        (lambda: sections.svd_element(torch.eye(2), torch.eye(3)), ValueError),
+        (lambda: sections.svd_element(torch.eye(2).long(), torch.eye(2)), TypeError),
+        (lambda: sections.section("svd", torch.ones(2, 3), torch.ones(3, 3)), ValueError),
+        (lambda: sections.section("svd", [1.0], torch.ones(3, 3)), TypeError),
+        (
+            lambda: sections.rotary_balanced_element(GL(2), torch.eye(2), torch.eye(2)),
+            TypeError,
+        ),
+        (
+            lambda: sections.rotary_balanced_element(
+                RotaryCommutant(4), torch.eye(2), torch.eye(2)
+            ),
+            ValueError,
+        ),
+    ],
+)
+def test_bad_input(build, error):
+    with pytest.raises(error, match=ONE_LINE):
+        build()
