@@ -1,0 +1,83 @@
+"""A GPT whose residual stream has the exact symmetry O(d): RMS norms without gains, no biases."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quotientopt.models.attention import CausalAttention
+from quotientopt.models.initialization import initialize_
+
+NORM_EPS = 1e-6
+
+
+def _normalize(x: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+class GELUMLP(nn.Module):
+    """``down(gelu(up(x)))`` without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last axis of `x`."""
+        return self.down(functional.gelu(self.up(x)))
+
+
+class GPTBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = CausalAttention(width, heads)
+        self.mlp = GELUMLP(width, 4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add attention and MLP to the residual stream `x`."""
+        x = x + self.attention(_normalize(x))
+        return x + self.mlp(_normalize(x))
+
+
+class GPT(nn.Module):
+    """Decoder with learned positions, gain-free RMS norms, GELU MLPs and an untied head.
+
+    Its symmetries: GL(r) on the query-key and on the value-output pair of every head, O(d) on the
+    residual stream, all exact.
+
+    Parameters
+    ----------
+    vocabulary, layers, width, heads, context : int
+    generator : torch.Generator, optional
+        Source of the initial weights. Default: the global generator.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int = 256,
+        layers: int = 4,
+        width: int = 128,
+        heads: int = 4,
+        context: int = 128,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(GPTBlock(width, heads) for _ in range(layers))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        initialize_(self, layers, generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (batch, length, vocabulary) for integer `tokens` (batch, length)."""
+        length = tokens.shape[-1]
+        if length > self.context:
+            raise ValueError(f"{length} tokens, but the model has only {self.context} positions")
+        x = self.embedding(tokens) + self.positions.weight[:length]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(_normalize(x))

@@ -1,0 +1,22 @@
+"""Symmetries of Transformer models: found in their parameters, acted with, verified."""
+
+from quotientopt.symmetries import adapters as _adapters  # noqa: F401 -- registers them
+from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.find import find_symmetries
+from quotientopt.symmetries.fold import fold_norms_
+from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.map import SymmetryMap
+from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
+from quotientopt.symmetries.residual import ResidualStream
+
+__all__ = [
+    "Block",
+    "Contribution",
+    "HeadSymmetry",
+    "NotUnderstoodError",
+    "ResidualStream",
+    "SymmetryMap",
+    "find_symmetries",
+    "fold_norms_",
+    "register",
+]

@@ -1,0 +1,112 @@
+"""Blocks: strided views of a model's parameters with the head axis in front."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A view ``(heads, r, n)`` of a parameter, on whose rows a structure group acts.
+
+    Nothing is copied: the block remembers size, stride and offset relative to its parameter, so
+    that the same view can be taken of the parameter, of its gradient and of anything else laid
+    out like it. Under g the block goes to ``g^{-T} block`` (left) or ``g block`` (right).
+
+    Attributes
+    ----------
+    parameter : Tensor
+        The parameter the block is a view of.
+    name : str
+        The parameter's qualified name in the model; may be empty for hand-made symmetries.
+    size, stride : tuple of int
+        Shape ``(heads, r, n)`` and strides, in elements.
+    offset : int
+        Offset of the first element from the parameter's first element.
+    """
+
+    parameter: Tensor
+    name: str
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    offset: int
+
+    @classmethod
+    def of(cls, view: Tensor, parameter: Tensor | None = None, name: str = "") -> Block:
+        """Describe ``view``, made from ``parameter`` by view operations alone.
+
+        Parameters
+        ----------
+        view : Tensor
+            Shape ``(heads, r, n)``, or ``(heads, r)`` for a bias, which becomes ``(heads, r, 1)``.
+        parameter : Tensor, optional
+            The tensor it was made from; found through ``view._base`` when left out.
+        name : str
+            Qualified name of the parameter.
+
+        Raises
+        ------
+        ValueError
+            If the shape is not that of a block, or ``view`` does not share the memory of
+            ``parameter`` (a copy, or a view of ``parameter.data``).
+        """
+        if parameter is None:
+            parameter = view if view._base is None else view._base
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"block {name or tuple(view.shape)} is not a view of a parameter; build it "
+                    "from the parameter itself with view operations (unflatten, select, transpose)"
+                )
+        if view.ndim == 2:
+            view = view.unsqueeze(-1)
+        if view.ndim != 3:
+            raise ValueError(
+                f"block {name!r} needs shape (heads, r, n) or (heads, r), got {tuple(view.shape)}"
+            )
+        if view.device.type == "meta" or parameter.device.type == "meta":
+            raise ValueError(
+                f"parameter {name!r} is on the meta device; load its values before asking for "
+                "symmetries"
+            )
+        if view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+            raise ValueError(
+                f"block {name!r} of shape {tuple(view.shape)} is a copy, not a view of its "
+                "parameter; use view operations only (unflatten, select, transpose)"
+            )
+        offset = int(view.storage_offset() - parameter.storage_offset())
+        heads, rows, columns = view.shape
+        head_stride, row_stride, column_stride = view.stride()
+        stride = (head_stride, row_stride, column_stride)
+        return cls(parameter, name, (heads, rows, columns), stride, offset)
+
+    def view(self, tensor: Tensor | None = None) -> Tensor:
+        """Return this block of ``tensor`` (by default of the parameter, detached).
+
+        Parameters
+        ----------
+        tensor : Tensor, optional
+            Shaped like the parameter. Shares memory with the result if it has the parameter's
+            strides; otherwise the block is read from a copy laid out like the parameter.
+
+        Returns
+        -------
+        Tensor
+            Shape ``(heads, r, n)``.
+        """
+        tensor = self.parameter.detach() if tensor is None else tensor
+        if tensor.stride() != self.parameter.stride():
+            tensor = torch.empty_like(self.parameter, dtype=tensor.dtype).copy_(tensor)
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    @property
+    def column_axis(self) -> int | None:
+        """Axis of the parameter along which the columns run; None if it is not a whole axis."""
+        for axis, (length, stride) in enumerate(
+            zip(self.parameter.shape, self.parameter.stride(), strict=True)
+        ):
+            if (length, stride) == (self.size[2], self.stride[2]):
+                return axis
+        return None

@@ -1,0 +1,152 @@
+"""Shared parameters: which claimed symmetries stay exact when values are used more than once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.registry import qualified
+
+Owner = tuple[int, str]
+
+
+class Ownership:
+    """Which modules own which parameters; a tied parameter has several owners.
+
+    A module that appears twice in a model is one owner, whatever its names.
+
+    Parameters
+    ----------
+    model : Module
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._owner: dict[str, Owner] = {}
+        self._owners: dict[int, set[Owner]] = defaultdict(set)
+        self._first_name: dict[int, str] = {}
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    name = qualified(prefix, attribute)
+                    self._parameters[name] = parameter
+                    self._owner[name] = (id(module), attribute)
+                    self._owners[id(parameter)].add(self._owner[name])
+                    self._first_name.setdefault(id(parameter), name)
+        for parameter in _sharing_memory(list(model.parameters())):
+            # An owner that no adapter can declare: acting on one would change the other.
+            self._owners[id(parameter)].add((0, "another parameter"))
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of that name."""
+        if name not in self._parameters:
+            raise ValueError(f"an adapter named {name!r}, which is no parameter of the model")
+        return self._parameters[name]
+
+    def first_name(self, parameter: str | Tensor) -> str:
+        """The first name of a parameter, given as any of its names or as a tensor."""
+        if isinstance(parameter, str):
+            parameter = self.parameter(parameter)
+        if id(parameter) not in self._first_name:
+            raise ValueError(
+                f"a symmetry acts on a tensor of shape {tuple(parameter.shape)}, which is no "
+                "parameter of the model"
+            )
+        return self._first_name[id(parameter)]
+
+    def used_elsewhere(self, parameters: Iterable[Tensor], declared: Iterable[str]) -> list[str]:
+        """First names of the parameters that have an owner not among the declared names."""
+        known = {self._owner[name] for name in declared}
+        return [
+            self.first_name(parameter)
+            for parameter in parameters
+            if not self._owners[id(parameter)] <= known
+        ]
+
+
+def _sharing_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters whose range of memory overlaps that of another Parameter object."""
+    ranges: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.numel():
+            start = parameter.data_ptr()
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            end = start + length * parameter.element_size()
+            address = parameter.untyped_storage().data_ptr()
+            ranges[address].append((start, end, parameter))
+    sharing: list[Tensor] = []
+    for found in ranges.values():
+        found.sort(key=lambda item: item[:2])
+        for (_, end, first), (start, _, second) in pairwise(found):
+            if start < end:
+                sharing += [first, second]
+    return sharing
+
+
+def without_conflicts(
+    symmetries: Sequence[HeadSymmetry], ownership: Ownership
+) -> tuple[list[HeadSymmetry], list[str]]:
+    """Separate the symmetries that stay exact from those that parameter sharing breaks.
+
+    Symmetries with the same blocks (two attentions sharing both matrices of a pair) are one, kept
+    under its first name. Where the same elements are used in two different ways, acting for one
+    use changes the other, and neither is a symmetry.
+
+    Returns
+    -------
+    kept : list of HeadSymmetry
+    dropped : list of str
+        Names of the others.
+    """
+    classes: dict[object, list[HeadSymmetry]] = defaultdict(list)
+    for symmetry in symmetries:
+        classes[_signature(symmetry)].append(symmetry)
+    representatives = [members[0] for members in classes.values()]
+    broken = _overlapping(representatives)
+    for members in classes.values():
+        blocks = [block for symmetry in members for block in symmetry.blocks]
+        declared = [block.name or ownership.first_name(block.parameter) for block in blocks]
+        if ownership.used_elsewhere([block.parameter for block in blocks], declared):
+            broken.add(id(members[0]))
+    kept = [symmetry for symmetry in representatives if id(symmetry) not in broken]
+    names = {symmetry.name for symmetry in kept}
+    return kept, [symmetry.name for symmetry in symmetries if symmetry.name not in names]
+
+
+def _signature(symmetry: HeadSymmetry) -> object:
+    left, right = (
+        tuple((id(block.parameter), block.size, block.stride, block.offset) for block in side)
+        for side in (symmetry.left_blocks, symmetry.right_blocks)
+    )
+    return symmetry.group, left, right
+
+
+def _overlapping(symmetries: Sequence[HeadSymmetry]) -> set[int]:
+    """Ids of the symmetries that touch an element twice, or one that another touches too."""
+    by_storage: dict[int, list[tuple[int, Block]]] = defaultdict(list)
+    for index, symmetry in enumerate(symmetries, start=1):
+        for block in symmetry.blocks:
+            address = block.parameter.untyped_storage().data_ptr()
+            by_storage[address].append((index, block))
+    broken: set[int] = set()
+    for uses in by_storage.values():
+        if len(uses) == 1:
+            continue
+        parameter = uses[0][1].parameter
+        length = parameter.untyped_storage().nbytes() // parameter.element_size()
+        user = torch.zeros(length, dtype=torch.int32)
+        for index, block in uses:
+            offset = block.parameter.storage_offset() + block.offset
+            elements = user.as_strided(block.size, block.stride, offset)
+            if bool(elements.any()):
+                earlier = set(elements.unique().tolist()) - {0}
+                broken |= {id(symmetries[i - 1]) for i in earlier | {index}}
+            elements.fill_(index)
+    return broken

@@ -1,0 +1,175 @@
+"""The symmetries of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt.groups import O
+from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.residual import ResidualStream
+from quotientopt.symmetries.verification import deviations
+
+RESIDUAL = "residual"
+_BREAKERS_SHOWN = 3
+
+
+class SymmetryMap:
+    """What :func:`quotientopt.find_symmetries` knows about a model.
+
+    Parameters
+    ----------
+    heads : sequence of HeadSymmetry
+        Symmetries of the attention heads, with distinct names.
+    residual : ResidualStream, optional
+        The residual stream, if it was recognised.
+    residual_reason : str
+        Why ``residual`` is None.
+    unrecognized : sequence of str
+        Names of attention modules that are not understood. They are left to plain Adam.
+
+    Notes
+    -----
+    A group element of the whole model is a mapping from symmetry name to a tensor:
+    ``(heads, r, r)`` per head symmetry and, under ``"residual"``, an orthogonal ``(d, d)``.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[HeadSymmetry] = (),
+        residual: ResidualStream | None = None,
+        *,
+        residual_reason: str = "",
+        unrecognized: Sequence[str] = (),
+    ) -> None:
+        self.heads = tuple(heads)
+        self.residual = residual
+        self.residual_reason = residual_reason
+        self.unrecognized = tuple(unrecognized)
+        names = [symmetry.name for symmetry in self.heads]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two head symmetries share a name: {sorted(names)}")
+
+    def redundancy(self) -> dict[str, int]:
+        """Count parameters and gauge directions.
+
+        Returns
+        -------
+        dict
+            ``"<name>"``: dimension of each symmetry's group (heads · dim G; d(d−1)/2 for an exact
+            residual stream), and ``"total"``, their sum: the number of directions in parameter
+            space along which the model computes the same.
+        """
+        counts = {symmetry.name: symmetry.heads * symmetry.group.dim for symmetry in self.heads}
+        if self.residual is not None and self.residual.exact:
+            counts[RESIDUAL] = O(self.residual.dimension).dim
+        return counts | {"total": sum(counts.values())}
+
+    def random_element(
+        self, cond: float = 10.0, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """A random element of the model's structure group, float64 on the CPU.
+
+        Parameters
+        ----------
+        cond : float
+            Condition number of every head's element.
+        generator : torch.Generator, optional
+            Source of randomness.
+        """
+        element = {
+            symmetry.name: symmetry.random_element(cond, generator=generator)
+            for symmetry in self.heads
+        }
+        if self.residual is not None and self.residual.exact:
+            element[RESIDUAL] = O(self.residual.dimension).random(
+                generator=generator, dtype=torch.float64
+            )
+        return element
+
+    def act_(self, element: Mapping[str, Tensor]) -> None:
+        """Act on the model's parameters in place; symmetries not named stay as they are.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown, or an element has the wrong shape or is not in its group. Nothing
+            is changed then.
+        """
+        known = {symmetry.name: symmetry for symmetry in self.heads}
+        unknown = [name for name in element if name not in known and name != RESIDUAL]
+        if unknown or (RESIDUAL in element and self.residual is None):
+            raise ValueError(
+                f"no symmetry called {(unknown or [RESIDUAL])[0]!r}; known: {sorted(known)}"
+            )
+        actors = {name: known.get(name) or self.residual for name in element}
+        for name, g in element.items():
+            actors[name].check_element(g)  # type: ignore[union-attr]
+        for name, g in element.items():
+            actors[name].act_(g)  # type: ignore[union-attr]
+
+    def verify(
+        self,
+        model: nn.Module,
+        *inputs: Any,
+        cond: float = 10.0,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """Act with random group elements and compare the model's outputs in float64.
+
+        Parameters
+        ----------
+        model : Module
+            The model these symmetries were found in.
+        *inputs, **kwargs
+            Passed to the model; floating-point tensors are cast to float64.
+        cond : float
+            Condition number of the random elements.
+        generator : torch.Generator, optional
+            Source of randomness; a fixed seed by default.
+
+        Returns
+        -------
+        dict
+            Symmetry name to the largest deviation of an output, relative to the largest output.
+            The parameters and buffers are restored bit for bit.
+        """
+        return deviations(self, model, inputs, kwargs, cond=cond, generator=generator)
+
+    def __str__(self) -> str:
+        header = ("symmetry", "group", "heads", "left", "right", "redundant")
+        rows: list[tuple[str, ...]] = [header if self.heads else ("no head symmetries",)]
+        for symmetry in self.heads:
+            rows.append(
+                (
+                    symmetry.name,
+                    str(symmetry.group),
+                    str(symmetry.heads),
+                    " + ".join(str(block.size[2]) for block in symmetry.left_blocks),
+                    " + ".join(str(block.size[2]) for block in symmetry.right_blocks),
+                    str(symmetry.heads * symmetry.group.dim),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        if self.residual is None:
+            lines.append(f"residual stream: none, {self.residual_reason or 'not looked for'}")
+        else:
+            broken_by = self.residual.broken_by
+            state = f"broken by {', '.join(broken_by[:_BREAKERS_SHOWN])}" if broken_by else "exact"
+            if len(broken_by) > _BREAKERS_SHOWN:
+                state += f" and {len(broken_by) - _BREAKERS_SHOWN} more"
+            lines.append(
+                f"residual stream: d = {self.residual.dimension}, "
+                f"{len(self.residual.axes)} parameters, O({self.residual.dimension}) {state}"
+            )
+        if self.unrecognized:
+            lines.append("not understood, left to plain Adam: " + ", ".join(self.unrecognized))
+        return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""Check claimed symmetries on the model itself: act, run, compare, put everything back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from quotientopt.symmetries.map import SymmetryMap
+
+# Caches hold keys and values, which do change under the group.
+_NOT_COMPARED = {"past_key_values"}
+
+
+def deviations(
+    symmetries: SymmetryMap,
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    cond: float = 10.0,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Act with one random element per symmetry and compare outputs in float64.
+
+    Parameters
+    ----------
+    symmetries : SymmetryMap
+        Symmetries of ``model``.
+    model : Module
+        Run in evaluation mode on float64 copies of its parameters and buffers. The originals are
+        put back, bit for bit and in the same storage, also after an error.
+    inputs, kwargs
+        Arguments of the model; floating-point tensors anywhere in them are cast to float64.
+    cond : float
+        Condition number of the random elements.
+    generator : torch.Generator, optional
+        Source of the random elements; a fixed seed by default.
+
+    Returns
+    -------
+    dict
+        Symmetry name to the largest deviation over all floating-point output tensors, each
+        relative to the largest entry of that tensor; infinite if an output is no longer finite.
+
+    Raises
+    ------
+    ValueError
+        If the model's outputs are not finite or there are none to compare, or if a symmetry
+        belongs to another model.
+
+    Notes
+    -----
+    A model that casts to float32 inside its forward (some norms and rotary embeddings do) agrees
+    only to about 1e-6.
+    """
+    _require_same_model(symmetries, model)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    result = {}
+    with _float64_evaluation(model) as restore:
+        reference = _run(model, inputs, kwargs)
+        if not reference:
+            raise ValueError(f"{type(model).__name__} returned no floating-point tensor to compare")
+        for key, value in reference.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"output {key!r} of {type(model).__name__} is not finite; no deviation can be "
+                    "measured on this input"
+                )
+        for name, element in symmetries.random_element(cond, generator=generator).items():
+            restore()
+            symmetries.act_({name: element})
+            result[name] = _deviation(_run(model, inputs, kwargs), reference)
+    return result
+
+
+def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    touched = {
+        symmetry.name: [block.parameter for block in symmetry.blocks]
+        for symmetry in symmetries.heads
+    }
+    if symmetries.residual is not None:
+        touched["residual"] = list(symmetries.residual.parameters.values())
+    for name, parameters in touched.items():
+        if any(id(parameter) not in own for parameter in parameters):
+            raise ValueError(
+                f"symmetry {name!r} acts on a tensor that is no parameter of this "
+                f"{type(model).__name__}; find the symmetries of this very model"
+            )
+
+
+@contextmanager
+def _float64_evaluation(model: nn.Module) -> Iterator[Any]:
+    """Swap in float64 copies and evaluation mode; yields a function that resets the copies."""
+    training = {module: module.training for module in model.modules()}
+    # A forward may register or replace buffers, so the dictionaries are kept as well.
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    originals = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+
+    def reset() -> None:
+        for module, values in buffers.items():
+            module._buffers.clear()
+            module._buffers.update(values)
+        for tensor, original in originals:
+            tensor.data.copy_(original)
+
+    try:
+        for tensor, original in originals:
+            dtype = torch.float64 if original.is_floating_point() else original.dtype
+            if isinstance(tensor, nn.Parameter):
+                # Blocks are read with the strides of their parameter.
+                tensor.data = torch.empty_strided(
+                    original.shape, original.stride(), dtype=dtype, device=original.device
+                ).copy_(original)
+            else:
+                tensor.data = original.to(dtype, copy=True)
+        model.eval()
+        with torch.no_grad():
+            yield reset
+    finally:
+        for tensor, original in originals:
+            tensor.data = original
+        for module, values in buffers.items():
+            module._buffers.clear()
+            module._buffers.update(values)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Floating-point outputs by path."""
+    devices = {parameter.device for parameter in model.parameters()}
+    kind = next((device.type for device in devices), "cpu")
+    cuda = [device for device in devices if device.type == "cuda"]
+    # Fresh arguments: a cache among them would grow from run to run.
+    inputs, kwargs = tree_map(_fresh, (tuple(inputs), dict(kwargs)))
+    # The generators' state is put back after every run, so that all runs draw the same numbers.
+    with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False):
+        output = model(*inputs, **kwargs)
+    return dict(_floating_tensors(output, "output"))
+
+
+def _fresh(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        leaf = leaf.detach()
+        return leaf.to(torch.float64 if leaf.is_floating_point() else leaf.dtype, copy=True)
+    return copy.deepcopy(leaf)
+
+
+def _floating_tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _NOT_COMPARED:
+                yield from _floating_tensors(item, f"{path}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _floating_tensors(item, f"{path}[{index}]")
+
+
+def _deviation(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    largest = 0.0
+    for key, expected in reference.items():
+        if expected.numel() == 0:
+            continue
+        difference = (outputs[key] - expected).abs().max().item()
+        scale = expected.abs().max().item() or 1.0
+        deviation = difference / scale
+        # Written so that NaN counts as infinite.
+        largest = max(largest, deviation if deviation < float("inf") else float("inf"))
+    return largest
