@@ -1,0 +1,168 @@
+"""Gauge twins: from x and from g·x an equivariant optimizer sees the same losses."""
+
+import copy
+
+import pytest
+import torch
+
+import quotientopt as qo
+from tests.optim.training import random_gains_, small_model, train, twin_of
+
+STEPS = 30
+COND = 1000.0
+
+
+def heads_only(name):
+    return name != "residual"
+
+
+def quotient_adam(model, **options):
+    return qo.QuotientAdam(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, **options)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def deviation(model, twin, make):
+    first, second = copy.deepcopy(model), copy.deepcopy(twin)
+    difference = train(first, make(first), STEPS) - train(second, make(second), STEPS)
+    return difference.abs().max().item()
+
+
+def folded_llama():
+    model = random_gains_(small_model("llama", key_value_heads=2))
+    qo.fold_norms_(model)
+    return model
+
+
+@pytest.mark.parametrize("head_frame", ["balanced", "orthonormal", "svd"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_gpt_twins_under_gl_on_all_heads(head_frame, nesterov):
+    model = small_model("gpt")
+    twin, element = twin_of(model, cond=COND, only=heads_only)
+    assert len(element) == 4
+
+    def make(m):
+        return quotient_adam(m, residual_frame=None, head_frame=head_frame, nesterov=nesterov)
+
+    assert deviation(model, twin, make) < 1e-10
+
+
+@pytest.mark.parametrize("head_frame", ["balanced", "orthonormal", "svd"])
+def test_llama_twins_under_the_rotary_commutant_with_grouped_queries(head_frame):
+    model = random_gains_(small_model("llama", key_value_heads=2))
+    twin, element = twin_of(model, cond=COND)
+    assert len(element) == 4
+
+    def make(m):
+        return quotient_adam(m, residual_frame=None, head_frame=head_frame)
+
+    assert deviation(model, twin, make) < 1e-10
+    assert deviation(model, twin, adamw) > 1e-4
+
+
+@pytest.mark.parametrize("residual_frame", ["per_matrix", "shared"])
+@pytest.mark.parametrize("build", [small_model, folded_llama])
+def test_twins_under_heads_and_residual_rotations_together(build, residual_frame):
+    model = build()
+    twin, element = twin_of(model, cond=COND)
+    assert "residual" in element
+    assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=residual_frame)) < 1e-10
+
+
+def test_controls_deviate():
+    """AdamW, head frames left out, and residual frames left out each see their gauge."""
+    model = small_model("gpt")
+    heads, _ = twin_of(model, cond=COND, only=heads_only)
+    residual, _ = twin_of(model, cond=COND, only=lambda name: name == "residual")
+    assert deviation(model, heads, adamw) > 1e-4
+    assert deviation(model, residual, adamw) > 1e-4
+    without_heads = {"head_frame": None, "residual_frame": None}
+    assert deviation(model, heads, lambda m: quotient_adam(m, **without_heads)) > 1e-4
+    assert deviation(model, residual, lambda m: quotient_adam(m, residual_frame=None)) > 1e-4
+
+
+def test_a_signed_permutation_is_invisible_to_adam_itself():
+    """What is left over after dressing: the control that the twins' own rounding stays small."""
+    model = small_model("gpt")
+    twin = copy.deepcopy(model)
+    symmetries = qo.find_symmetries(twin)
+    order = torch.tensor([3, 1, 0, 2, 5, 4, 7, 6])
+    g = (torch.eye(8, dtype=torch.float64) * torch.tensor([1.0, -1.0] * 4))[order].expand(4, 8, 8)
+    symmetries.act_({"blocks.0.attention.qk": g, "blocks.1.attention.vo": g})
+    assert deviation(model, twin, adamw) < 1e-11
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_moments_are_equivariant_too(clip):
+    """Mid-training, state included: act on parameters and state together, and go on."""
+    model = small_model("gpt")
+    optimizer = quotient_adam(model, max_grad_norm=clip)
+    train(model, optimizer, 13)
+    twin = copy.deepcopy(model)
+    moved = quotient_adam(twin, max_grad_norm=clip)
+    moved.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    not_moved = copy.deepcopy((twin, moved))
+    generator = torch.Generator().manual_seed(3)
+    element = moved.symmetries.random_element(cond=COND, generator=generator)
+    moved.symmetries.act_(element)
+    moved.move_state_(element)
+    not_moved[1].symmetries.act_(element)
+    losses = train(model, optimizer, STEPS, seed=5)
+    assert (losses - train(twin, moved, STEPS, seed=5)).abs().max() < 1e-10
+    assert (losses - train(*not_moved, STEPS, seed=5)).abs().max() > 1e-4
+
+
+def test_moments_move_for_planes_and_shared_frames():
+    model = folded_llama()
+    optimizer = quotient_adam(model, residual_frame="shared", nesterov=True)
+    train(model, optimizer, 7)
+    twin, moved = copy.deepcopy((model, optimizer))
+    element = moved.symmetries.random_element(
+        cond=COND, generator=torch.Generator().manual_seed(3)
+    )
+    moved.symmetries.act_(element)
+    moved.move_state_(element)
+    losses = train(model, optimizer, STEPS, seed=5)
+    assert (losses - train(twin, moved, STEPS, seed=5)).abs().max() < 1e-10
+
+
+def test_state_of_plain_adam_is_not_moved():
+    model = small_model("gpt")
+    optimizer = quotient_adam(model, residual_frame=None)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    element = optimizer.symmetries.random_element()
+    with pytest.raises(ValueError, match=r"cannot move .*'residual'.*plain"):
+        optimizer.move_state_(element)
+    with pytest.raises(ValueError, match="no symmetry called 'nobody'"):
+        optimizer.move_state_({"nobody": torch.eye(8)})
+    after = optimizer.state_dict()["state"]
+    for key, state in before.items():
+        for name, value in state.items():
+            assert torch.equal(value, after[key][name])
+
+
+def test_clipping_is_invariant():
+    """The dressed norm does not see the gauge; the Euclidean norm does."""
+    model = small_model("gpt")
+    twin, _ = twin_of(model, cond=COND)
+    assert deviation(model, twin, lambda m: quotient_adam(m, max_grad_norm=0.05)) < 1e-10
+    loose = train(copy.deepcopy(model), quotient_adam(model), 1)
+    assert torch.isfinite(loose).all()
+
+    class Clipped(qo.QuotientAdam):
+        def step(self, closure=None):
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+            return super().step(closure)
+
+    assert deviation(model, twin, lambda m: Clipped(m, lr=3e-3)) > 1e-4
+
+
+@pytest.mark.parametrize("cond", [1.0, 10.0, 100.0, 1000.0])
+def test_float32_curves_agree_to_plotting_accuracy(cond):
+    model = small_model("gpt", dtype=torch.float32)
+    twin, _ = twin_of(model, cond=cond, only=heads_only)
+    assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) < 1e-2
