@@ -14,3 +14,9 @@ def ema_(average: Tensor, new: Tensor, beta: float) -> None:
     trace = average.diagonal(dim1=-2, dim2=-1).sum(-1)
     weight = torch.where(trace == 0, 1.0, 1 - beta).to(average.dtype)
     average.lerp_(new, weight[..., None, None])
+
+
+def trace_normalised(matrix: Tensor) -> Tensor:
+    """``matrix`` over its trace, so that eigen-decompositions see numbers of order one."""
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return matrix / trace.clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -205,9 +205,7 @@ class Bucket:
         update = self._two_sided(left, update, None if frames is None else frames.mT)
         self._add_to_parameters(update, group["lr"], group["weight_decay"])
 
-    def _add_to_parameters(
-        self, update: Tensor, lr: float | Tensor, weight_decay: float
-    ) -> None:
+    def _add_to_parameters(self, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
         views = self.views()
         if views[0].dtype != self.dtype:
             # One rounding of the sum: in bfloat16 a decay of 1 - lr·wd alone would round to one.

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from quotientopt.optim.head_dressing import HEAD_FRAMES
+from quotientopt.optim.leaves import SIDES, Leaves
+from quotientopt.symmetries import SymmetryMap
+from quotientopt.symmetries.map import RESIDUAL
 
 RESIDUAL_FRAMES = ("per_matrix", "shared")
 
@@ -57,14 +60,55 @@ def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor]
 def refuse_nonfinite(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
     """Refuse NaN and infinite gradients before anything has changed."""
     tensors = [gradient for gradient in gradients.values() if gradient.numel()]
-    # The largest entry, not the 2-norm: finite gradients of 1e20 would overflow that in float32.
-    norms = torch._foreach_norm(tensors, ord=float("inf"))
+    # A finite 2-norm says that all is finite, in one fast pass. An infinite one may be overflow of
+    # finite gradients of 1e20, so that only then every entry is looked at.
+    norms = torch._foreach_norm(tensors)
     dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms))
     if bool(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]).isfinite().all()):
         return
     bad = [name_of(p) for p, gradient in gradients.items() if not gradient.isfinite().all()]
+    if not bad:
+        return
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     raise ValueError(
         f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
         "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
     )
+
+
+def refuse_unmovable(
+    element: Mapping[str, Tensor], symmetries: SymmetryMap, leaves: Leaves
+) -> None:
+    """Refuse to move state that has no law of transformation: that of plain Adam.
+
+    Raises
+    ------
+    ValueError
+        If the element names an unknown symmetry, or acts on parameters without the frame that
+        would make their state dressed.
+    """
+    known = {symmetry.name: symmetry for symmetry in symmetries.heads}
+    covered = {(leaf.symmetry.name, leaf.side) for leaf in leaves.framed if leaf.symmetry}
+    unturned = {id(leaf.parameter) for leaf in leaves.framed if not leaf.residual}
+    plain = {id(parameter) for parameters in leaves.plain for parameter in parameters}
+    framed = {id(leaf.parameter) for leaf in leaves.framed}
+    for name in element:
+        stuck: list[str] = []
+        if name == RESIDUAL and symmetries.residual is not None:
+            stream = symmetries.residual.parameters
+            stuck = [n for n, p in stream.items() if id(p) in plain | unturned]
+        elif name in known:
+            sides = (known[name].left_blocks, known[name].right_blocks)
+            stuck = [
+                block.name
+                for side, blocks in zip(SIDES, sides, strict=True)
+                for block in blocks
+                if (name, side) not in covered and id(block.parameter) in plain | framed
+            ]
+        else:
+            raise ValueError(f"no symmetry called {name!r}; known: {sorted(known)}")
+        if stuck:
+            raise ValueError(
+                f"cannot move the optimizer's state by {name!r}: that of {stuck[0]!r} is plain "
+                "Adam's and depends on the gauge; use a head_frame and a residual_frame"
+            )

@@ -12,7 +12,8 @@ from torch import Tensor
 from quotientopt.optim.bucket import Bucket
 from quotientopt.optim.head_frames import HeadFrames
 from quotientopt.optim.leaves import Leaf, Leaves
-from quotientopt.optim.residual_frame import SharedResidualFrame
+from quotientopt.optim.residual_frame import SharedResidualFrame, rotate_
+from quotientopt.symmetries.map import RESIDUAL
 
 COVARIANCE_BETA = 0.95
 TIE_BREAK = 1e-3
@@ -81,7 +82,7 @@ class Engine:
                 kind = self.param_groups[leaf.group_index]["head_frame"]
                 key = (kind, leaf.symmetry.group, leaf.symmetry.heads)
                 grouped[*key, leaf.parameter.dtype, leaf.parameter.device].append(leaf)
-        frames = {}
+        frames: dict[int, HeadFrames] = {}
         for (kind, *_), members in grouped.items():
             parameter = members[0].parameter
             heads = HeadFrames(
@@ -130,7 +131,9 @@ class Engine:
                 own["step"] = torch.zeros((), dtype=torch.float32)
         for bucket in self.buckets:
             bucket.steps = [int(state[leaf.parameter]["step"]) for leaf in bucket.leaves]
-        self._steps = {leaf.parameter: state[leaf.parameter] for b in self.buckets for leaf in b.leaves}
+        self._steps = {
+            leaf.parameter: state[leaf.parameter] for b in self.buckets for leaf in b.leaves
+        }
 
     def active(self) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the leaves that have a gradient."""
@@ -144,9 +147,7 @@ class Engine:
     def refresh_due(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether frames are made afresh in this step: every K steps, or for a new leaf."""
         steps = [bucket.steps[i] for bucket, rows in active for i in rows]
-        every = min(
-            self.param_groups[bucket.group_index]["refresh_every"] for bucket, _ in active
-        )
+        every = min(self.param_groups[bucket.group_index]["refresh_every"] for bucket, _ in active)
         return min(steps) == 0 or (max(steps) + 1) % every == 0
 
     def fresh_dressings(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -191,9 +192,7 @@ class Engine:
             part.update_(gradients, self.param_groups[bucket.group_index])
             if part is not bucket:
                 bucket.absorb(part, rows)
-        counted = {
-            bucket.leaves[i].parameter: None for bucket, rows in active for i in rows
-        }
+        counted = {bucket.leaves[i].parameter: None for bucket, rows in active for i in rows}
         torch._foreach_add_([self._steps[parameter]["step"] for parameter in counted], 1)
 
     def _part(self, bucket: Bucket, rows: list[int]) -> Bucket:
@@ -249,7 +248,22 @@ class Engine:
         return turned
 
     @staticmethod
-    def _dual(
-        bucket: Bucket, dressings: Mapping[int, tuple[Tensor, Tensor]]
-    ) -> Tensor | None:
+    def _dual(bucket: Bucket, dressings: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor | None:
         return None if bucket.heads is None else dressings[id(bucket.heads)][1]
+
+    def move_(self, element: Mapping[str, Tensor]) -> None:
+        """Move the state along with parameters on which ``element`` acts.
+
+        Dressed quantities stay; head frames go to ``u g^{-1}`` (left) and ``u gᵀ`` (right),
+        residual frames to ``O Q`` and their covariances to ``O R Oᵀ``.
+        """
+        for heads in self.heads:
+            heads.move_(element)
+        rotation = element.get(RESIDUAL)
+        if rotation is not None:
+            for bucket in self.buckets:
+                if bucket.shared is None and bucket.residual:
+                    state = bucket.state
+                    rotate_(state["residual_frame"], state["residual_covariance"], rotation)
+            for shared in self.shared.values():
+                rotate_(shared.frame, shared.covariance, rotation)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
+from quotientopt.optim.averages import trace_normalised
 from quotientopt.sections.factor import svd_element
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
@@ -102,7 +103,10 @@ def _plane_dressing(
     partner = plane_partners(group, left_gram.device)
     left, right = (
         (diagonal + diagonal[..., partner]).sqrt()
-        for diagonal in (left_gram.diagonal(dim1=-2, dim2=-1), right_gram.diagonal(dim1=-2, dim2=-1))
+        for diagonal in (
+            left_gram.diagonal(dim1=-2, dim2=-1),
+            right_gram.diagonal(dim1=-2, dim2=-1),
+        )
     )
     if kind == "orthonormal":
         fields = (right.reciprocal(), right, left.reciprocal(), left)
@@ -125,7 +129,9 @@ def plane_partners(group: StructureGroup, device: torch.device) -> Tensor:
 
 
 def head_eigenframe(group: StructureGroup, covariance: Tensor) -> Tensor:
-    """Rows are eigenvectors of the dressed gradient covariance: the frame O left over by a section.
+    """Rows are eigenvectors of the dressed gradient covariance.
+
+    They fix the rotation O that a section leaves over.
 
     Parameters
     ----------
@@ -135,6 +141,7 @@ def head_eigenframe(group: StructureGroup, covariance: Tensor) -> Tensor:
     covariance : Tensor
         Symmetric, shape ``(…, r, r)``.
     """
+    covariance = trace_normalised(covariance)
     if not isinstance(group, RotaryCommutant):
         return torch.linalg.eigh(covariance).eigenvectors.mT
     frame = torch.eye(group.r, dtype=covariance.dtype, device=covariance.device)

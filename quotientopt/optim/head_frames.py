@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from quotientopt.optim.head_dressing import head_dressing, head_eigenframe, plane_partners
 from quotientopt.optim.averages import ema_
+from quotientopt.optim.head_dressing import head_dressing, head_eigenframe, plane_partners
 from quotientopt.optim.leaves import Leaf
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -47,7 +47,7 @@ class HeadFrames:
         partner = plane_partners(self.group, device)
         planes = bool((partner != torch.arange(rank, device=device)).any())
         self.partner = partner if planes else None
-        # Where float64 exists, Grams of ill-conditioned float32 factors keep their small directions.
+        # In float64 the Grams of ill-conditioned float32 factors keep their small directions.
         self.gram_dtype = dtype if device.type == "mps" else torch.float64
 
     def place(self, leaf: Leaf) -> int:
@@ -153,3 +153,14 @@ class HeadFrames:
         turn = turn.to(field.dtype)
         self.frame.copy_(turn @ field)
         return turn
+
+    def move_(self, element: Mapping[str, Tensor]) -> None:
+        """Move frames along with the parameters: ``u ↦ u g^{-1}`` (left), ``u ↦ u gᵀ`` (right)."""
+        for place, symmetry in enumerate(self.symmetries):
+            g = element.get(symmetry.name)
+            if g is None:
+                continue
+            left, right = self.frame[place], self.frame[place + len(self.symmetries)]
+            g = g.to(self.frame.device, torch.promote_types(g.dtype, self.gram_dtype))
+            left.copy_(left.to(g.dtype) @ self.group.inverse(g))
+            right.copy_(right.to(g.dtype) @ g.mT)

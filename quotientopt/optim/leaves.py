@@ -190,8 +190,6 @@ def _refuse_partial_cover(leaves: Sequence[Leaf]) -> None:
         )
 
 
-
-
 def _with_suffixes(leaves: Sequence[Leaf]) -> list[Leaf]:
     if len(leaves) == 1:
         return list(leaves)

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from quotientopt.optim.checks import refuse_bad_hyperparameters, refuse_nonfinite, refuse_sparse
+from quotientopt.optim.checks import (
+    refuse_bad_hyperparameters,
+    refuse_nonfinite,
+    refuse_sparse,
+    refuse_unmovable,
+)
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.leaves import Leaves, find_leaves, parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
@@ -143,7 +148,20 @@ class QuotientAdam(Optimizer):
             if block.name:
                 self._names.setdefault(id(block.parameter), block.name)
         super().__init__(model_or_params, defaults)
+        self._refuse_foreign_symmetries()
         self._plan()
+
+    def _refuse_foreign_symmetries(self) -> None:
+        """Symmetries of another model would silently leave plain AdamW."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        known = {id(b.parameter) for s in self.symmetries.heads for b in s.blocks}
+        if self.symmetries.residual is not None:
+            known |= {id(p) for p in self.symmetries.residual.parameters.values()}
+        if known and not known & own:
+            raise ValueError(
+                "the symmetries belong to another model: none of its parameters is in the "
+                "optimizer; pass find_symmetries(model) of the model that is trained"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; refuses one that would split a pair.
@@ -188,7 +206,7 @@ class QuotientAdam(Optimizer):
         return parameter_name(parameter, self._names, self.param_groups)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.
 
         Parameters
@@ -284,7 +302,32 @@ class QuotientAdam(Optimizer):
             has_complex=any(torch.is_complex(p) for p in parameters),
         )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    @torch.no_grad()
+    def move_state_(self, element: Mapping[str, Tensor]) -> None:
+        """Move the state by a group element that acts on the parameters.
+
+        After ``symmetries.act_(element)`` and ``optimizer.move_state_(element)`` training goes on
+        as if nothing had happened.
+
+        Parameters
+        ----------
+        element : mapping of str to Tensor
+            As from :meth:`SymmetryMap.random_element`: symmetry name to ``(heads, r, r)``,
+            ``"residual"`` to ``(d, d)``.
+
+        Raises
+        ------
+        ValueError
+            If the element moves parameters whose state is that of plain Adam, which has no law of
+            transformation. Nothing is changed then.
+        """
+        refuse_unmovable(element, self.symmetries, self._leaves)
+        if self._engine is None and self.state:
+            self._engine = Engine(self._leaves, self.param_groups, self.state)
+        if self._engine is not None:
+            self._engine.move_(element)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; training then continues bit for bit.
 
         Parameters
@@ -293,13 +336,15 @@ class QuotientAdam(Optimizer):
             From :meth:`state_dict` of an optimizer over parameters of the same shapes.
         """
         super().load_state_dict(dict(state_dict))
-        # torch casts state to the parameter's dtype; that of bfloat16 parameters is float32.
+        # torch casts state to the parameter's dtype, but that of bfloat16 parameters is float32;
+        # and it keeps the given tensors, which another optimizer may go on using.
         saved_order = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for i, parameter in zip(saved_order, parameters, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[parameter][key] = value.detach().to(parameter.device).clone()
+                if isinstance(value, Tensor):
+                    device = value.device if key == "step" else parameter.device
+                    self.state[parameter][key] = value.detach().to(device).clone()
         self._plan()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quotientopt.optim.averages import ema_
+from quotientopt.optim.averages import ema_, trace_normalised
 
 
 def residual_eigenframe(covariance: Tensor, weights_gram: Tensor, tie_break: float) -> Tensor:
@@ -23,14 +23,15 @@ def residual_eigenframe(covariance: Tensor, weights_gram: Tensor, tie_break: flo
     tie_break : float
         Weight of the second term.
     """
-    tiny = torch.finfo(covariance.dtype).tiny
-
-    def normalised(matrix: Tensor) -> Tensor:
-        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        return matrix / trace.clamp_min(tiny)
-
-    pooled = normalised(covariance).add(normalised(weights_gram), alpha=tie_break)
+    pooled = trace_normalised(covariance).add(trace_normalised(weights_gram), alpha=tie_break)
     return torch.linalg.eigh(pooled).eigenvectors
+
+
+def rotate_(frame: Tensor, covariance: Tensor, rotation: Tensor) -> None:
+    """Move a residual frame and covariance along with ``W ↦ W Oᵀ``: Q ↦ O Q, R ↦ O R Oᵀ."""
+    rotation = rotation.to(frame)
+    frame.copy_(rotation @ frame)
+    covariance.copy_(rotation @ covariance @ rotation.mT)
 
 
 class SharedResidualFrame:

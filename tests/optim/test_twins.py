@@ -119,9 +119,7 @@ def test_moments_move_for_planes_and_shared_frames():
     optimizer = quotient_adam(model, residual_frame="shared", nesterov=True)
     train(model, optimizer, 7)
     twin, moved = copy.deepcopy((model, optimizer))
-    element = moved.symmetries.random_element(
-        cond=COND, generator=torch.Generator().manual_seed(3)
-    )
+    element = moved.symmetries.random_element(cond=COND, generator=torch.Generator().manual_seed(3))
     moved.symmetries.act_(element)
     moved.move_state_(element)
     losses = train(model, optimizer, STEPS, seed=5)

@@ -1,0 +1,390 @@
+"""QuotientAdam keeps torch.optim's contracts."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import quotientopt as qo
+from tests.optim.training import batches, loss_of, small_model, train
+
+
+def quotient_adam(model, **options):
+    return qo.QuotientAdam(model, **({"lr": 3e-3, "weight_decay": 0.1} | options))
+
+
+def save_and_load(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def flat_parameters(model):
+    return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+
+
+def assert_unchanged(model, optimizer, before):
+    weights, state = before
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    now = optimizer.state_dict()["state"]
+    assert now.keys() == state.keys()
+    for index, values in state.items():
+        assert values.keys() == now[index].keys()
+        assert all(torch.equal(value, now[index][key]) for key, value in values.items())
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("residual_frame", ["per_matrix", "shared", None])
+def test_state_dict_round_trip_continues_bit_for_bit(name, residual_frame):
+    model = small_model(name, dtype=torch.float32)
+    optimizer = quotient_adam(model, residual_frame=residual_frame, nesterov=True)
+    train(model, optimizer, 14)
+    other = copy.deepcopy(model)
+    restored = quotient_adam(other)  # options come from the checkpoint, as in torch
+    restored.load_state_dict(save_and_load(optimizer.state_dict()))
+    first, second = train(model, optimizer, 14, seed=4), train(other, restored, 14, seed=4)
+    assert torch.equal(first, second)
+    assert torch.equal(flat_parameters(model), flat_parameters(other))
+    fresh = copy.deepcopy(other)
+    forgetful = train(fresh, quotient_adam(fresh), 5, seed=6)
+    assert not torch.equal(forgetful, train(other, restored, 5, seed=6))
+
+
+def test_loading_does_not_tie_two_optimizers_together():
+    model = small_model(dtype=torch.float32)
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 3)
+    other = copy.deepcopy(model)
+    restored = quotient_adam(other)
+    restored.load_state_dict(optimizer.state_dict())
+    before = snapshot(model, optimizer)
+    train(other, restored, 3)
+    assert_unchanged(model, optimizer, before)
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_continue_alike(carry):
+    model = small_model(dtype=torch.float32)
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 7)
+    other, restored = carry((model, optimizer))
+    assert torch.equal(train(model, optimizer, 7, seed=4), train(other, restored, 7, seed=4))
+
+
+def test_state_holds_tensors_only_and_is_filed_under_parameters():
+    model = small_model("llama", key_value_heads=4)
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 1)
+    assert set(optimizer.state) == set(model.parameters())
+    for state in optimizer.state.values():
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+    query = optimizer.state[model.blocks[0].attention.query.weight]
+    assert query["exp_avg"].shape == (1, 4, 8, 32)
+    assert query["head_frame"].shape == (4, 8, 8)
+    assert query["residual_frame"].shape == (32, 32)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_without_symmetries_it_is_adamw(foreach, maximize):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3))
+    other = copy.deepcopy(model)
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
+    options |= {"foreach": foreach, "maximize": maximize}
+    pairs = [
+        (model, qo.QuotientAdam(model, nesterov=True, **options)),
+        (other, torch.optim.AdamW(other.parameters(), **options)),
+    ]
+    for _ in range(10):
+        data = torch.randn(5, 6)
+        for net, optimizer in pairs:
+            optimizer.zero_grad()
+            net(data).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(other))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        ours, theirs = pairs[0][1].state[p], pairs[1][1].state[q]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_maximize_is_minimizing_the_negative():
+    model = small_model()
+    other = copy.deepcopy(model)
+    optimizer, opposite = quotient_adam(model), quotient_adam(other, maximize=True)
+    for tokens in batches(12):
+        for net, own, sign in ((model, optimizer, 1), (other, opposite, -1)):
+            own.zero_grad()
+            (sign * loss_of(net, tokens)).backward()
+            own.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(other))
+
+
+def test_closures_and_schedulers():
+    model = small_model()
+    other = copy.deepcopy(model)
+    optimizer, scheduled = quotient_adam(model), quotient_adam(other)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(scheduled, 20)
+    for step, tokens in enumerate(batches(5)):
+        optimizer.param_groups[0]["lr"] = scheduled.param_groups[0]["lr"]
+
+        def closure(tokens=tokens):
+            optimizer.zero_grad()
+            loss = loss_of(model, tokens)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        scheduled.zero_grad()
+        expected = loss_of(other, tokens)
+        expected.backward()
+        scheduled.step()
+        scheduler.step()
+        assert loss.item() == expected.item(), step
+    assert scheduled.param_groups[0]["lr"] < 3e-3
+    assert torch.equal(flat_parameters(model), flat_parameters(other))
+
+
+def test_tensor_learning_rate():
+    model = small_model()
+    other = copy.deepcopy(model)
+    first = train(model, quotient_adam(model, lr=3e-3), 5)
+    second = train(other, quotient_adam(other, lr=torch.tensor(3e-3, dtype=torch.float64)), 5)
+    assert (first - second).abs().max() < 1e-12
+
+
+def test_zero_lr_and_zero_gradients_change_nothing():
+    model = small_model()
+    optimizer = quotient_adam(model, lr=0.0)
+    before = flat_parameters(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(11):
+        optimizer.step()
+    assert torch.equal(before, flat_parameters(model))
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    assert all(value.isfinite().all() for value in state)
+
+
+def test_grad_scaler():
+    model = small_model(dtype=torch.float32)
+    other = copy.deepcopy(model)
+    optimizer, plain = quotient_adam(model), quotient_adam(other)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for i, tokens in enumerate(batches(6)):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, tokens)).backward()
+        if i == 3:  # an overflow: the scaler skips the step
+            model.head.weight.grad[0, 0] = float("inf")
+            before = flat_parameters(model)
+        scaler.step(optimizer)
+        scaler.update()
+        if i == 3:
+            assert torch.equal(before, flat_parameters(model))
+            assert scaler.get_scale() == 2.0**9
+            continue
+        plain.zero_grad()
+        loss_of(other, tokens).backward()
+        plain.step()
+    # Powers of two only shift exponents.
+    assert torch.equal(flat_parameters(model), flat_parameters(other))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["blocks.1.attention.key.weight", "norm.weight"])
+def test_nonfinite_gradients_are_refused(name, value):
+    model = small_model("llama")
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 3)
+    model.get_parameter(name).grad.view(-1)[5] = value
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+    assert torch.isfinite(train(model, optimizer, 3)).all()
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e-15])
+def test_huge_and_tiny_gradients_are_no_obstacle(scale):
+    model = small_model(dtype=torch.float32)
+    before = loss_of(model, next(batches(1))).item()
+    optimizer = quotient_adam(model)
+    for tokens in batches(30):
+        optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(scale)
+        optimizer.step()
+    after = loss_of(model, next(batches(1))).item()
+    assert after < before - 0.5 if scale > 1 else after < before + 1e-3
+
+
+def test_low_precision_parameters_keep_float32_state():
+    model = small_model(dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    optimizer = quotient_adam(model, lr=1e-2)
+    losses = train(model, optimizer, 40)
+    assert losses[-5:].mean() < losses[:5].mean() - 0.5
+    weight = model.blocks[0].attention.query.weight
+    assert weight.dtype == torch.bfloat16
+    assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.float32
+    other = copy.deepcopy(model)
+    restored = quotient_adam(other, lr=1e-2)
+    restored.load_state_dict(save_and_load(optimizer.state_dict()))
+    assert torch.equal(train(model, optimizer, 12), train(other, restored, 12))
+
+
+def test_parameters_without_gradients_stay_and_rejoin():
+    model = small_model()
+    other = copy.deepcopy(model)
+    optimizer, batched = quotient_adam(model), quotient_adam(other, foreach=False)
+    for step, tokens in enumerate(batches(14)):
+        for net, own in ((model, optimizer), (other, batched)):
+            own.zero_grad()
+            loss_of(net, tokens).backward()
+            if step < 6:
+                net.blocks[0].attention.query.weight.grad = None
+                net.blocks[1].mlp.up.weight.grad = None
+        idle = model.blocks[0].attention.query.weight.detach().clone()
+        optimizer.step()
+        batched.step()
+        assert torch.equal(idle, model.blocks[0].attention.query.weight) == (step < 6)
+    assert (flat_parameters(model) - flat_parameters(other)).abs().max() < 1e-9
+    steps = {optimizer.state[p]["step"].item() for p in model.parameters()}
+    assert steps == {8.0, 14.0}
+
+
+def test_a_frozen_half_serves_as_geometry():
+    model = small_model()
+    frozen = model.blocks[0].attention.key.weight
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    optimizer = quotient_adam(model)
+    losses = train(model, optimizer, 12)
+    assert torch.equal(frozen, before)
+    assert frozen not in optimizer.state
+    frozen.requires_grad_(True)
+    train(model, optimizer, 2)
+    assert not torch.equal(frozen, before)
+    assert losses[-1] < losses[0]
+
+
+def test_param_groups():
+    """Biases may sit in a group without weight decay, each group with its own hyperparameters."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    symmetries = qo.find_symmetries(layer)
+    groups = [
+        {"params": [p for p in layer.parameters() if p.ndim == 2], "weight_decay": 0.5},
+        {"params": [p for p in layer.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = qo.QuotientAdam(groups, lr=1e-2, symmetries=symmetries)
+    data = torch.randn(3, 5, 16)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(data).square().mean().backward()
+        optimizer.step()
+    in_proj = optimizer.state[layer.self_attn.in_proj_weight]
+    assert {"exp_avg.0", "exp_avg.1", "exp_avg.2"} <= set(in_proj)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    still = qo.QuotientAdam(groups, lr=1e-2, symmetries=symmetries)
+    weight, bias = layer.linear1.weight.detach().clone(), layer.linear1.bias.detach().clone()
+    still.step()
+    assert torch.allclose(layer.linear1.weight, weight * (1 - 1e-2 * 0.5))
+    assert torch.equal(layer.linear1.bias, bias)
+
+
+def test_added_groups_join_and_splits_are_refused():
+    model = small_model()
+    symmetries = qo.find_symmetries(model)
+    own = {id(p) for p in model.blocks[1].parameters()}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    optimizer = qo.QuotientAdam(rest, symmetries=symmetries)
+    train(model, optimizer, 2)
+    state = optimizer.state[model.head.weight]["exp_avg"].clone()
+    optimizer.add_param_group({"params": [model.blocks[1].attention.query.weight]})
+    with pytest.raises(ValueError, match="split over param groups"):
+        optimizer.add_param_group({"params": [model.blocks[1].attention.key.weight]})
+    assert torch.equal(state, optimizer.state[model.head.weight]["exp_avg"])
+    del optimizer.param_groups[1:]
+    optimizer.add_param_group({"params": list(model.blocks[1].parameters()), "lr": 1e-4})
+    train(model, optimizer, 2)
+    assert "head_frame" in optimizer.state[model.blocks[1].attention.query.weight]
+    assert optimizer.state[model.head.weight]["step"] == 4
+
+
+def test_a_split_pair_is_refused_and_names_both():
+    model = small_model()
+    query = model.blocks[0].attention.query.weight
+    rest = [p for p in model.parameters() if p is not query]
+    with pytest.raises(ValueError, match="split") as error:
+        qo.QuotientAdam(
+            [{"params": [query]}, {"params": rest}], symmetries=qo.find_symmetries(model)
+        )
+    for name in ("attention.query.weight", "attention.key.weight", "blocks.0.attention.qk"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_frame": "polar"}, "head_frame must be 'balanced', 'orthonormal', 'svd' or None"),
+        ({"residual_frame": "layer"}, "residual_frame must be 'per_matrix', 'shared' or None"),
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers in"),
+        ({"refresh_every": 0}, "refresh_every must be a positive integer"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+        ({"capturable": True}, "capturable=True is not available yet"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        quotient_adam(small_model(), **options)
+
+
+def test_a_rank_deficient_factor_is_refused_before_anything_changes():
+    model = small_model()
+    with torch.no_grad():
+        model.blocks[1].attention.output.weight.zero_()
+    optimizer = quotient_adam(model)
+    loss_of(model, next(batches(1))).backward()
+    before = flat_parameters(model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attention\.vo.*left.*rank-deficient"):
+        optimizer.step()
+    assert torch.equal(before, flat_parameters(model))
+    unframed = quotient_adam(model, head_frame=None)
+    unframed.step()
+    assert not torch.equal(before, flat_parameters(model))
+
+
+def test_symmetries_that_cover_a_parameter_partly_are_refused():
+    weight, other = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(2, 4, 8))
+    partly = qo.HeadSymmetry([weight[:2]], [other], qo.groups.GL(4), name="pair")
+    with pytest.raises(ValueError, match="covered only partly"):
+        qo.QuotientAdam([weight, other], symmetries=[partly])
+
+
+def test_symmetries_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="none of its parameters"):
+        qo.QuotientAdam(
+            list(small_model().parameters()), symmetries=qo.find_symmetries(small_model())
+        )
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = qo.QuotientAdam(embedding)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"gradient of 'weight' is sparse"):
+        optimizer.step()

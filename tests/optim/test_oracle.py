@@ -1,0 +1,87 @@
+"""The batched path against the plainest form of the algorithm, and against itself one by one."""
+
+import copy
+
+import pytest
+import torch
+
+import quotientopt as qo
+from tests.optim.oracle import Oracle
+from tests.optim.training import batches, loss_of, small_model, train
+
+STEPS = 25
+SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def oracle_losses(model, **options):
+    """Train copies of the parameters by the oracle, writing them back at every step."""
+    heads, r = 4, 8
+    views, matrices = [], []
+    for block in model.blocks:
+        a = block.attention
+        rows = [(linear.weight, None) for linear in (a.query, a.key)]
+        rows += [(a.output.weight, 1), (a.value.weight, None)]
+        views += rows
+        matrices += [(block.mlp.up.weight, None), (block.mlp.down.weight, 1)]
+    matrices += [(m.weight, None) for m in (model.embedding, model.positions, model.head)]
+
+    def read(tensor, axis):
+        return tensor if axis is None else tensor.mT
+
+    def factor(tensor, axis):
+        return read(tensor, axis).reshape(heads, r, -1)
+
+    copies = [factor(p.detach(), axis).clone() for p, axis in views]
+    copies += [read(p.detach(), axis).clone() for p, axis in matrices]
+    pairs = [tuple(copies[i : i + 2]) for i in range(0, len(views), 2)]
+    oracle = Oracle(pairs, copies[len(views) :], **SETTINGS, **options)
+    losses = []
+    for tokens in batches(STEPS):
+        model.zero_grad()
+        loss = loss_of(model, tokens)
+        loss.backward()
+        losses.append(loss.item())
+        for i, (p, axis) in enumerate(views + matrices):
+            oracle.params[i].grad = (factor if i < len(views) else read)(p.grad, axis)
+        oracle.step()
+        with torch.no_grad():
+            for i, (p, axis) in enumerate(views + matrices):
+                read(p, axis).copy_(oracle.params[i].reshape(read(p, axis).shape))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("residual", "nesterov"), [(True, False), (True, True), (False, False)])
+def test_equals_the_oracle_in_float64(residual, nesterov):
+    model = small_model("gpt")
+    expected = oracle_losses(copy.deepcopy(model), residual=residual, nesterov=nesterov)
+    frame = "per_matrix" if residual else None
+    for foreach in (None, True, False):
+        fast = copy.deepcopy(model)
+        optimizer = qo.QuotientAdam(
+            fast, **SETTINGS, residual_frame=frame, nesterov=nesterov, foreach=foreach
+        )
+        deviation = (train(fast, optimizer, STEPS) - expected).abs()
+        # Fresh frames at step 10 amplify rounding by the inverse gaps of the covariances.
+        assert deviation[:10].max() < 1e-12
+        assert deviation.max() < 1e-9
+
+
+def test_other_settings_are_seen():
+    """The control: another refresh interval is another trajectory."""
+    model = small_model("gpt")
+    expected = oracle_losses(copy.deepcopy(model))
+    other = qo.QuotientAdam(model, **SETTINGS, refresh_every=7)
+    assert (train(model, other, STEPS) - expected).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("residual_frame", ["per_matrix", "shared", None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_batched_equals_one_by_one(name, residual_frame, dtype, tolerance):
+    model = small_model(name, dtype=dtype)
+    losses = []
+    for foreach in (True, False):
+        own = copy.deepcopy(model)
+        optimizer = qo.QuotientAdam(own, **SETTINGS, residual_frame=residual_frame, foreach=foreach)
+        losses.append(train(own, optimizer, STEPS))
+    assert (losses[0] - losses[1]).abs().max() < tolerance
