@@ -1,0 +1,17 @@
+"""The one error a user can cause."""
+
+import importlib
+
+COMPARE_INSTALL = 'pip install "quotientopt[compare]"'
+
+
+class UsageError(ValueError):
+    """A request that cannot be carried out; its message is one line that says why."""
+
+
+def require(package: str) -> None:
+    """Refuse if the optional `package` cannot be imported, naming the command that installs it."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(f"{package} is not installed: {COMPARE_INSTALL}") from error

@@ -1,0 +1,124 @@
+"""One run: reproducible, the same start for every optimizer, honest about divergence and state."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from quotientopt.compare.optimizers import OPTIMIZERS
+from quotientopt.compare.train import Training, state_bytes, time_alone, train
+from quotientopt.compare.trial import Run, Trial
+from quotientopt.models import REFERENCE_MODELS
+
+ADAMW = Trial("adamw", 3e-3, {"beta2": 0.95})
+
+
+def test_same_seed_gives_identical_losses(protocol, corpus):
+    first, second = train(ADAMW, protocol, corpus), train(ADAMW, protocol, corpus)
+    assert first.training_losses == second.training_losses
+    assert [point[2] for point in first.curve] == [point[2] for point in second.curve]
+    other = train(Trial("adamw", 3e-3, {"beta2": 0.95}, seed=1), protocol, corpus)
+    assert first.training_losses != other.training_losses
+
+
+def test_run_holds_what_was_measured(protocol, corpus):
+    seen = []
+    run = train(ADAMW, protocol, corpus, lambda step, loss: seen.append((step, loss)))
+    assert run.status == "finished"
+    assert [point[0] for point in run.curve] == [4, 8, 10]
+    assert run.final_loss == run.curve[-1][2]
+    assert seen == list(enumerate(run.training_losses, start=1))
+    assert run.training_losses[0] == pytest.approx(math.log(256), abs=0.7)
+    assert run.final_loss < run.training_losses[0]
+    seconds = [point[1] for point in run.curve]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    assert run.timing.optimizer.median > 0
+    assert run.timing.model.mean > run.timing.optimizer.mean
+    # Two moments in float32 and a step counter per parameter tensor.
+    tensors = len(list(Training(ADAMW, protocol, corpus).model.parameters()))
+    assert run.state_bytes == 2 * 4 * run.parameters + 4 * tensors
+    assert run.hyperparameters["AdamW"]["betas"] == (0.9, 0.95)
+    assert Run.from_dict(json.loads(json.dumps(run.as_dict()))).trial == run.trial
+
+
+@pytest.mark.parametrize("name", ["quotient-adam", "soap", "muon"])
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+def test_other_optimizers_start_alike_and_train(name, model, protocol, corpus):
+    if name == "soap":
+        pytest.importorskip("pytorch_optimizer")
+    elif name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    protocol = type(protocol)(**(vars(protocol) | {"model": model}))
+    baseline = train(ADAMW, protocol, corpus)
+    settings = dict(OPTIMIZERS[name].settings_grid[0])
+    run = train(Trial(name, 3e-3, settings), protocol, corpus)
+    assert run.training_losses[0] == baseline.training_losses[0]
+    assert run.training_losses[-1] < run.training_losses[0]
+    assert run.training_losses[-1] != baseline.training_losses[-1]
+
+
+def test_muon_gets_the_matrices_inside_blocks_only(protocol, corpus):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    training = Training(Trial("muon", 1e-2, {"adamw_rate": 8e-3}), protocol, corpus)
+    muon, adamw = training.optimizers
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    inner = [names[id(p)] for p in muon.param_groups[0]["params"]]
+    outer = [names[id(p)] for p in adamw.param_groups[0]["params"]]
+    assert len(inner) == 2 * 6
+    assert all(name.startswith("blocks.") for name in inner)
+    assert outer == ["embedding.weight", "positions.weight", "head.weight"]
+    training.step()
+    assert muon.param_groups[0]["lr"] == 1e-2
+    assert adamw.param_groups[0]["lr"] == 8e-3
+
+
+def test_learning_rate_follows_the_schedule(protocol, corpus):
+    training = Training(ADAMW, protocol, corpus)
+    for step in range(protocol.steps):
+        training.step()
+        rate = training.optimizers[0].param_groups[0]["lr"]
+        assert rate == pytest.approx(3e-3 * protocol.schedule(step))
+
+
+def test_divergence_is_recorded(protocol, corpus):
+    run = train(Trial("adamw", 1e30, {"beta2": 0.95}), protocol, corpus)
+    assert run.status == "diverged"
+    assert run.final_loss is None
+    assert run.score == math.inf
+    assert len(run.training_losses) < protocol.steps
+    json.dumps(run.as_dict(), allow_nan=False)
+
+
+def test_failing_linear_algebra_counts_as_divergence(protocol, corpus, monkeypatch):
+    def fail(optimizer):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    run = train(ADAMW, protocol, corpus)
+    assert (run.status, run.training_losses) == ("diverged", [])
+
+
+def test_state_is_counted_once_per_storage():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    buffer = torch.zeros(100)
+    optimizer.state[parameter] = {
+        "nested": [torch.zeros(10, dtype=torch.float64), {"view": buffer[:40]}],
+        "whole": buffer,
+        "same": buffer,
+        "number": 3,
+    }
+    assert state_bytes([optimizer]) == 80 + 400
+    del optimizer.state[parameter]["whole"], optimizer.state[parameter]["same"]
+    assert state_bytes([optimizer]) == 80 + 160
+
+
+def test_timing_alone_measures_a_step(protocol, corpus):
+    timing = time_alone(ADAMW, protocol, corpus, skipped=1, counted=3)
+    assert 0 < timing.optimizer.mean < timing.model.mean < timing.step
+
+
+def test_every_optimizer_has_a_centre_for_every_model():
+    assert all(set(entry.centres) == set(REFERENCE_MODELS) for entry in OPTIMIZERS.values())
