@@ -65,7 +65,8 @@ class QuotientAdam(Optimizer):
         Clips the gradient's norm in dressed coordinates, which no gauge changes (over all param
         groups at once).
     nesterov : bool
-        Nesterov momentum for the framed parameters; others stay AdamW.
+        Nesterov momentum for the framed parameters; others stay AdamW. On by default since it
+        lowered the loss in every ablation (``docs/quotient_adam.md``).
     maximize : bool
         Maximize the objective.
     foreach : bool, optional
@@ -112,7 +113,7 @@ class QuotientAdam(Optimizer):
         residual_frame: str | None = "per_matrix",
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
-        nesterov: bool = False,
+        nesterov: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,

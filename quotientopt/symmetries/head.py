@@ -17,7 +17,7 @@ class HeadSymmetry:
     The left factor A and the right factor B are tuples of blocks that share the head axis:
     ``A = [A_1, …, A_k]`` with ``A_i`` of shape ``(heads, r, n_i)``. An element g of the group,
     one per head, acts by ``(A, B) ↦ (g^{-T} A, g B)`` on every block and leaves what the model
-    computes unchanged, which depends on ``AᵀB`` alone (DESIGN: QK and VO circuits).
+    computes unchanged, which depends on ``AᵀB`` alone.
 
     Parameters
     ----------
