@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TIE_BREAK = 1e-3
+
 
 def ema_(average: Tensor, new: Tensor, beta: float) -> None:
     """Exponential moving average in place that starts at its first non-zero sample.
@@ -20,3 +22,13 @@ def trace_normalised(matrix: Tensor) -> Tensor:
     """``matrix`` over its trace, so that eigen-decompositions see numbers of order one."""
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return matrix / trace.clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def break_ties(covariance: Tensor, weights_gram: Tensor) -> Tensor:
+    """Trace-normalised covariance of dressed gradients, plus a little of the dressed weights'.
+
+    The covariance is singular early on and where fewer gradients than directions were seen; there
+    its eigenvectors would be rounding noise. The Gram of the weights breaks the ties by something
+    that transforms the same way.
+    """
+    return trace_normalised(covariance).add(trace_normalised(weights_gram), alpha=TIE_BREAK)

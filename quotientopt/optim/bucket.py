@@ -58,6 +58,11 @@ class Bucket:
         self.places = [heads.place(leaf) for leaf in leaves] if heads is not None else []
         self._index = torch.tensor(self.places, device=self.device)
 
+    @property
+    def framed(self) -> bool:
+        """Whether there is any frame; a rest of a fused parameter has none."""
+        return self.heads is not None or self.residual
+
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
@@ -124,22 +129,23 @@ class Bucket:
         else:
             ema_(self.state["residual_covariance"], gram, beta)
 
-    def dressed_weights_gram(self, dual: Tensor | None) -> Tensor:
+    def dressed_weights_gram(self, contragredient: Tensor | None) -> Tensor:
         """WᵀW of the dressed weights of every leaf, ``(L, n, n)``."""
-        weights = self.weights() if dual is None else self.of_heads(dual) @ self.weights()
+        weights = self.weights()
+        if contragredient is not None:
+            weights = self.of_heads(contragredient) @ weights
         rows = weights.flatten(1, -2)
         return rows.mT @ rows
 
-    def refresh(self, change: Tensor | None, dual: Tensor | None, tie_break: float) -> None:
+    def refresh(self, change: Tensor | None, contragredient: Tensor | None) -> None:
         """Move the moments to fresh frames.
 
         Parameters
         ----------
         change : Tensor, optional
             u_new u_old^{-1} of all entries of the head frames.
-        dual : Tensor, optional
-            Fields that dress the factors, for the tie-break.
-        tie_break : float
+        contragredient : Tensor, optional
+            Fields that dress the factors, for breaking ties.
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
         right = None
@@ -148,10 +154,22 @@ class Bucket:
                 right = self.shared.change.expand(len(self.leaves), -1, -1)
             else:
                 frame = residual_eigenframe(
-                    self.state["residual_covariance"], self.dressed_weights_gram(dual), tie_break
+                    self.state["residual_covariance"], self.dressed_weights_gram(contragredient)
                 )
                 right = self.state["residual_frame"].mT @ frame
                 self.state["residual_frame"].copy_(frame)
+        self.transport_(left, right)
+
+    def transport_(self, left: Tensor | None, right: Tensor | None) -> None:
+        """Carry the moments to other frames, m ← R m S and v ← (R∘R) v (S∘S).
+
+        Parameters
+        ----------
+        left : Tensor, optional
+            R = u_new u_old⁻¹, ``(L, heads, r, r)``.
+        right : Tensor, optional
+            S = Q_oldᵀ Q_new, ``(L, n, n)``.
+        """
         mean, square = self.state["exp_avg"], self.state["exp_avg_sq"]
         mean.copy_(self._two_sided(left, mean, right))
         square.copy_(
@@ -197,7 +215,7 @@ class Bucket:
             step,
             betas=group["betas"],
             eps=group["eps"],
-            nesterov=group["nesterov"],
+            nesterov=group["nesterov"] and self.framed,
         )
         left = None
         if self.heads is not None:
@@ -206,6 +224,8 @@ class Bucket:
         self._add_to_parameters(update, group["lr"], group["weight_decay"])
 
     def _add_to_parameters(self, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(())
         views = self.views()
         if views[0].dtype != self.dtype:
             # One rounding of the sum: in bfloat16 a decay of 1 - lr·wd alone would round to one.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quotientopt.optim.errors import GradientError
 from quotientopt.optim.head_dressing import HEAD_FRAMES
 from quotientopt.optim.leaves import SIDES, Leaves
 from quotientopt.symmetries import SymmetryMap
@@ -25,24 +26,36 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
     ValueError
         Naming the option and what it may be.
     """
-    lr, betas = options["lr"], options["betas"]
+    lr, betas, foreach = options["lr"], options["betas"], options["foreach"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
+    if isinstance(lr, Tensor) and foreach:
+        raise ValueError("a tensor lr needs foreach=False or foreach=None")
     for name in ("lr", "eps", "weight_decay"):
-        if not options[name] >= 0:
-            raise ValueError(f"{name} must not be negative, got {options[name]}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        value = options[name]
+        if not isinstance(value, int | float | Tensor) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number that is not negative, got {value!r}")
+    if (
+        not isinstance(betas, tuple | list)
+        or len(betas) != 2
+        or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
+    ):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     for name, known in (("head_frame", HEAD_FRAMES), ("residual_frame", RESIDUAL_FRAMES)):
         if options[name] is not None and options[name] not in known:
             choices = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices} or None, got {options[name]!r}")
     every = options["refresh_every"]
-    if not isinstance(every, int) or every < 1:
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"refresh_every must be a positive integer, got {every!r}")
     limit = options["max_grad_norm"]
-    if limit is not None and not limit > 0:
-        raise ValueError(f"max_grad_norm must be positive or None, got {limit}")
+    if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+        raise ValueError(f"max_grad_norm must be a positive number or None, got {limit!r}")
+    for name in ("nesterov", "maximize", "capturable"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    if foreach is not None and not isinstance(foreach, bool):
+        raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
     if options["capturable"]:
         raise ValueError("capturable=True is not available yet; use capturable=False")
 
@@ -58,22 +71,34 @@ def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor]
 
 
 def refuse_nonfinite(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
-    """Refuse NaN and infinite gradients before anything has changed."""
-    tensors = [gradient for gradient in gradients.values() if gradient.numel()]
-    # A finite 2-norm says that all is finite, in one fast pass. An infinite one may be overflow of
-    # finite gradients of 1e20, so that only then every entry is looked at.
-    norms = torch._foreach_norm(tensors)
-    dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms))
-    if bool(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]).isfinite().all()):
+    """Refuse gradients that Adam cannot square, before anything has changed.
+
+    Raises
+    ------
+    GradientError
+        Naming the first parameter whose gradient is NaN, infinite, or so large that the sum of its
+        squares overflows.
+    """
+    norms = norms_of(gradients.values())
+    if not norms or bool(torch.stack(norms).isfinite().all()):
         return
-    bad = [name_of(p) for p, gradient in gradients.items() if not gradient.isfinite().all()]
-    if not bad:
-        return
+    bad = [name_of(p) for p, norm in zip(gradients, norms, strict=True) if not norm.isfinite()]
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    raise ValueError(
-        f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
-        "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
+    raise GradientError(
+        f"the gradient of {bad[0]!r}{others} has NaN or infinite entries, or overflows when "
+        "squared; nothing was updated. Skip this batch, lower the learning rate, or scale the loss "
+        "with a GradScaler"
     )
+
+
+def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """2-norms in at least float32, in one dtype and on one device."""
+    tensors = list(tensors)
+    if not tensors:
+        return []
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    norms = torch._foreach_norm(tensors, 2, dtype)
+    return [norm.to(tensors[0].device) for norm in norms]
 
 
 def refuse_unmovable(
@@ -95,9 +120,11 @@ def refuse_unmovable(
     for name in element:
         stuck: list[str] = []
         if name == RESIDUAL and symmetries.residual is not None:
+            symmetries.residual.check_element(element[name])
             stream = symmetries.residual.parameters
             stuck = [n for n, p in stream.items() if id(p) in plain | unturned]
         elif name in known:
+            known[name].check_element(element[name])
             sides = (known[name].left_blocks, known[name].right_blocks)
             stuck = [
                 block.name
@@ -112,3 +139,11 @@ def refuse_unmovable(
                 f"cannot move the optimizer's state by {name!r}: that of {stuck[0]!r} is plain "
                 "Adam's and depends on the gauge; use a head_frame and a residual_frame"
             )
+
+
+def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that differ between groups but belong to the whole optimizer."""
+    for name in ("max_grad_norm", "refresh_every"):
+        values = {group[name] for group in param_groups}
+        if len(values) > 1:
+            raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")

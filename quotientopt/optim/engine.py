@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quotientopt._linalg import compute_dtype
+from quotientopt.optim.adoption import adopt
 from quotientopt.optim.bucket import Bucket
-from quotientopt.optim.head_frames import HeadFrames
+from quotientopt.optim.head_frames import FreshDressing, HeadFrames
 from quotientopt.optim.leaves import Leaf, Leaves
 from quotientopt.optim.residual_frame import SharedResidualFrame, rotate_
 from quotientopt.symmetries.map import RESIDUAL
 
 COVARIANCE_BETA = 0.95
-TIE_BREAK = 1e-3
 
 State = Mapping[Tensor, dict[str, Any]]
+Dressings = Mapping[int, FreshDressing]
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32."""
-    return torch.promote_types(dtype, torch.float32)
+class Entry(NamedTuple):
+    """One tensor of the state: the leaf it is filed under, its key, and the tensor."""
+
+    leaf: Leaf
+    key: str
+    tensor: Tensor
 
 
 class Engine:
@@ -45,14 +50,11 @@ class Engine:
         self.heads: list[HeadFrames] = []
         self.shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
         self.buckets: list[Bucket] = []
-        self._owners: dict[tuple[int, int], Leaf] = {}
         frames = self._head_frames(leaves.framed)
         grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
         # Left sides first: the leaves of a bucket then lie in the order of their frames.
         for leaf in sorted(leaves.framed, key=lambda leaf: leaf.side):
             heads = frames.get(id(leaf))
-            if heads is not None:
-                self._owners.setdefault((id(heads), heads.place(leaf)), leaf)
             options = param_groups[leaf.group_index]
             key = (
                 leaf.group_index,
@@ -73,7 +75,8 @@ class Engine:
                 compute_dtype(members[0].parameter.dtype),
             )
             self.buckets.append(bucket)
-        self._adopt(state)
+        adopt(self, state)
+        self._file(state)
 
     def _head_frames(self, leaves: Sequence[Leaf]) -> dict[int, HeadFrames]:
         grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
@@ -104,36 +107,40 @@ class Engine:
             self.shared[key] = SharedResidualFrame(leaf.shape[-1], dtype, device)
         return self.shared[key]
 
-    def _entries(self) -> Iterator[tuple[Leaf, str, Tensor]]:
-        """Every tensor of the state: the leaf it is filed under, its key, and the tensor."""
+    def entries(self) -> Iterator[Entry]:
+        """Every tensor of the state, under each leaf that needs it."""
         for bucket in self.buckets:
             for i, leaf in enumerate(bucket.leaves):
                 for key, stack in bucket.state.items():
-                    yield leaf, key, stack[i]
+                    yield Entry(leaf, key, stack[i])
                 if bucket.heads is not None:
                     place = bucket.heads.place(leaf)
-                    if self._owners[id(bucket.heads), place] is leaf:
-                        yield leaf, "head_frame", bucket.heads.frame[place]
-                        yield leaf, "head_covariance", bucket.heads.covariance[place]
-        for shared in self.shared.values():
-            leaf = next(b.leaves[0] for b in self.buckets if b.shared is shared)
-            yield leaf, "shared_residual_frame", shared.frame
-            yield leaf, "shared_residual_covariance", shared.covariance
+                    yield Entry(leaf, "head_frame", bucket.heads.frame[place])
+                    yield Entry(leaf, "head_covariance", bucket.heads.covariance[place])
+                if bucket.shared is not None:
+                    yield Entry(leaf, "residual_frame", bucket.shared.frame)
+                    yield Entry(leaf, "residual_covariance", bucket.shared.covariance)
 
-    def _adopt(self, state: State) -> None:
-        for leaf, key, tensor in self._entries():
+    def _file(self, state: State) -> None:
+        """Make the optimizer's state views of the stacked tensors."""
+        self._watched = []
+        for leaf, key, tensor in self.entries():
             own = state[leaf.parameter]
-            saved = own.get(key + leaf.suffix)
-            if saved is not None:
-                tensor.copy_(saved)
             own[key + leaf.suffix] = tensor
             if "step" not in own:
                 own["step"] = torch.zeros((), dtype=torch.float32)
-        for bucket in self.buckets:
-            bucket.steps = [int(state[leaf.parameter]["step"]) for leaf in bucket.leaves]
+            if key == "exp_avg":
+                self._watched.append((leaf.parameter, key + leaf.suffix, tensor))
         self._steps = {
             leaf.parameter: state[leaf.parameter] for b in self.buckets for leaf in b.leaves
         }
+
+    def holds(self, state: State) -> bool:
+        """Whether the optimizer's state is still the one kept here, not replaced or cleared."""
+        return all(
+            state[parameter].get(key) is tensor if parameter in state else False
+            for parameter, key, tensor in self._watched
+        )
 
     def active(self) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the leaves that have a gradient."""
@@ -147,17 +154,17 @@ class Engine:
     def refresh_due(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether frames are made afresh in this step: every K steps, or for a new leaf."""
         steps = [bucket.steps[i] for bucket, rows in active for i in rows]
-        every = min(self.param_groups[bucket.group_index]["refresh_every"] for bucket, _ in active)
+        every = self.param_groups[0]["refresh_every"]
         return min(steps) == 0 or (max(steps) + 1) % every == 0
 
-    def fresh_dressings(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def fresh_dressings(self) -> Dressings:
         """Dressing fields of all heads, by ``id`` of their frames; changes nothing."""
         return {id(heads): heads.dressing() for heads in self.heads}
 
     def dressed_gradients(
         self,
         active: Sequence[tuple[Bucket, list[int]]],
-        dressings: Mapping[int, tuple[Tensor, Tensor]] | None,
+        dressings: Dressings | None,
     ) -> list[Tensor]:
         """Dressed gradients u∂ (maximized groups negated), one stack per active bucket."""
         dressed = []
@@ -168,7 +175,7 @@ class Engine:
                 gradients.neg_()
             if bucket.heads is not None:
                 heads = bucket.heads
-                field = heads.frame if dressings is None else dressings[id(heads)][0]
+                field = heads.frame if dressings is None else dressings[id(heads)].field
                 gradients = part.of_heads(field) @ gradients
             dressed.append(gradients)
         return dressed
@@ -177,13 +184,13 @@ class Engine:
         self,
         active: Sequence[tuple[Bucket, list[int]]],
         dressed: Sequence[Tensor],
-        dressings: Mapping[int, tuple[Tensor, Tensor]] | None,
+        dressings: Dressings | None,
     ) -> None:
         """Update covariances, frames when ``dressings`` are given, moments and parameters."""
         changes: dict[int, Tensor] = {}
         if dressings is not None:
             for heads in self.heads:
-                changes[id(heads)] = heads.begin_refresh(dressings[id(heads)][0])
+                changes[id(heads)] = heads.begin_refresh(dressings[id(heads)].field)
         self._accumulate(active, dressed)
         if dressings is not None:
             dressed = self._refresh(active, dressed, dressings, changes)
@@ -221,24 +228,25 @@ class Engine:
         self,
         active: Sequence[tuple[Bucket, list[int]]],
         dressed: Sequence[Tensor],
-        dressings: Mapping[int, tuple[Tensor, Tensor]],
+        dressings: Dressings,
         changes: dict[int, Tensor],
     ) -> list[Tensor]:
         """Turn to eigenframes, move the moments, and return gradients in the new frames."""
         turns = {}
         for heads in self.heads:
-            turn = heads.end_refresh(dressings[id(heads)][0])
+            turn = heads.end_refresh(dressings[id(heads)])
             turns[id(heads)] = turn
             changes[id(heads)] = turn @ changes[id(heads)]
         for shared in self.shared.values():
             own = [bucket for bucket in self.buckets if bucket.shared is shared]
             grams = [
-                bucket.dressed_weights_gram(self._dual(bucket, dressings)).sum(0) for bucket in own
+                bucket.dressed_weights_gram(self._contragredient(bucket, dressings)).sum(0)
+                for bucket in own
             ]
-            shared.refresh(torch.stack(grams).sum(0), TIE_BREAK)
+            shared.refresh(torch.stack(grams).sum(0))
         for bucket in self.buckets:
             change = None if bucket.heads is None else changes[id(bucket.heads)]
-            bucket.refresh(change, self._dual(bucket, dressings), TIE_BREAK)
+            bucket.refresh(change, self._contragredient(bucket, dressings))
         turned = []
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
             if bucket.heads is not None:
@@ -248,8 +256,8 @@ class Engine:
         return turned
 
     @staticmethod
-    def _dual(bucket: Bucket, dressings: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor | None:
-        return None if bucket.heads is None else dressings[id(bucket.heads)][1]
+    def _contragredient(bucket: Bucket, dressings: Dressings) -> Tensor | None:
+        return None if bucket.heads is None else dressings[id(bucket.heads)].contragredient
 
     def move_(self, element: Mapping[str, Tensor]) -> None:
         """Move the state along with parameters on which ``element`` acts.

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
-from quotientopt.optim.averages import trace_normalised
-from quotientopt.sections.factor import svd_element
+from quotientopt.optim.averages import break_ties
+from quotientopt.sections.factor import svd_element, triangular_element
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 
 
 class Dressing(NamedTuple):
-    """Dressing fields of the two sides and their duals, each ``(…, r, r)``.
+    """Dressing fields of the two sides and their inverse transposes, each ``(…, r, r)``.
 
-    ``left ∂_A`` and ``right ∂_B`` are the dressed gradients, ``left_dual A`` and ``right_dual B``
-    the dressed factors; a dual is the inverse transpose of its field.
+    ``left ∂_A`` and ``right ∂_B`` are the dressed gradients; ``left_contragredient A`` and
+    ``right_contragredient B`` are the dressed factors.
     """
 
     left: Tensor
-    left_dual: Tensor
+    left_contragredient: Tensor
     right: Tensor
-    right_dual: Tensor
+    right_contragredient: Tensor
 
 
 def head_dressing(
@@ -84,16 +84,9 @@ def _linear_dressing(kind: str, left_gram: Tensor, right_gram: Tensor) -> Dressi
     if kind in ("balanced", "svd"):
         g, contragredient = svd_element(left_gram, right_gram, check=False)
         return Dressing(g, contragredient, contragredient, g)
-    left_factor = torch.linalg.cholesky_ex(left_gram).L
-    right_factor = torch.linalg.cholesky_ex(right_gram).L
-    return Dressing(
-        _lower_inverse(right_factor), right_factor.mT, _lower_inverse(left_factor), left_factor.mT
-    )
-
-
-def _lower_inverse(factor: Tensor) -> Tensor:
-    identity = torch.eye(factor.size(-1), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    left, left_contragredient = triangular_element(left_gram, right_gram, check=False)
+    right, right_contragredient = triangular_element(right_gram, left_gram, check=False)
+    return Dressing(left, left_contragredient, right, right_contragredient)
 
 
 def _plane_dressing(
@@ -128,8 +121,8 @@ def plane_partners(group: StructureGroup, device: torch.device) -> Tensor:
     return partner
 
 
-def head_eigenframe(group: StructureGroup, covariance: Tensor) -> Tensor:
-    """Rows are eigenvectors of the dressed gradient covariance.
+def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Tensor) -> Tensor:
+    """Rows are eigenvectors of the dressed gradient covariance, its ties broken by the weights.
 
     They fix the rotation O that a section leaves over.
 
@@ -138,16 +131,16 @@ def head_eigenframe(group: StructureGroup, covariance: Tensor) -> Tensor:
     group : StructureGroup
         For a RotaryCommutant the rotated planes stay as they are (the second moment is taken per
         complex entry there), and only the rows that pass get eigenvectors.
-    covariance : Tensor
-        Symmetric, shape ``(…, r, r)``.
+    covariance, weights_gram : Tensor
+        Σ u∂ (u∂)ᵀ and the Gram of the dressed factor, symmetric, shape ``(…, r, r)``.
     """
-    covariance = trace_normalised(covariance)
+    pooled = break_ties(covariance, weights_gram)
     if not isinstance(group, RotaryCommutant):
-        return torch.linalg.eigh(covariance).eigenvectors.mT
-    frame = torch.eye(group.r, dtype=covariance.dtype, device=covariance.device)
-    frame = frame.repeat(*covariance.shape[:-2], 1, 1)
+        return torch.linalg.eigh(pooled).eigenvectors.mT
+    frame = torch.eye(group.r, dtype=pooled.dtype, device=pooled.device)
+    frame = frame.repeat(*pooled.shape[:-2], 1, 1)
     if len(group.pass_rows):
-        rows = torch.as_tensor(group.pass_rows, device=covariance.device)
-        passing = covariance[..., rows[:, None], rows]
+        rows = torch.as_tensor(group.pass_rows, device=pooled.device)
+        passing = pooled[..., rows[:, None], rows]
         frame[..., rows[:, None], rows] = torch.linalg.eigh(passing).eigenvectors.mT
     return frame

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quotientopt.groups import O, RotaryCommutant
 from quotientopt.optim.averages import ema_
+from quotientopt.optim.errors import RankError
 from quotientopt.optim.head_dressing import head_dressing, head_eigenframe, plane_partners
 from quotientopt.optim.leaves import Leaf
 from quotientopt.symmetries import Block, HeadSymmetry
+
+
+class FreshDressing(NamedTuple):
+    """Dressing of all factors of some head frames, each ``(2S, heads, r, r)``.
+
+    ``field`` acts on gradients, ``contragredient``, its inverse transpose, on factors, and
+    ``weights_gram`` holds the Grams of the factors so dressed.
+    """
+
+    field: Tensor
+    contragredient: Tensor
+    weights_gram: Tensor
 
 
 class HeadFrames:
@@ -38,6 +53,7 @@ class HeadFrames:
         device: torch.device,
     ) -> None:
         self.symmetries = tuple(symmetries)
+        self._places = {id(symmetry): place for place, symmetry in enumerate(symmetries)}
         self.kind = kind
         self.group = self.symmetries[0].group
         rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
@@ -48,12 +64,12 @@ class HeadFrames:
         planes = bool((partner != torch.arange(rank, device=device)).any())
         self.partner = partner if planes else None
         # In float64 the Grams of ill-conditioned float32 factors keep their small directions.
+        self.precision = torch.finfo(self.symmetries[0].blocks[0].parameter.dtype).eps
         self.gram_dtype = dtype if device.type == "mps" else torch.float64
 
     def place(self, leaf: Leaf) -> int:
         """Entry of a leaf's side in the stack."""
-        assert leaf.symmetry is not None
-        place = self.symmetries.index(leaf.symmetry)
+        place = self._places[id(leaf.symmetry)]
         return place + len(self.symmetries) if leaf.side == "right" else place
 
     def grams(self) -> Tensor:
@@ -70,39 +86,48 @@ class HeadFrames:
             grams.index_add_(0, places, stacked @ stacked.mT)
         return grams
 
-    def dressing(self) -> tuple[Tensor, Tensor]:
-        """Fresh dressing fields of the parameters as they are now, ``(2S, heads, r, r)`` each.
-
-        Returns
-        -------
-        fields, duals : Tensor
-            What acts on gradients, and its inverse transpose, which acts on factors.
+    def dressing(self) -> FreshDressing:
+        """Fresh dressing fields of the parameters as they are now; changes nothing.
 
         Raises
         ------
-        ValueError
+        RankError
             If a factor is rank-deficient or not finite; names the symmetry and the side.
         """
         grams = self.grams()
-        info = torch.linalg.cholesky_ex(grams).info
-        if bool(info.any()):
-            place = int(info.flatten().nonzero()[0])
-            entry, head = divmod(place, grams.size(1))
+        self._refuse_deficient(grams)
+        left, right = grams.chunk(2)
+        dressing = head_dressing(self.kind, self.group, left, right)
+        contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
+        return FreshDressing(
+            torch.cat([dressing.left, dressing.right]),
+            contragredient,
+            contragredient @ grams @ contragredient.mT,
+        )
+
+    def _refuse_deficient(self, grams: Tensor) -> None:
+        if isinstance(self.group, O):
+            return
+        if isinstance(self.group, RotaryCommutant):
+            # Planes need only differ from zero, the rows that pass need full rank.
+            grams = self.group.algebra_projection(grams)
+        factor, info = torch.linalg.cholesky_ex(grams)
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+        # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
+        # rounding of the stored parameters alone makes it about the square of their precision.
+        least = max(4 * self.precision**2, grams.size(-1) * torch.finfo(grams.dtype).eps)
+        flat = (pivots <= least * grams.diagonal(dim1=-2, dim2=-1)).any(-1)
+        deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
+        if bool(deficient.any()):
+            entry, head = divmod(int(deficient.flatten().nonzero()[0]), grams.size(1))
             symmetry = self.symmetries[entry % len(self.symmetries)]
             side = "left" if entry < len(self.symmetries) else "right"
-            finite = bool(grams[entry, head].isfinite().all())
-            problem = "rank-deficient" if finite else "not finite"
-            raise ValueError(
+            problem = "rank-deficient" if grams[entry, head].isfinite().all() else "not finite"
+            raise RankError(
                 f"symmetry {symmetry.name!r}: the {side} factor of head {head} is {problem}, so "
                 "that its head frame is undefined; initialise it at full row rank, or leave head "
                 "frames out with head_frame=None"
             )
-        left, right = grams.chunk(2)
-        dressing = head_dressing(self.kind, self.group, left, right)
-        return (
-            torch.cat([dressing.left, dressing.right]),
-            torch.cat([dressing.left_dual, dressing.right_dual]),
-        )
 
     def accumulate(self, samples: Tensor, places: Sequence[int], beta: float) -> None:
         """Take Σ u∂ (u∂)ᵀ of this step into the covariance.
@@ -142,13 +167,15 @@ class HeadFrames:
         self.covariance.copy_(change @ self.covariance.to(field.dtype) @ change.mT)
         return change
 
-    def end_refresh(self, field: Tensor) -> Tensor:
-        """Turn ``field`` into the eigenframe of the covariance, u = O · field; returns O."""
+    def end_refresh(self, dressing: FreshDressing) -> Tensor:
+        """Turn the field into the eigenframe of the covariance, u = O · field; returns O."""
+        field = dressing.field
         if self.kind == "svd":
             self.frame.copy_(field)
             identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
             return identity.expand_as(field)
-        turn = head_eigenframe(self.group, self.covariance)
+        weights_gram = dressing.weights_gram.to(self.covariance)
+        turn = head_eigenframe(self.group, self.covariance, weights_gram)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         turn = turn.to(field.dtype)
         self.frame.copy_(turn @ field)

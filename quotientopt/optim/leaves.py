@@ -93,8 +93,8 @@ def find_leaves(
     Raises
     ------
     ValueError
-        If the weights of a pair are split over groups, or symmetries cover a parameter partly or
-        twice.
+        If the weights of a pair are split over groups, or symmetries cover an entry of a
+        parameter twice.
     """
     owners = {
         id(parameter): i for i, group in enumerate(param_groups) for parameter in group["params"]
@@ -138,8 +138,7 @@ def find_leaves(
         for parameter in group["params"]:
             own = leaves.get(id(parameter), [])
             if own:
-                _refuse_partial_cover(own)
-                found.framed += _with_suffixes(own)
+                found.framed += _with_suffixes([*own, *_rest(own)])
             elif (
                 group["residual_frame"] is not None
                 and id(parameter) in axes
@@ -176,18 +175,48 @@ def _by_parameter(blocks: Iterable[Block]) -> list[tuple[Block, ...]]:
     return [tuple(group) for group in members.values()]
 
 
-def _refuse_partial_cover(leaves: Sequence[Leaf]) -> None:
+def _rest(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """Leaves without frames for what the symmetries of a fused parameter leave uncovered."""
     parameter = leaves[0].parameter
     hits = torch.empty_like(parameter, dtype=torch.int8, device="cpu").zero_()
     for leaf in leaves:
         for block in leaf.blocks:
-            hits.as_strided(block.size, block.stride, block.offset).add_(1)
-    if not bool((hits == 1).all()):
-        partly = "only partly" if bool((hits == 0).any()) else "more than once"
+            block.view(hits).add_(1)
+    if bool((hits > 1).any()):
         raise ValueError(
-            f"parameter {leaves[0].name!r} is covered {partly} by the blocks of its symmetries; "
-            "cover each of its entries once, or leave all symmetries of this parameter out"
+            f"parameter {leaves[0].name!r} is covered more than once by the blocks of its "
+            "symmetries; every entry may belong to one block of one symmetry"
         )
+    if bool((hits == 1).all()):
+        return []
+    for axis in range(parameter.ndim):
+        slices = hits.movedim(axis, 0).reshape(hits.size(axis), -1)
+        if bool((slices == slices[:, :1]).all()):
+            return [
+                _rest_leaf(leaves[0], parameter.narrow(axis, start, length))
+                for start, length in _runs(slices[:, 0] == 0)
+            ]
+    raise ValueError(
+        f"parameter {leaves[0].name!r} is covered only partly by the blocks of its symmetries, and "
+        "the rest is not made of whole rows or columns; leave its symmetries out"
+    )
+
+
+def _rest_leaf(sibling: Leaf, rest: Tensor) -> Leaf:
+    rows = rest.unsqueeze(0) if rest.ndim == 1 else rest.flatten(1) if rest.ndim > 2 else rest
+    block = Block.of(rows.unsqueeze(0), sibling.parameter, sibling.name)
+    return replace(sibling, blocks=(block,), symmetry=None, side="", residual=False)
+
+
+def _runs(mask: Tensor) -> list[tuple[int, int]]:
+    """Start and length of every run of True."""
+    runs: list[tuple[int, int]] = []
+    for i in mask.nonzero().flatten().tolist():
+        if runs and i == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((i, 1))
+    return runs
 
 
 def _with_suffixes(leaves: Sequence[Leaf]) -> list[Leaf]:

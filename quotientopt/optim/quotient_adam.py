@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
+from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import (
+    norms_of,
     refuse_bad_hyperparameters,
+    refuse_mixed_groups,
     refuse_nonfinite,
     refuse_sparse,
     refuse_unmovable,
 )
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.leaves import Leaves, find_leaves, parameter_name
+from quotientopt.optim.plain import plain_step
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
 
 
@@ -136,7 +139,7 @@ class QuotientAdam(Optimizer):
         self._names: dict[int, str] = {}
         self._engine: Engine | None = None
         self._leaves = Leaves()
-        self._signature: tuple[bool, ...] = ()
+        self._signature: tuple[Any, ...] = ()
         if isinstance(model_or_params, nn.Module):
             if symmetries is None:
                 symmetries = find_symmetries(model_or_params)
@@ -186,22 +189,32 @@ class QuotientAdam(Optimizer):
 
     def _plan(self) -> None:
         """Cut the parameters into leaves; state is allocated at the next step."""
+        refuse_mixed_groups(self.param_groups)
         trainable = [
-            group | {"params": [p for p in group["params"] if self._takes_part(p)]}
+            group | {"params": [p for p in group["params"] if takes_part(p)]}
             for group in self.param_groups
         ]
-        if len({group["max_grad_norm"] for group in self.param_groups}) > 1:
-            raise ValueError("max_grad_norm is one norm over all param groups; give it once")
         self._leaves = find_leaves(trainable, self.symmetries, self._names)
-        self._signature = self._takes()
+        self._signature = self._current_signature()
         self._engine = None
 
-    @staticmethod
-    def _takes_part(parameter: Tensor) -> bool:
-        return parameter.requires_grad or parameter.grad is not None
+    def _current_signature(self) -> tuple[Any, ...]:
+        """What leaves and buckets depend on; they are made anew when it changes."""
+        return tuple(
+            (
+                *(group[option] for option in ("head_frame", "residual_frame", "foreach")),
+                *((takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
+            )
+            for group in self.param_groups
+        )
 
-    def _takes(self) -> tuple[bool, ...]:
-        return tuple(self._takes_part(p) for group in self.param_groups for p in group["params"])
+    def _current_engine(self) -> Engine:
+        """The engine for the parameters and the state as they are now."""
+        if self._signature != self._current_signature():
+            self._plan()
+        if self._engine is None or not self._engine.holds(self.state):
+            self._engine = Engine(self._leaves, self.param_groups, self.state)
+        return self._engine
 
     def _name(self, parameter: Tensor) -> str:
         return parameter_name(parameter, self._names, self.param_groups)
@@ -229,8 +242,6 @@ class QuotientAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._signature != self._takes():
-            self._plan()
         gradients = {
             p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         }
@@ -238,9 +249,7 @@ class QuotientAdam(Optimizer):
             return loss
         refuse_sparse(gradients, self._name)
         refuse_nonfinite(gradients, self._name)
-        if self._engine is None:
-            self._engine = Engine(self._leaves, self.param_groups, self.state)
-        engine = self._engine
+        engine = self._current_engine()
         active = engine.active()
         dressings = None
         if active and engine.refresh_due(active):
@@ -253,7 +262,7 @@ class QuotientAdam(Optimizer):
         if active:
             engine.step(active, dressed, dressings)
         for group, plain in zip(self.param_groups, self._leaves.plain, strict=True):
-            self._plain_step(group, [p for p in plain if p.grad is not None], scale)
+            plain_step(group, [p for p in plain if p.grad is not None], self.state, scale)
         return loss
 
     def _clip_scale(self, dressed: Sequence[Tensor]) -> Tensor | None:
@@ -262,46 +271,9 @@ class QuotientAdam(Optimizer):
         if limit is None:
             return None
         tensors = [p.grad for plain in self._leaves.plain for p in plain if p.grad is not None]
-        norms = torch._foreach_norm([*dressed, *tensors])
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+        norms = norms_of([*dressed, *tensors])
+        total = torch.linalg.vector_norm(torch.stack(norms))
         return (limit / (total + 1e-6)).clamp(max=1.0)
-
-    def _plain_step(
-        self, group: dict[str, Any], parameters: list[Tensor], scale: Tensor | None
-    ) -> None:
-        """torch's AdamW for parameters without a frame."""
-        if not parameters:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if scale is not None:
-            gradients = [gradient * scale.to(gradient) for gradient in gradients]
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                default = torch.get_default_dtype()
-                dtype = torch.float64 if default == torch.float64 else torch.float32
-                state["step"] = torch.zeros((), dtype=dtype)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=group["foreach"],
-            capturable=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            has_complex=any(torch.is_complex(p) for p in parameters),
-        )
 
     @torch.no_grad()
     def move_state_(self, element: Mapping[str, Tensor]) -> None:
@@ -323,10 +295,8 @@ class QuotientAdam(Optimizer):
             transformation. Nothing is changed then.
         """
         refuse_unmovable(element, self.symmetries, self._leaves)
-        if self._engine is None and self.state:
-            self._engine = Engine(self._leaves, self.param_groups, self.state)
-        if self._engine is not None:
-            self._engine.move_(element)
+        if self.state:
+            self._current_engine().move_(element)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; training then continues bit for bit.
@@ -334,19 +304,52 @@ class QuotientAdam(Optimizer):
         Parameters
         ----------
         state_dict : dict
-            From :meth:`state_dict` of an optimizer over parameters of the same shapes.
+            From :meth:`state_dict` of an optimizer over parameters of the same shapes. Its options
+            replace those given at construction, as in torch.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit; the optimizer is then as it was.
         """
-        super().load_state_dict(dict(state_dict))
-        # torch casts state to the parameter's dtype, but that of bfloat16 parameters is float32;
-        # and it keeps the given tensors, which another optimizer may go on using.
-        saved_order = [i for group in state_dict["param_groups"] for i in group["params"]]
+        loaded: dict[str, Any] = {}
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore_precision(loaded), prepend=True
+            ),
+        ]
+        before = self.state, self.param_groups
+        try:
+            super().load_state_dict(dict(state_dict))
+            self._plan()
+            if self.state:
+                self._current_engine()
+        except (ValueError, KeyError):
+            self.state, self.param_groups = before
+            self._plan()
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore_precision(self, loaded: Mapping[str, Any]) -> None:
+        """Undo torch's cast of state to its parameter's dtype where frames need float32.
+
+        All tensors are copied: torch keeps the given ones, which another optimizer may use on.
+        """
+        self._plan()
+        framed = {id(leaf.parameter) for leaf in self._leaves.framed}
+        saved_order = [i for group in loaded["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for i, parameter in zip(saved_order, parameters, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    device = value.device if key == "step" else parameter.device
-                    self.state[parameter][key] = value.detach().to(device).clone()
-        self._plan()
+            own = self.state.get(parameter, {})
+            for key, value in own.items():
+                if not isinstance(value, Tensor):
+                    continue
+                given = loaded["state"][i][key] if id(parameter) in framed else value
+                dtype = compute_dtype(parameter.dtype) if given.dtype != value.dtype else None
+                own[key] = given.detach().to(value.device, dtype or given.dtype).clone()
 
     def __getstate__(self) -> dict[str, Any]:
         extra = {"symmetries": self.symmetries, "_named": self._named()}
@@ -363,6 +366,14 @@ class QuotientAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         named = state.pop("_named", None)
         super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
         if named is not None:
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()
+
+
+def takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter is trained; a frozen one only serves as geometry."""
+    return parameter.requires_grad or parameter.grad is not None

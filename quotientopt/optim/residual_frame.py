@@ -5,26 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quotientopt.optim.averages import ema_, trace_normalised
+from quotientopt.optim.averages import break_ties, ema_
 
 
-def residual_eigenframe(covariance: Tensor, weights_gram: Tensor, tie_break: float) -> Tensor:
-    """Columns are eigenvectors of a residual-axis covariance with its ties broken.
-
-    The covariance of dressed gradients is singular early on and where a matrix has fewer rows
-    than columns; there the eigenvectors would be rounding noise. Adding
-    ``tie_break · WᵀW / ‖W‖²`` of the dressed weights to the trace-normalised covariance breaks the
-    ties by something that transforms the same way.
+def residual_eigenframe(covariance: Tensor, weights_gram: Tensor) -> Tensor:
+    """Columns are eigenvectors of a residual-axis covariance, its ties broken by the weights.
 
     Parameters
     ----------
     covariance, weights_gram : Tensor
-        Symmetric, shape ``(…, d, d)``.
-    tie_break : float
-        Weight of the second term.
+        Σ (u∂)ᵀ(u∂) and WᵀW of the dressed weights, symmetric, shape ``(…, d, d)``.
     """
-    pooled = trace_normalised(covariance).add(trace_normalised(weights_gram), alpha=tie_break)
-    return torch.linalg.eigh(pooled).eigenvectors
+    return torch.linalg.eigh(break_ties(covariance, weights_gram)).eigenvectors
 
 
 def rotate_(frame: Tensor, covariance: Tensor, rotation: Tensor) -> None:
@@ -59,8 +51,8 @@ class SharedResidualFrame:
         ema_(self.covariance, self._sum, beta)
         self._sum.zero_()
 
-    def refresh(self, weights_gram: Tensor, tie_break: float) -> None:
+    def refresh(self, weights_gram: Tensor) -> None:
         """Turn to the eigenvectors of the covariance."""
-        frame = residual_eigenframe(self.covariance, weights_gram, tie_break)
+        frame = residual_eigenframe(self.covariance, weights_gram)
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)

@@ -49,19 +49,28 @@ class Oracle:
     def _average(old, new):
         return new if old is None else 0.95 * old + 0.05 * new
 
+    @staticmethod
+    def _break_ties(covariance, weights_gram):
+        first, second = (
+            x / x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+            for x in (covariance, weights_gram)
+        )
+        return first + 1e-3 * second
+
     def _turn(self, p, s):
         weights = p
         if "section" in s:
-            dressed = s["section"] @ s["C"] @ s["section"].mT
+            weights = torch.linalg.inv(s["section"]).mT @ p
+            dressed = self._break_ties(
+                s["section"] @ s["C"] @ s["section"].mT, weights @ weights.mT
+            )
             frame = torch.linalg.eigh(dressed)[1].mT @ s["section"]
             if "frame" in s:
                 s["v"] = (frame @ torch.linalg.inv(s["frame"])).square() @ s["v"]
             s["frame"] = frame
-            weights = torch.linalg.inv(s["section"]).mT @ p
         if self.residual:
             weights = weights.reshape(-1, p.size(-1))
-            tie = weights.T @ weights / weights.square().sum()
-            Q = torch.linalg.eigh(s["R"] / s["R"].trace() + 1e-3 * tie)[1]
+            Q = torch.linalg.eigh(self._break_ties(s["R"], weights.T @ weights))[1]
             if "Q" in s:
                 s["v"] = s["v"] @ (s["Q"].T @ Q).square()
             s["Q"] = Q

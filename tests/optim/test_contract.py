@@ -341,10 +341,17 @@ def test_a_split_pair_is_refused_and_names_both():
     [
         ({"head_frame": "polar"}, "head_frame must be 'balanced', 'orthonormal', 'svd' or None"),
         ({"residual_frame": "layer"}, "residual_frame must be 'per_matrix', 'shared' or None"),
-        ({"lr": -1.0}, "lr must not be negative"),
+        ({"lr": -1.0}, "lr must be a finite number that is not negative"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"lr": "1e-3"}, "lr must be a finite number"),
+        ({"lr": torch.tensor(1e-3), "foreach": True}, "a tensor lr needs foreach"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+        ({"refresh_every": True}, "refresh_every must be a positive integer"),
+        ({"foreach": "no"}, "foreach must be True, False or None"),
+        ({"nesterov": 1}, "nesterov must be True or False"),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers in"),
         ({"refresh_every": 0}, "refresh_every must be a positive integer"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be a positive number"),
         ({"capturable": True}, "capturable=True is not available yet"),
     ],
 )
@@ -368,11 +375,40 @@ def test_a_rank_deficient_factor_is_refused_before_anything_changes():
     assert not torch.equal(before, flat_parameters(model))
 
 
-def test_symmetries_that_cover_a_parameter_partly_are_refused():
-    weight, other = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(2, 4, 8))
-    partly = qo.HeadSymmetry([weight[:2]], [other], qo.groups.GL(4), name="pair")
+def test_what_symmetries_leave_uncovered_is_adamw():
+    """nn.MultiheadAttention with a narrow key: only the value-output pair is claimed."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(32, 2, kdim=4, vdim=32, batch_first=True)
+    other = copy.deepcopy(layer)
+    optimizer = qo.QuotientAdam(layer, lr=1e-2)
+    assert [s.name for s in optimizer.symmetries.heads] == ["vo"]
+    plain = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    for _ in range(3):
+        query, key, value = torch.randn(2, 5, 32), torch.randn(2, 5, 4), torch.randn(2, 5, 32)
+        with torch.no_grad():
+            for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+                q.copy_(p)
+        for net, own in ((layer, optimizer), (other, plain)):
+            own.zero_grad()
+            net(query, key, value)[0].square().sum().backward()
+            own.step()
+    assert torch.allclose(layer.in_proj_bias[:64], other.in_proj_bias[:64], atol=1e-7)
+    assert torch.equal(layer.k_proj_weight, other.k_proj_weight)
+    assert not torch.allclose(layer.in_proj_bias[64:], other.in_proj_bias[64:], atol=1e-4)
+
+
+def test_rest_that_is_not_whole_rows_is_refused():
+    weight, other = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(3, 4, 8))
+    partly = qo.HeadSymmetry([weight[:, :, ::2]], [other], qo.groups.GL(4), name="pair")
+    kept = qo.HeadSymmetry([weight[1:]], [other[1:]], qo.groups.GL(4), name="pair")
+    qo.QuotientAdam([weight, other], symmetries=[kept])
+    corner = qo.HeadSymmetry([weight[:2, :, :4]], [other[:2]], qo.groups.GL(4), name="pair")
+    qo.QuotientAdam([weight, other], symmetries=[partly])
     with pytest.raises(ValueError, match="covered only partly"):
-        qo.QuotientAdam([weight, other], symmetries=[partly])
+        qo.QuotientAdam([weight, other], symmetries=[corner])
+    twice = qo.HeadSymmetry([weight], [weight], qo.groups.GL(4), name="pair")
+    with pytest.raises(ValueError, match="covered more than once"):
+        qo.QuotientAdam([weight, other], symmetries=[twice])
 
 
 def test_symmetries_of_another_model_are_refused():
@@ -380,6 +416,165 @@ def test_symmetries_of_another_model_are_refused():
         qo.QuotientAdam(
             list(small_model().parameters()), symmetries=qo.find_symmetries(small_model())
         )
+
+
+@pytest.mark.parametrize("residual_frame", ["per_matrix", "shared"])
+def test_freezing_and_thawing_keeps_frames_and_moments(residual_frame):
+    """A parameter that files the frames of others is frozen, and comes back."""
+    torch.manual_seed(0)
+    model = small_model()
+    optimizer = quotient_adam(model, residual_frame=residual_frame, lr=1e-2)
+    train(model, optimizer, 12)
+    frozen = [model.embedding.weight, model.blocks[0].attention.query.weight]
+    sizes = []
+    for step, tokens in enumerate(batches(12, seed=5)):
+        if step in (2, 6):
+            for parameter in frozen:
+                parameter.requires_grad_(step == 6)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        sizes.append({n: (p - before[n]).abs().mean().item() for n, p in model.named_parameters()})
+    for name in before:
+        thawed = name in ("embedding.weight", "blocks.0.attention.query.weight")
+        own = [s[name] for i, s in enumerate(sizes) if not (thawed and 2 <= i < 6)]
+        assert max(own) < 3 * min(own), name
+        if thawed:
+            assert all(s[name] == 0 for s in sizes[2:6])
+
+
+def test_frozen_bias_owner():
+    """Weight and bias of a side share frames; freezing the weight keeps the bias going."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    optimizer = qo.QuotientAdam(layer, lr=1e-2)
+
+    def step():
+        optimizer.zero_grad()
+        layer(torch.randn(3, 5, 16)).pow(3).mean().backward()
+        before = layer.self_attn.in_proj_bias.detach().clone()
+        optimizer.step()
+        return (layer.self_attn.in_proj_bias - before).abs().mean().item()
+
+    sizes = [step() for _ in range(4)]
+    layer.self_attn.in_proj_weight.requires_grad_(False)
+    sizes += [step() for _ in range(4)]
+    assert max(sizes) < 4 * min(sizes)
+
+
+def test_cleared_and_replaced_state_is_honoured():
+    model = small_model()
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 3)
+    optimizer.state.clear()
+    other = copy.deepcopy(model)
+    assert torch.equal(
+        train(model, optimizer, 3, seed=4), train(other, quotient_adam(other), 3, seed=4)
+    )
+    assert optimizer.state[model.head.weight]["step"] == 3
+    zeroed = copy.deepcopy(optimizer.state[model.head.weight]["exp_avg"]) * 0
+    optimizer.state[model.head.weight]["exp_avg"] = zeroed
+    train(model, optimizer, 1, seed=9)
+    assert optimizer.state[model.head.weight]["exp_avg"].abs().max() > 0
+    model.double()
+    train(model, optimizer, 1)
+
+
+def test_dtype_change_between_steps():
+    model = small_model(dtype=torch.float32)
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 3)
+    model.double()
+    assert torch.isfinite(train(model, optimizer, 3)).all()
+    state = optimizer.state[model.head.weight]
+    assert state["exp_avg"].dtype == torch.float64
+    assert state["step"] == 6
+
+
+def test_loading_what_does_not_fit_changes_nothing():
+    model = small_model()
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 3)
+    before = snapshot(model, optimizer)
+    stranger = torch.optim.AdamW(model.parameters())
+    train(copy.deepcopy(model), stranger, 0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stranger.step()
+    with pytest.raises(ValueError, match="not the state of a QuotientAdam"):
+        optimizer.load_state_dict(stranger.state_dict())
+    model.load_state_dict(before[0])
+    assert_unchanged(model, optimizer, before)
+    train(model, optimizer, 2)
+
+
+def test_loading_casts_plain_state_as_torch_does_and_runs_hooks():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    optimizer = qo.QuotientAdam(layer)
+    data = torch.randn(3, 5, 16)
+    layer(data).square().mean().backward()
+    optimizer.step()
+    low = copy.deepcopy(layer).bfloat16()
+    restored = qo.QuotientAdam(low)
+    seen = []
+    restored.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
+    restored.register_load_state_dict_pre_hook(lambda o, s: seen.append(len(s["state"])))
+    restored.load_state_dict(optimizer.state_dict())
+    assert seen == [12, 12]
+    assert restored.state[low.norm1.weight]["exp_avg"].dtype == torch.bfloat16
+    assert restored.state[low.linear1.weight]["exp_avg"].dtype == torch.float32
+    low(data.bfloat16()).square().mean().backward()
+    restored.step()
+
+
+def test_options_of_the_whole_optimizer_may_not_differ_between_groups():
+    model = small_model()
+    first, *rest = list(model.parameters())
+    for option, value in (("refresh_every", 3), ("max_grad_norm", 1.0)):
+        groups = [{"params": [first], option: value}, {"params": rest}]
+        with pytest.raises(ValueError, match=f"{option} is one for all param groups"):
+            qo.QuotientAdam(groups, symmetries=qo.find_symmetries(model))
+
+
+def test_changing_frames_under_way_is_refused():
+    model = small_model()
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["residual_frame"] = None
+    with pytest.raises(ValueError, match="make a new optimizer to change frames"):
+        train(model, optimizer, 1)
+
+
+def test_a_nearly_rank_deficient_factor_is_refused():
+    """What rounding of float32 leaves of a low-rank factor is no direction to divide by."""
+    model = small_model(dtype=torch.float32)
+    key = model.blocks[0].attention.key.weight
+    with torch.no_grad():
+        U, S, Vt = torch.linalg.svd(key[:8], full_matrices=False)
+        S[5:] = 0
+        key[:8] = U @ S.diag() @ Vt
+    optimizer = quotient_adam(model)
+    loss_of(model, next(batches(1))).backward()
+    with pytest.raises(ValueError, match="right factor of head 0 is rank-deficient"):
+        optimizer.step()
+
+
+def test_half_precision_clipping():
+    """A norm of 9e4 is beyond float16, its clipping is not."""
+    weight = nn.Parameter(torch.zeros(900, dtype=torch.float16))
+    optimizer = qo.QuotientAdam([weight], lr=1.0, max_grad_norm=1.0, eps=1e-3)
+    weight.grad = torch.full_like(weight, 3000.0)
+    optimizer.step()
+    assert weight.isfinite().all()
+    assert (weight < -0.1).all()
+
+
+def test_empty_parameters_are_no_obstacle():
+    optimizer = qo.QuotientAdam([nn.Parameter(torch.zeros(0))])
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(0)
+    optimizer.step()
 
 
 def test_sparse_gradients_are_refused():

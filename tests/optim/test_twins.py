@@ -62,13 +62,37 @@ def test_llama_twins_under_the_rotary_commutant_with_grouped_queries(head_frame)
     assert deviation(model, twin, adamw) > 1e-4
 
 
-@pytest.mark.parametrize("residual_frame", ["per_matrix", "shared"])
+# Acting with condition number 1000 rounds AᵀB to 1e-13, which training amplifies: with a shared
+# frame and Nesterov momentum by more than 1000 in 30 steps, so that pair is left out.
+@pytest.mark.parametrize(
+    ("residual_frame", "nesterov"), [("per_matrix", True), ("per_matrix", False), ("shared", False)]
+)
 @pytest.mark.parametrize("build", [small_model, folded_llama])
-def test_twins_under_heads_and_residual_rotations_together(build, residual_frame):
+def test_twins_under_heads_and_residual_rotations_together(build, residual_frame, nesterov):
     model = build()
     twin, element = twin_of(model, cond=COND)
     assert "residual" in element
-    assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=residual_frame)) < 1e-10
+
+    def make(m):
+        return quotient_adam(m, residual_frame=residual_frame, nesterov=nesterov)
+
+    assert deviation(model, twin, make) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_twins_with_fewer_tokens_than_rows(name, monkeypatch):
+    """Head covariances are singular then; ties are broken by the weights, not by rounding."""
+    model = small_model(name)
+    twin, _ = twin_of(model, cond=COND, only=heads_only)
+
+    def few(steps, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randint(32, (1, 5), generator=generator) for _ in range(steps))
+
+    monkeypatch.setattr("tests.optim.training.batches", few)
+    assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) < 1e-8
+    monkeypatch.setattr("quotientopt.optim.averages.TIE_BREAK", 0.0)
+    assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) > 1e-5
 
 
 def test_controls_deviate():

@@ -1,0 +1,84 @@
+"""Taking over saved state: after loading, and when parameters are frozen, thawed or added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quotientopt.optim.leaves import Leaf
+
+if TYPE_CHECKING:
+    from quotientopt.optim.bucket import Bucket
+    from quotientopt.optim.engine import Engine
+
+FRAME_KEYS = ("head_frame", "head_covariance", "residual_frame", "residual_covariance")
+
+
+def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Fill a new engine with the state of its leaves.
+
+    Leaves of one side share a frame. One that was frozen for a while remembers an older frame
+    than its siblings; the frame of the leaf with the most steps is taken, and the moments of the
+    others are carried over to it.
+
+    Raises
+    ------
+    ValueError
+        If a saved tensor has another shape: the state is not that of QuotientAdam with the same
+        options on the same model. The engine is of no use then.
+    """
+    entries = list(engine.entries())
+    for leaf, key, tensor in entries:
+        saved = state.get(leaf.parameter, {}).get(key + leaf.suffix)
+        if saved is not None and saved.shape != tensor.shape:
+            raise ValueError(
+                f"the saved {key + leaf.suffix!r} of {leaf.name!r} has shape {tuple(saved.shape)}, "
+                f"expected {tuple(tensor.shape)}: it is not the state of a QuotientAdam with these "
+                "options on this model"
+            )
+    filed = {(id(leaf), key) for leaf, key, _ in entries}
+    for leaf in {id(leaf): leaf for leaf, _, _ in entries}.values():
+        own = state.get(leaf.parameter, {})
+        for key in FRAME_KEYS:
+            if key + leaf.suffix in own and (id(leaf), key) not in filed:
+                raise ValueError(
+                    f"the state of {leaf.name!r} has a {key!r}, which these options leave out; "
+                    "make a new optimizer to change frames"
+                )
+    # Ascending in steps: of those that share a frame, the leaf with the most steps writes last.
+    for leaf, key, tensor in sorted(entries, key=lambda entry: steps_of(entry.leaf, state)):
+        saved = state.get(leaf.parameter, {}).get(key + leaf.suffix)
+        if saved is not None and (key not in FRAME_KEYS or bool(saved.any())):
+            tensor.copy_(saved)
+    for bucket in engine.buckets:
+        bucket.steps = [steps_of(leaf, state) for leaf in bucket.leaves]
+        for i, leaf in enumerate(bucket.leaves):
+            _carry_moments(bucket, i, state.get(leaf.parameter, {}))
+
+
+def steps_of(leaf: Leaf, state: Mapping[Tensor, dict[str, Any]]) -> int:
+    """Updates that a leaf's parameter has seen."""
+    return int(state.get(leaf.parameter, {}).get("step", 0))
+
+
+def _carry_moments(bucket: Bucket, row: int, own: Mapping[str, Any]) -> None:
+    """Move one leaf's moments from the frames saved with them to those of the bucket."""
+    suffix = bucket.leaves[row].suffix
+    part = bucket.subset([row])
+    left = right = None
+    if bucket.heads is not None:
+        frame = part.of_heads(bucket.heads.frame).squeeze(1)
+        saved = own.get("head_frame" + suffix)
+        if saved is not None and bool(saved.any()) and not torch.equal(saved.to(frame), frame[0]):
+            left = torch.linalg.solve(saved.to(frame)[None], frame, left=False)
+    frames = part.residual_frames()
+    if frames is not None:
+        saved = own.get("residual_frame" + suffix)
+        if saved is not None and bool(saved.any()) and not torch.equal(saved.to(frames), frames[0]):
+            right = saved.to(frames).mT[None] @ frames
+    if left is not None or right is not None:
+        part.transport_(left, right)
+        bucket.absorb(part, [row])
