@@ -41,6 +41,15 @@ def check_square(name: str, matrix: Tensor, size: int | None = None) -> None:
         )
 
 
+def check_batches(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` unless the batch shapes (all but two axes) broadcast to each other."""
+    try:
+        torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"batch shapes do not match: {shapes}") from None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision in which small matrices of an input of `dtype` are returned: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -113,6 +113,7 @@ class Comparison:
         self.record.save(self.folder)
         table, curves = self.folder / report.FILE_NAME, self.folder / plot.FILE_NAME
         write_atomically(table, report.markdown(self.record))
+        curves.unlink(missing_ok=True)  # no run finished: an earlier plot must not pass for one
         plot.plot(self.record, curves)
         return [path for path in (table, curves) if path.exists()]
 

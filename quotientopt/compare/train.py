@@ -15,6 +15,7 @@ from quotientopt.compare.optimizers import OPTIMIZERS
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.trial import Run, Seconds, Timing, Trial
 from quotientopt.models import reference_model
+from quotientopt.optim import StepRefusedError
 
 OnStep = Callable[[int, float], None]
 
@@ -26,6 +27,10 @@ class Step(NamedTuple):
     model_seconds: float
     optimizer_seconds: float
     all_seconds: float
+
+
+class DivergedError(ArithmeticError):
+    """A training loss is not finite."""
 
 
 class Training:
@@ -60,14 +65,14 @@ class Training:
         before_model = self._now()
         loss = language_loss(self.model, batch)
         loss.backward()
+        if not math.isfinite(value := loss.item()):
+            raise DivergedError(f"the loss of step {self.steps + 1} is {value}")
         before_optimizer = self._now()
         for optimizer in self.optimizers:
             optimizer.step()
         end = self._now()
         self.steps += 1
-        return Step(
-            loss.item(), before_optimizer - before_model, end - before_optimizer, end - start
-        )
+        return Step(value, before_optimizer - before_model, end - before_optimizer, end - start)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Tensor]) -> float:
@@ -114,12 +119,11 @@ def train(
     while finite and training.steps < protocol.steps:
         try:
             step = training.step()
-        except torch.linalg.LinAlgError:
+        except (DivergedError, StepRefusedError, torch.linalg.LinAlgError):
             finite = False
             break
         steps.append(step)
         seconds += step.all_seconds
-        finite = math.isfinite(step.loss)
         on_step(training.steps, step.loss)
         if finite and protocol.evaluates_after(training.steps - 1):
             loss = training.validate(held_out)
@@ -131,7 +135,7 @@ def train(
         status="finished" if finite else "diverged",
         final_loss=curve[-1][2] if finite else None,
         curve=curve,
-        training_losses=[step.loss for step in steps if math.isfinite(step.loss)],
+        training_losses=[step.loss for step in steps],
         timing=_timing(steps),
         state_bytes=state_bytes(training.optimizers),
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),

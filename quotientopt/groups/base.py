@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quotientopt._linalg import (
     Pair,
+    check_batches,
     check_finite,
     check_floating,
     check_square,
@@ -83,6 +84,7 @@ class StructureGroup(ABC):
         """The product ``g h``: act with `h` first, then with `g`."""
         check_square("g", g, self.r)
         check_square("h", h, self.r)
+        check_batches(g=g, h=h)
         return (wide(g) @ wide(h)).to(torch.promote_types(g.dtype, h.dtype))
 
     def inverse(self, g: Tensor) -> Tensor:
@@ -143,6 +145,7 @@ class StructureGroup(ABC):
                 raise ValueError(
                     f"{name} must have shape (*batch, {self.r}, columns), got {tuple(X.shape)}"
                 )
+        check_batches(g=g, A=pair[0], B=pair[1])
         return pair[0], pair[1]
 
     def _check_invertible(self, g: Tensor) -> None:

@@ -16,7 +16,9 @@ def check_size(name: str, size: int) -> int:
 
 
 def check_batch_shape(batch_shape: Sequence[int]) -> tuple[int, ...]:
-    """Return `batch_shape` as a tuple of positive integers, raise ``ValueError`` otherwise."""
+    """Return `batch_shape` as a tuple; ``TypeError`` or ``ValueError`` if it holds no sizes."""
+    if not isinstance(batch_shape, Sequence):
+        raise TypeError(f"batch_shape must be a tuple of integers, got {batch_shape!r}")
     return tuple(check_size("every entry of batch_shape", size) for size in batch_shape)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quotientopt._linalg import (
     Pair,
+    check_batches,
     check_floating,
     check_square,
     cholesky,
@@ -39,6 +40,7 @@ class _ElementFunction(Protocol):
 def _prepare(SA: Tensor, SB: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     check_square("Gram matrix SA", SA)
     check_square("Gram matrix SB", SB, SA.shape[-1])
+    check_batches(SA=SA, SB=SB)
     dtype = compute_dtype(torch.promote_types(SA.dtype, SB.dtype))
     return wide(SA), wide(SB), dtype
 

@@ -26,6 +26,8 @@ class Block:
         Shape ``(heads, r, n)`` and strides, in elements.
     offset : int
         Offset of the first element from the parameter's first element.
+    layout : tuple of int
+        Strides of the parameter when the block was made.
     """
 
     parameter: Tensor
@@ -33,6 +35,7 @@ class Block:
     size: tuple[int, int, int]
     stride: tuple[int, int, int]
     offset: int
+    layout: tuple[int, ...]
 
     @classmethod
     def of(cls, view: Tensor, parameter: Tensor | None = None, name: str = "") -> Block:
@@ -80,7 +83,8 @@ class Block:
         heads, rows, columns = view.shape
         head_stride, row_stride, column_stride = view.stride()
         stride = (head_stride, row_stride, column_stride)
-        return cls(parameter, name, (heads, rows, columns), stride, offset)
+        size = (heads, rows, columns)
+        return cls(parameter, name, size, stride, offset, tuple(parameter.stride()))
 
     def view(self, tensor: Tensor | None = None) -> Tensor:
         """Return this block of ``tensor`` (by default of the parameter, detached).
@@ -95,9 +99,19 @@ class Block:
         -------
         Tensor
             Shape ``(heads, r, n)``.
+
+        Raises
+        ------
+        ValueError
+            If the parameter's memory layout has changed since the block was made.
         """
+        if self.parameter.stride() != self.layout:
+            raise ValueError(
+                f"the memory layout of parameter {self.name!r} has changed from strides "
+                f"{self.layout} to {self.parameter.stride()}; find the model's symmetries again"
+            )
         tensor = self.parameter.detach() if tensor is None else tensor
-        if tensor.stride() != self.parameter.stride():
+        if tensor.stride() != self.layout:
             tensor = torch.empty_like(self.parameter, dtype=tensor.dtype).copy_(tensor)
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 

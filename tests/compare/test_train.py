@@ -82,8 +82,11 @@ def test_learning_rate_follows_the_schedule(protocol, corpus):
         assert rate == pytest.approx(3e-3 * protocol.schedule(step))
 
 
-def test_divergence_is_recorded(protocol, corpus):
-    run = train(Trial("adamw", 1e30, {"beta2": 0.95}), protocol, corpus)
+@pytest.mark.parametrize(
+    "trial", [Trial("adamw", 1e30, {"beta2": 0.95}), Trial("quotient-adam", 1e30)]
+)
+def test_divergence_is_recorded(trial, protocol, corpus):
+    run = train(trial, protocol, corpus)
     assert run.status == "diverged"
     assert run.final_loss is None
     assert run.score == math.inf

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from quotientopt.groups import O
+from quotientopt.groups import GL, O
 from quotientopt.manifolds import FactorQuotient, GramQuotient
+from quotientopt.sections import element
 from tests.geometry.cases import KINDS, ONE_LINE, Case, combine, deviation, generator, leaves
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -179,3 +180,16 @@ def test_checks_can_be_switched_off(kind):
     poisoned = combine(lambda t: t * float("nan"), x)
     result = M.retract(x, poisoned)
     assert all(torch.isnan(leaf).all() for leaf in leaves(result))
+
+
+def test_batches_that_do_not_match_are_named():
+    group = GL(3)
+    pair = torch.randn(2, 3, 5), torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match=r"do not match: g \(4, 3, 3\), A \(2, 3, 5\)"):
+        group.act(group.random((4,)), pair)
+    with pytest.raises(ValueError, match="batch shapes do not match"):
+        group.compose(group.random((4,)), group.random((2,)))
+    with pytest.raises(ValueError, match="batch shapes do not match"):
+        element("balanced", torch.eye(3).expand(4, 3, 3), torch.eye(3).expand(2, 3, 3))
+    with pytest.raises(TypeError, match="batch_shape must be a tuple"):
+        FactorQuotient(2, 3, 3, batch_shape=3)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from quotientopt.groups import GL
+from quotientopt.models import GPT
 from quotientopt.symmetries import (
     Contribution,
     HeadSymmetry,
@@ -295,3 +296,14 @@ def test_symmetry_made_by_hand():
     )
     result = find_symmetries(model).__class__([by_hand]).verify(model, values(2, 5, WIDTH))
     assert result["attention.qk"] < 1e-10
+
+
+def test_a_changed_memory_layout_is_noticed():
+    model = GPT(vocabulary=8, layers=1, width=16, heads=2, context=4)
+    symmetries = find_symmetries(model)
+    weight = model.blocks[0].attention.query.weight
+    weight.data = weight.data.t().contiguous().t()
+    with pytest.raises(ValueError, match=r"layout of parameter 'blocks\.0\.attention\.query"):
+        symmetries.heads[0].left  # noqa: B018
+    find_symmetries(model).heads[0].left[0].zero_()
+    assert weight.abs().max() == 0
