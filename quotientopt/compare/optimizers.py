@@ -113,7 +113,7 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry(
             "muon",
             _muon,
-            {"gpt": 1e-2, "llama": 1e-2},
+            {"gpt": 4e-2, "llama": 4e-2},
             ({"adamw_rate": 8e-3}, {"adamw_rate": 4e-3}, {"adamw_rate": 1.6e-2}),
             check=_check_muon,
         ),

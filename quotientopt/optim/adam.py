@@ -27,10 +27,12 @@ def moments_(
         moment, half of |∂|² of their complex entry, which no phase changes. (Half, so that an
         update has the same size per real entry as elsewhere.)
     """
-    square = gradient.square()
-    if plane_partner is not None:
-        square = square.add_(square.index_select(-2, plane_partner)).mul_(0.5)
     exp_avg.lerp_(gradient, 1 - betas[0])
+    if plane_partner is None:
+        exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        return
+    square = gradient.square()
+    square = square.add_(square.index_select(-2, plane_partner)).mul_(0.5)
     exp_avg_sq.lerp_(square, 1 - betas[1])
 
 
@@ -55,10 +57,16 @@ def direction(
         where its leaves have seen different numbers of updates.
     """
     beta1, beta2 = betas
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    # √v̂ + ε = (√v + ε c) / c with c = √(1 − β₂^t); c goes into the numerator, which saves a pass.
+    root = (1 - beta2**step) ** 0.5
+    scale = root / (1 - beta1**step)
     if nesterov:
-        mean = exp_avg * (beta1 / (1 - beta1 ** (step + 1)))
-        mean = mean.add_(gradient * ((1 - beta1) / (1 - beta1**step)))
+        mean = exp_avg * (root * beta1 / (1 - beta1 ** (step + 1)))
+        fresh = scale * (1 - beta1)
+        if isinstance(fresh, Tensor):
+            mean.addcmul_(gradient, fresh)
+        else:
+            mean.add_(gradient, alpha=fresh)
     else:
-        mean = exp_avg / (1 - beta1**step)
-    return mean.div_(denominator)
+        mean = exp_avg * scale
+    return mean.div_(exp_avg_sq.sqrt().add_(eps * root))

@@ -12,6 +12,7 @@ from quotientopt.optim.adam import direction, moments_
 from quotientopt.optim.averages import ema_
 from quotientopt.optim.head_frames import HeadFrames
 from quotientopt.optim.leaves import Leaf
+from quotientopt.optim.polar import even_out
 from quotientopt.optim.residual_frame import SharedResidualFrame, residual_eigenframe
 
 
@@ -126,6 +127,8 @@ class Bucket:
         gram = rows.mT @ rows
         if self.shared is not None:
             self.shared.add(gram.sum(0))
+        elif min(self.steps) > 0:
+            self.state["residual_covariance"].lerp_(gram, 1 - beta)
         else:
             ema_(self.state["residual_covariance"], gram, beta)
 
@@ -217,10 +220,14 @@ class Bucket:
             eps=group["eps"],
             nesterov=group["nesterov"] and self.framed,
         )
-        left = None
+        right = None if frames is None else frames.mT
+        if group["polar"] and self.framed and update.size(-1) > 1:
+            shape = update.shape
+            update = even_out(update.flatten(1, -2), right).view(shape)
+        else:
+            update = self._two_sided(None, update, right)
         if self.heads is not None:
-            left = self.of_heads(self.heads.frame).squeeze(1).mT
-        update = self._two_sided(left, update, None if frames is None else frames.mT)
+            update = self.of_heads(self.heads.frame).mT @ update
         self._add_to_parameters(update, group["lr"], group["weight_decay"])
 
     def _add_to_parameters(self, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
@@ -234,4 +241,9 @@ class Bucket:
             torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
             return
         torch._foreach_mul_(views, 1 - lr * weight_decay)
-        torch._foreach_sub_(views, list(update.mul_(lr).flatten(0, 1).unbind()))
+        updates = list(update.flatten(0, 1).unbind())
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(updates, lr)
+            torch._foreach_sub_(views, updates)
+        else:
+            torch._foreach_add_(views, updates, alpha=-lr)

@@ -51,7 +51,7 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
     limit = options["max_grad_norm"]
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"max_grad_norm must be a positive number or None, got {limit!r}")
-    for name in ("nesterov", "maximize", "capturable"):
+    for name in ("nesterov", "polar", "maximize", "capturable"):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
     if foreach is not None and not isinstance(foreach, bool):
@@ -70,8 +70,21 @@ def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor]
             )
 
 
-def refuse_nonfinite(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
+def refuse_nonfinite(
+    norms: Sequence[Tensor],
+    gradients: Mapping[Tensor, Tensor],
+    name_of: Callable[[Tensor], str],
+) -> None:
     """Refuse gradients that Adam cannot square, before anything has changed.
+
+    Parameters
+    ----------
+    norms : sequence of Tensor
+        2-norms of the gradients, dressed or not; a finite one says that all entries are finite.
+    gradients : mapping
+        Parameter to gradient, to find the one at fault.
+    name_of : callable
+        Name of a parameter.
 
     Raises
     ------
@@ -79,15 +92,15 @@ def refuse_nonfinite(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tens
         Naming the first parameter whose gradient is NaN, infinite, or so large that the sum of its
         squares overflows.
     """
-    norms = norms_of(gradients.values())
-    if not norms or bool(torch.stack(norms).isfinite().all()):
+    if not norms or bool(torch.stack(list(norms)).isfinite().all()):
         return
-    bad = [name_of(p) for p, norm in zip(gradients, norms, strict=True) if not norm.isfinite()]
+    own = zip(gradients, norms_of(gradients.values()), strict=True)
+    bad = [name_of(p) for p, norm in own if not norm.isfinite()]
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    subject = f"the gradient of {bad[0]!r}{others}" if bad else "a dressed gradient"
     raise GradientError(
-        f"the gradient of {bad[0]!r}{others} has NaN or infinite entries, or overflows when "
-        "squared; nothing was updated. Skip this batch, lower the learning rate, or scale the loss "
-        "with a GradScaler"
+        f"{subject} has NaN or infinite entries, or overflows when squared; nothing was updated. "
+        "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
     )
 
 

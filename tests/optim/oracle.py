@@ -20,11 +20,22 @@ class Oracle:
     """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``."""
 
     def __init__(
-        self, pairs, matrices, lr, betas, weight_decay, *, refresh=10, residual=True, nesterov=False
+        self,
+        pairs,
+        matrices,
+        lr,
+        betas,
+        weight_decay,
+        *,
+        refresh=10,
+        residual=True,
+        nesterov=False,
+        polar=False,
     ):
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
         self.params = [p for pair in pairs for p in pair] + list(matrices)
+        self.polar = polar
         self.state = [{"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in self.params]
 
     @torch.no_grad()
@@ -44,6 +55,14 @@ class Oracle:
             if fresh:
                 self._turn(p, s)
             self._update(p, s)
+
+    def _toward_polar(self, update):
+        """Singular values by an SVD, evened out by the same polynomial."""
+        U, sigma, Vt = torch.linalg.svd(update, full_matrices=False)
+        size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
+        terms = zip((7.9348, -56.0039, 166.6517, -202.4902, 85.1685), (1, 3, 5, 7, 9), strict=True)
+        sigma = sum(coefficient * sigma**power for coefficient, power in terms)
+        return size * U @ (sigma / sigma.norm()).diag() @ Vt if self.polar else update
 
     @staticmethod
     def _average(old, new):
@@ -87,6 +106,7 @@ class Oracle:
         if self.nesterov:
             m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(p.grad) / (1 - b1**t)
         update = m / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
+        update = self._toward_polar(update.reshape(-1, p.size(-1))).reshape(p.shape)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
         p.mul_(1 - self.lr * self.decay).sub_(self.lr * update)

@@ -50,15 +50,19 @@ def oracle_losses(model, **options):
     return torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("residual", "nesterov"), [(True, False), (True, True), (False, False)])
-def test_equals_the_oracle_in_float64(residual, nesterov):
+@pytest.mark.parametrize(
+    ("residual", "nesterov", "polar"),
+    [(True, False, False), (True, True, False), (False, False, False), (True, True, True)],
+)
+def test_equals_the_oracle_in_float64(residual, nesterov, polar):
     model = small_model("gpt")
-    expected = oracle_losses(copy.deepcopy(model), residual=residual, nesterov=nesterov)
+    options = {"nesterov": nesterov, "polar": polar}
+    expected = oracle_losses(copy.deepcopy(model), residual=residual, **options)
     frame = "per_matrix" if residual else None
     for foreach in (None, True, False):
         fast = copy.deepcopy(model)
         optimizer = qo.QuotientAdam(
-            fast, **SETTINGS, residual_frame=frame, nesterov=nesterov, foreach=foreach
+            fast, **SETTINGS, **options, residual_frame=frame, foreach=foreach
         )
         deviation = (train(fast, optimizer, STEPS) - expected).abs()
         # Fresh frames at step 10 amplify rounding by the inverse gaps of the covariances.
@@ -70,7 +74,7 @@ def test_other_settings_are_seen():
     """The control: another refresh interval is another trajectory."""
     model = small_model("gpt")
     expected = oracle_losses(copy.deepcopy(model))
-    other = qo.QuotientAdam(model, **SETTINGS, refresh_every=7)
+    other = qo.QuotientAdam(model, **SETTINGS, refresh_every=7, nesterov=False, polar=False)
     assert (train(model, other, STEPS) - expected).abs().max() > 1e-6
 
 

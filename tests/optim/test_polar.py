@@ -1,0 +1,51 @@
+"""Evening out singular values: what it does, and what it commutes with."""
+
+import pytest
+import torch
+
+from quotientopt.optim.polar import even_out
+
+
+def orthogonal(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+
+
+@pytest.fixture(params=[(3, 20, 8), (2, 8, 8), (2, 5, 12)])
+def matrix(request):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(request.param, generator=generator, dtype=torch.float64)
+
+
+def test_singular_values_are_evened_out_and_vectors_kept(matrix):
+    stretched = matrix @ torch.logspace(-0.6, 0, matrix.size(-1), dtype=torch.float64).diag()
+    evened = even_out(stretched, None)
+    U, sigma, Vt = torch.linalg.svd(stretched, full_matrices=False)
+    core = U.mT @ evened @ Vt.mT
+    values = core.diagonal(dim1=-2, dim2=-1)
+    assert (core - values.diag_embed()).abs().max() < 1e-10
+    assert (values > 0).all()
+    spread, before = values.amax(-1) / values.amin(-1), sigma.amax(-1) / sigma.amin(-1)
+    # Down to a tenth of the Schatten norm all values come near one; smaller ones grow alike.
+    assert (spread < torch.where(before < 8, 1.75, before / 2)).all()
+    assert (before > 2).all()
+    norms = torch.linalg.matrix_norm(evened), torch.linalg.matrix_norm(stretched)
+    assert torch.allclose(*norms, rtol=1e-12)
+
+
+def test_commutes_with_rotations_and_with_nothing_else(matrix):
+    left, right = orthogonal(matrix.size(1), 1), orthogonal(matrix.size(2), 2)
+    evened = even_out(matrix, None)
+    assert (even_out(left @ matrix @ right, None) - left @ evened @ right).abs().max() < 1e-10
+    shear = torch.eye(matrix.size(2), dtype=torch.float64)
+    shear[0, 1] = 1.0
+    assert (even_out(matrix @ shear, None) - evened @ shear).abs().max() > 1e-2
+
+
+def test_the_rotation_is_folded_in(matrix):
+    right = orthogonal(matrix.size(2), 3).expand(matrix.size(0), -1, -1)
+    assert (even_out(matrix, right) - even_out(matrix, None) @ right).abs().max() < 1e-12
+
+
+def test_zero_stays_zero():
+    assert torch.equal(even_out(torch.zeros(2, 4, 3), None), torch.zeros(2, 4, 3))
