@@ -3,7 +3,7 @@
 Trains the reference model with each variant on the same weights and batches, over learning rates
 and seeds, and writes JSON with everything measured, rewritten after every run.
 
-    python benchmarks/ablation.py nesterov --rates 4e-3,8e-3,1.6e-2 --seeds 3 --jobs 2
+    python benchmarks/ablation.py parts --rates 8e-3 --seeds 3
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 from collections.abc import Mapping
@@ -31,7 +32,12 @@ from quotientopt.compare.train import train
 from quotientopt.compare.trial import Trial
 
 VARIANTS: dict[str, dict[str, Mapping[str, Any]]] = {
-    "nesterov": {"nesterov": {"nesterov": True}, "plain": {"nesterov": False}},
+    "parts": {
+        "default": {},
+        "without Nesterov": {"nesterov": False},
+        "without polar": {"polar": False},
+        "without both": {"nesterov": False, "polar": False},
+    },
     "head-frame": {
         str(kind): {"head_frame": kind} for kind in ("balanced", "orthonormal", "svd", None)
     },
@@ -100,7 +106,8 @@ def main() -> None:
     target = RESULTS / f"ablation-{arguments.question}-{arguments.model}.json"
     RESULTS.mkdir(exist_ok=True)
     runs: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(arguments.jobs) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         work = functools.partial(pool.submit, run)
         variants = VARIANTS[arguments.question].items()
         pending = [

@@ -65,8 +65,9 @@ def test_equals_the_oracle_in_float64(residual, nesterov, polar):
             fast, **SETTINGS, **options, residual_frame=frame, foreach=foreach
         )
         deviation = (train(fast, optimizer, STEPS) - expected).abs()
-        # Fresh frames at step 10 amplify rounding by the inverse gaps of the covariances.
-        assert deviation[:10].max() < 1e-12
+        # Fresh frames at step 10 amplify rounding by the inverse gaps of the covariances; the
+        # polynomial amplifies that of small singular values by its slope.
+        assert deviation[:10].max() < (1e-11 if polar else 1e-12)
         assert deviation.max() < 1e-9
 
 

@@ -18,7 +18,7 @@ def matrix(request):
 
 
 def test_singular_values_are_evened_out_and_vectors_kept(matrix):
-    stretched = matrix @ torch.logspace(-0.6, 0, matrix.size(-1), dtype=torch.float64).diag()
+    stretched = matrix @ torch.logspace(-0.7, 0, matrix.size(-1), dtype=torch.float64).diag()
     evened = even_out(stretched, None)
     U, sigma, Vt = torch.linalg.svd(stretched, full_matrices=False)
     core = U.mT @ evened @ Vt.mT
@@ -27,8 +27,8 @@ def test_singular_values_are_evened_out_and_vectors_kept(matrix):
     assert (values > 0).all()
     spread, before = values.amax(-1) / values.amin(-1), sigma.amax(-1) / sigma.amin(-1)
     # Down to a tenth of the Schatten norm all values come near one; smaller ones grow alike.
-    assert (spread < torch.where(before < 8, 1.75, before / 2)).all()
-    assert (before > 2).all()
+    assert (spread < torch.where(before < 8, 2.7, before / 1.5)).all()
+    assert (before > 3).all()
     norms = torch.linalg.matrix_norm(evened), torch.linalg.matrix_norm(stretched)
     assert torch.allclose(*norms, rtol=1e-12)
 
