@@ -49,21 +49,25 @@ def test_gpt_twins_under_gl_on_all_heads(head_frame, nesterov):
     assert deviation(model, twin, make) < 1e-10
 
 
-@pytest.mark.parametrize("head_frame", ["balanced", "orthonormal", "svd"])
-def test_llama_twins_under_the_rotary_commutant_with_grouped_queries(head_frame):
+# Acting with condition number 1000 rounds AᵀB to 1e-13, which training amplifies: by more than 1000
+# in 30 steps with a shared frame and Nesterov momentum, or in the raw coordinates that the svd
+# frames leave to rotary planes, with evened-out singular values. Those variants are left out.
+@pytest.mark.parametrize(
+    ("head_frame", "polar"),
+    [("balanced", True), ("balanced", False), ("orthonormal", True), ("svd", False)],
+)
+def test_llama_twins_under_the_rotary_commutant_with_grouped_queries(head_frame, polar):
     model = random_gains_(small_model("llama", key_value_heads=2))
     twin, element = twin_of(model, cond=COND)
     assert len(element) == 4
 
     def make(m):
-        return quotient_adam(m, residual_frame=None, head_frame=head_frame)
+        return quotient_adam(m, residual_frame=None, head_frame=head_frame, polar=polar)
 
     assert deviation(model, twin, make) < 1e-10
     assert deviation(model, twin, adamw) > 1e-4
 
 
-# Acting with condition number 1000 rounds AᵀB to 1e-13, which training amplifies: with a shared
-# frame and Nesterov momentum by more than 1000 in 30 steps, so that pair is left out.
 @pytest.mark.parametrize(
     ("residual_frame", "nesterov"), [("per_matrix", True), ("per_matrix", False), ("shared", False)]
 )
@@ -170,7 +174,9 @@ def test_clipping_is_invariant():
     """The dressed norm does not see the gauge; the Euclidean norm does."""
     model = small_model("gpt")
     twin, _ = twin_of(model, cond=COND)
-    assert deviation(model, twin, lambda m: quotient_adam(m, max_grad_norm=0.05)) < 1e-10
+    assert (
+        deviation(model, twin, lambda m: quotient_adam(m, max_grad_norm=0.05, polar=False)) < 1e-10
+    )
     loose = train(copy.deepcopy(model), quotient_adam(model), 1)
     assert torch.isfinite(loose).all()
 
