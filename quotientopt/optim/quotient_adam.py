@@ -68,8 +68,8 @@ class QuotientAdam(Optimizer):
         Clips the gradient's norm in dressed coordinates, which no gauge changes (over all param
         groups at once).
     nesterov : bool
-        Nesterov momentum for the framed parameters; others stay AdamW. On by default since it
-        lowered the loss in every ablation (``docs/quotient_adam.md``).
+        Nesterov momentum for the framed parameters; others stay AdamW. The default follows the
+        ablation in ``benchmarks/results``.
     polar : bool
         Even out the singular values of each framed matrix's update, by one polynomial step towards
         its polar factor that keeps its norm. It commutes with rotations, so that nothing is lost
