@@ -69,7 +69,7 @@ class QuotientAdam(Optimizer):
         groups at once).
     nesterov : bool
         Nesterov momentum for the framed parameters; others stay AdamW. The default follows the
-        ablation in ``benchmarks/results``.
+        ablation in ``benchmarks/results/ablation-parts-gpt.json``.
     polar : bool
         Even out the singular values of each framed matrix's update, by one polynomial step towards
         its polar factor that keeps its norm. It commutes with rotations, so that nothing is lost
