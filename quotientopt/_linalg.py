@@ -71,11 +71,6 @@ def gram(X: Tensor) -> Tensor:
     return X @ X.mT
 
 
-def symmetric_part(matrix: Tensor) -> Tensor:
-    """``(M + Mᵀ) / 2``."""
-    return (matrix + matrix.mT) / 2
-
-
 def skew_part(matrix: Tensor) -> Tensor:
     """``(M - Mᵀ) / 2``."""
     return (matrix - matrix.mT) / 2

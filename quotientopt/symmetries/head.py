@@ -88,29 +88,6 @@ class HeadSymmetry:
         )
         return left, right
 
-    @property
-    def quotient_dimension(self) -> int:
-        """Dimension of the quotient, heads · (r (n + m) − dim G)."""
-        return self.heads * (self.rank * sum(self.columns) - self.group.dim)
-
-    def grams(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Gram matrices (AAᵀ, BBᵀ), shape ``(heads, r, r)``, summed over blocks.
-
-        Parameters
-        ----------
-        dtype : torch.dtype, optional
-            Computes in this dtype; by default in float64.
-        """
-
-        def widen(view: Tensor) -> Tensor:
-            return view.to(torch.float64 if dtype is None else dtype)
-
-        left, right = (
-            torch.stack([view @ view.mT for view in map(widen, side)]).sum(0)
-            for side in (self.left, self.right)
-        )
-        return left, right
-
     def random_element(
         self, cond: float = 10.0, *, generator: torch.Generator | None = None
     ) -> Tensor:
