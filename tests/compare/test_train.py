@@ -48,7 +48,7 @@ def test_other_optimizers_start_alike_and_train(name, model, protocol, corpus):
     if name == "soap":
         pytest.importorskip("pytorch_optimizer")
     elif name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch.optim.Muon came with torch 2.9")
+        pytest.skip("needs torch.optim.Muon: pip install 'torch>=2.9'")
     protocol = type(protocol)(**(vars(protocol) | {"model": model}))
     baseline = train(ADAMW, protocol, corpus)
     settings = dict(OPTIMIZERS[name].settings_grid[0])
@@ -60,7 +60,7 @@ def test_other_optimizers_start_alike_and_train(name, model, protocol, corpus):
 
 def test_muon_gets_the_matrices_inside_blocks_only(protocol, corpus):
     if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch.optim.Muon came with torch 2.9")
+        pytest.skip("needs torch.optim.Muon: pip install 'torch>=2.9'")
     training = Training(Trial("muon", 1e-2, {"adamw_rate": 8e-3}), protocol, corpus)
     muon, adamw = training.optimizers
     names = {id(p): name for name, p in training.model.named_parameters()}
