@@ -42,8 +42,8 @@ def _add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
         "compare",
         help="train a small model with several optimizers, each tuned, and report",
         description=(
-            "Tunes every optimizer's learning rate on one model and text, under one protocol, and "
-            "writes compare.json (everything measured), compare.md (tables) and compare.png "
+            "Tunes every optimizer's learning rate on one model and data set, under one protocol, "
+            "and writes compare.json (everything measured), compare.md (tables) and compare.png "
             "(curves)."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -55,8 +55,15 @@ def _add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="NAMES",
         help="comma-separated, of adamw, quotient-adam, soap, muon",
     )
-    add("--data", default="stdlib", help="stdlib, shakespeare, or the path of a file")
-    add("--model", default="gpt", help="gpt or llama")
+    add(
+        "--data",
+        default="auto",
+        help=(
+            "stdlib, shakespeare or the path of a file for gpt and llama; fashion-mnist or "
+            "mnist-5k for vit; auto is stdlib or fashion-mnist"
+        ),
+    )
+    add("--model", default="gpt", help="gpt, llama or vit")
     add("--steps", type=int, default=600, metavar="N", help="training steps per run")
     add(
         "--lr-grid",
@@ -85,8 +92,19 @@ def _add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=argparse.SUPPRESS,
         help="reuse the runs in DIR/compare.json, which must be of the same protocol",
     )
-    add("--batch", type=int, default=16, metavar="N", help="sequences per step")
-    add("--context", type=int, default=128, metavar="N", help="tokens per sequence")
+    add(
+        "--redo",
+        metavar="NAMES",
+        default=argparse.SUPPRESS,
+        help="with --resume: make the runs of these optimizers anew, comma-separated",
+    )
+    for name, meaning in (
+        ("batch", "sequences or images per step (default: 16, vit 64)"),
+        ("context", "tokens per sequence, for texts (default: 128)"),
+        ("layers", "layers of the model (default: 4)"),
+        ("width", "width of the model, a multiple of 8 (default: 128, vit 64)"),
+    ):
+        add(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS, help=meaning)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

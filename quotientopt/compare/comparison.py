@@ -3,33 +3,33 @@
 import shlex
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from quotientopt.compare import plot, report
-from quotientopt.compare.data import Corpus, load_corpus
+from quotientopt.compare.defaults import MODEL_DEFAULTS, load_task
 from quotientopt.compare.environment import available_cores, describe_environment
 from quotientopt.compare.errors import UsageError, require
-from quotientopt.compare.optimizers import find_optimizers
+from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, find_optimizers
 from quotientopt.compare.progress import Progress, make_progress
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.record import Record, prepare_folder, write_atomically
 from quotientopt.compare.summary import optimizers_of
-from quotientopt.compare.train import time_alone
+from quotientopt.compare.task import IMAGES, Task
+from quotientopt.compare.train import build_model, time_alone
 from quotientopt.compare.trial import Run, Trial, best_run
 from quotientopt.compare.tuning import Plan, parse_grid, plan
 from quotientopt.compare.workers import ParallelWorkers, SerialWorkers, Workers
-from quotientopt.models import REFERENCE_MODELS
 
 
 @dataclass(frozen=True)
 class Request:
     """The command line's arguments; see ``quotientopt compare --help``."""
 
-    optimizers: str = "adamw,quotient-adam,soap,muon"
-    data: str = "stdlib"
+    optimizers: str = DEFAULT_OPTIMIZERS
+    data: str = "auto"
     model: str = "gpt"
     steps: int = 600
     lr_grid: str = "auto"
@@ -38,8 +38,11 @@ class Request:
     out: str = "quotientopt-compare"
     jobs: int | None = None
     resume: bool = False
-    batch: int = 16
-    context: int = 128
+    redo: str | None = None
+    batch: int | None = None
+    context: int | None = None
+    layers: int | None = None
+    width: int | None = None
     command: str = "quotientopt compare"
 
 
@@ -57,34 +60,28 @@ class Comparison:
     """
 
     def __init__(self, request: Request) -> None:
-        for name in ("steps", "seeds", "batch", "context"):
-            if getattr(request, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(request, name)}")
-        if request.model not in REFERENCE_MODELS:
-            known = ", ".join(REFERENCE_MODELS)
+        _check_numbers(request)
+        if request.model not in MODEL_DEFAULTS:
+            known = ", ".join(MODEL_DEFAULTS)
             raise UsageError(f"unknown model {request.model!r}; known: {known}")
         self.entries = find_optimizers(request.optimizers)
+        redo = _parse_redo(request, [entry.name for entry in self.entries])
         self.grid = parse_grid(request.lr_grid, [entry.name for entry in self.entries])
         self.seeds = request.seeds
         device = _find_device(request.device)
         self.jobs = _count_jobs(request.jobs, device)
         require("matplotlib")
-        self.corpus: Corpus = load_corpus(request.data, request.context)
-        protocol = Protocol(
-            model=request.model,
-            data=request.data,
-            data_digest=self.corpus.digest,
-            device=device,
-            threads=max(1, available_cores() // self.jobs),
-            steps=request.steps,
-            batch=request.batch,
-            context=request.context,
-        )
+        protocol = _protocol(request, device, max(1, available_cores() // self.jobs))
+        self.task: Task = load_task(protocol.data, protocol.model, protocol.batch, protocol.context)
+        protocol = replace(protocol, data_digest=self.task.digest)
+        _check_size(protocol, self.task)
         environment = describe_environment(device) | {"runs at a time": self.jobs}
         self.record = Record(request.command, protocol, environment)
         self.folder = Path(request.out)
         if request.resume:
-            self.record.resume(self.folder)
+            self.record.resume(self.folder, redo)
+            for name in optimizers_of(self.record.runs):
+                find_optimizers(name)  # each is timed again at the end
         prepare_folder(self.folder)
 
     def run(self) -> None:
@@ -102,7 +99,7 @@ class Comparison:
             }
             self._execute(plans, workers, progress)
             workers.close()
-            if self.jobs > 1:
+            if self.jobs > 1 or self.record.earlier_commands:
                 self._time_alone(progress)
         finally:
             workers.close()
@@ -120,8 +117,8 @@ class Comparison:
     def _workers(self, progress: Progress) -> Workers:
         protocol = self.record.protocol
         if self.jobs == 1:
-            return SerialWorkers(protocol, self.corpus, progress.step)
-        return ParallelWorkers(self.jobs, protocol, self.corpus, progress.step)
+            return SerialWorkers(protocol, self.task, progress.step)
+        return ParallelWorkers(self.jobs, protocol, self.task, progress.step)
 
     def _execute(self, plans: Mapping[str, Plan], workers: Workers, progress: Progress) -> None:
         """Advance every plan as its runs come in, with as many runs at a time as there is room."""
@@ -171,8 +168,65 @@ class Comparison:
             best = best_run(self.record.runs, name)
             if best is not None and best.status == "finished":
                 progress.say(f"timing {name} alone")
-                self.record.timings[name] = time_alone(best.trial, protocol, self.corpus)
+                self.record.timings[name] = time_alone(best.trial, protocol, self.task)
         self.record.save(self.folder)
+
+
+def _check_numbers(request: Request) -> None:
+    for name in ("steps", "seeds", "batch", "context", "layers", "width"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+
+
+def _parse_redo(request: Request, optimizers: list[str]) -> list[str]:
+    if request.redo is None:
+        return []
+    if not request.resume:
+        raise UsageError("--redo needs --resume: without it every run is made anew")
+    redo = [name.strip() for name in request.redo.split(",")]
+    for name in redo:
+        if name not in optimizers:
+            raise UsageError(
+                f"--redo {name!r}: not among the optimizers of this comparison, "
+                f"{', '.join(optimizers)}"
+            )
+    return redo
+
+
+def _protocol(request: Request, device: str, threads: int) -> Protocol:
+    """The request's settings, the model's own where it gives none; the data not yet hashed."""
+    defaults = MODEL_DEFAULTS[request.model]
+    if defaults.kind == IMAGES and request.context is not None:
+        raise UsageError(
+            f"--context is for texts; model {request.model!r} reads images, "
+            f"each of {defaults.context} patches"
+        )
+
+    def given(name: str) -> int:
+        value = getattr(request, name)
+        return getattr(defaults, name) if value is None else value
+
+    return Protocol(
+        model=request.model,
+        data=defaults.data if request.data == "auto" else request.data,
+        device=device,
+        threads=threads,
+        steps=request.steps,
+        batch=given("batch"),
+        context=given("context"),
+        layers=given("layers"),
+        width=given("width"),
+        validation_batches=defaults.validation_batches,
+    )
+
+
+def _check_size(protocol: Protocol, task: Task) -> None:
+    """Refuse a size the model does not come in, before anything is trained."""
+    try:
+        build_model(protocol, task, 0)
+    except ValueError as error:
+        raise UsageError(f"model {protocol.model!r}: {error}") from error
 
 
 def _find_device(name: str) -> str:

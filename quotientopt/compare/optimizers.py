@@ -100,25 +100,28 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry(
             "adamw",
             _adamw,
-            {"gpt": 4e-3, "llama": 4e-3},
+            {"gpt": 4e-3, "llama": 4e-3, "vit": 4e-3},
             ({"beta2": 0.95}, {"beta2": 0.98}, {"beta2": 0.99}),
         ),
-        Entry("quotient-adam", _quotient_adam, {"gpt": 8e-3, "llama": 8e-3}),
+        Entry("quotient-adam", _quotient_adam, {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}),
         Entry(
             "soap",
             _soap,
-            {"gpt": 1.2e-2, "llama": 8e-3},
+            {"gpt": 1.2e-2, "llama": 8e-3, "vit": 8e-3},
             check=lambda: require("pytorch_optimizer"),
         ),
         Entry(
             "muon",
             _muon,
-            {"gpt": 4e-2, "llama": 4e-2},
+            {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
             ({"adamw_rate": 8e-3}, {"adamw_rate": 4e-3}, {"adamw_rate": 1.6e-2}),
             check=_check_muon,
         ),
     )
 }
+
+
+DEFAULT_OPTIMIZERS = "adamw,quotient-adam,soap,muon"
 
 
 def find_optimizers(names: str) -> list[Entry]:

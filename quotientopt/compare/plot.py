@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from quotientopt.compare.defaults import MODEL_DEFAULTS
 from quotientopt.compare.record import Record, write_atomically
 from quotientopt.compare.report import setting
 from quotientopt.compare.summary import BASELINE, Row, best_runs, summarize, timed_curve
@@ -41,10 +42,11 @@ def plot(record: Record, path: Path) -> None:
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("validation loss (nats per byte)")
+    protocol = record.protocol
+    kind = MODEL_DEFAULTS[protocol.model].kind
+    panels[0].set_ylabel(f"validation loss (nats per {kind.unit})")
     panels[0].set_ylim(*_limits(rows))
     panels[1].legend(frameon=False)
-    protocol = record.protocol
     figure.suptitle(f"{protocol.model} on {Path(protocol.data).name}, each at its best setting")
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)

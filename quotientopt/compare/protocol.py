@@ -11,14 +11,14 @@ class Protocol:
     Attributes
     ----------
     model, data : str
-        Names of the reference model and of the text.
+        Names of the reference model and of the data.
     data_digest : str
-        Hash of the text, since the standard library varies with the Python version.
+        Hash of the data, since the standard library varies with the Python version.
     device : str
     threads : int
         CPU threads of one run.
     steps, batch, context : int
-        Steps, sequences per step and tokens per sequence.
+        Steps, sequences (or images) per step and tokens (or patches) of each.
     layers, width : int
         Size of the model.
     longest_warmup : int

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Record:
     timings : dict of str to Timing
         Cost of a step of each optimizer with nothing else running; empty until measured, and
         where runs were made one at a time, which makes their own timings good.
+    earlier_commands : list of str
+        Those that made the runs taken over by `resume`.
     """
 
     command: str
@@ -36,6 +39,7 @@ class Record:
     environment: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
     timings: dict[str, Timing] = field(default_factory=dict)
+    earlier_commands: list[str] = field(default_factory=list)
 
     def find(self, trial: Trial) -> Run | None:
         """The run of `trial`, if it was made."""
@@ -46,6 +50,7 @@ class Record:
         document = {
             "schema": SCHEMA,
             "command": self.command,
+            "earlier_commands": self.earlier_commands,
             "protocol": asdict(self.protocol),
             "environment": self.environment,
             "summary": [asdict(row) for row in summarize(self.runs, self.timings)],
@@ -54,8 +59,14 @@ class Record:
         }
         write_atomically(folder / FILE_NAME, json.dumps(document, indent=1, allow_nan=False))
 
-    def resume(self, folder: Path) -> None:
+    def resume(self, folder: Path, redo: Collection[str] = ()) -> None:
         """Take over the runs of an earlier comparison in `folder`, if there is one.
+
+        Parameters
+        ----------
+        folder : Path
+        redo : collection of str
+            Optimizers whose runs are left out.
 
         Raises
         ------
@@ -70,6 +81,7 @@ class Record:
             schema = document["schema"]
             protocol = document["protocol"]
             runs = [Run.from_dict(run) for run in document["runs"]] if schema == SCHEMA else []
+            commands = [*document.get("earlier_commands", []), document["command"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"cannot resume from {path}: {type(error).__name__} {error}"
@@ -78,15 +90,16 @@ class Record:
             raise UsageError(f"cannot resume from {path}: its schema is {schema}, not {SCHEMA}")
         wanted = asdict(self.protocol)
         differences = [
-            f"{name}={protocol.get(name)!r}, not {value!r}"
-            for name, value in wanted.items()
-            if protocol.get(name) != value
+            f"{name}={protocol.get(name)!r}, not {wanted.get(name)!r}"
+            for name in wanted | protocol
+            if protocol.get(name) != wanted.get(name)
         ]
         if differences:
             raise UsageError(
                 f"cannot resume from {path}: it was made with {'; '.join(differences)}"
             )
-        self.runs = runs
+        self.runs = [run for run in runs if run.trial.optimizer not in redo]
+        self.earlier_commands = commands
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from quotientopt.compare.defaults import MODEL_DEFAULTS
 from quotientopt.compare.record import Record
 from quotientopt.compare.summary import BASELINE, Row, summarize
+from quotientopt.compare.task import IMAGES
 from quotientopt.compare.trial import Run
 
 FILE_NAME = "compare.md"
@@ -24,43 +26,54 @@ def markdown(record: Record) -> str:
             _runs(record.runs),
             "## Environment",
             _table(("", ""), record.environment.items()),
-            f"## Command\n\n```\n{record.command}\n```\n",
+            "## Commands" if record.earlier_commands else "## Command",
+            "```\n" + "\n".join([*record.earlier_commands, record.command]) + "\n```\n",
         ]
     )
 
 
 def _setup(record: Record) -> str:
     protocol = record.protocol
+    kind = MODEL_DEFAULTS[protocol.model].kind
     return (
-        f"Model `{protocol.model}` ({protocol.layers} layers, width {protocol.width}), text "
-        f"`{protocol.data}` (bytes), {protocol.steps} steps of {protocol.batch} × "
-        f"{protocol.context} tokens, warm-up {protocol.warmup} steps, cosine to "
+        f"Model `{protocol.model}` ({protocol.layers} layers, width {protocol.width}), "
+        f"{kind.name} `{protocol.data}`, {protocol.steps} steps of "
+        f"{kind.step.format(**vars(protocol))}, warm-up {protocol.warmup} steps, cosine to "
         f"{protocol.final_fraction:.0%}, weight decay {protocol.weight_decay:g}, "
         f"{protocol.device} with {protocol.threads} thread(s) per run. Losses are in nats per "
-        f"byte on {protocol.validation_batches} fixed validation batches."
+        f"{kind.unit} on {protocol.validation_batches} fixed validation batches"
+        + (", accuracies on all validation images." if kind == IMAGES else ".")
     )
 
 
 def _results(rows: list[Row]) -> str:
+    accuracy = ("final accuracy",) if _have_accuracy(rows) else ()
     header = (
         "optimizer",
         "best setting",
         "final validation loss",
+        *accuracy,
         "steps to AdamW's loss",
         "seconds to AdamW's loss",
         "optimizer ms per step: mean (median)",
         "share of step",
         "state MB",
     )
-    return _table(header, map(_result, rows))
+    return _table(header, (_result(row, bool(accuracy)) for row in rows))
 
 
-def _result(row: Row) -> tuple[str, ...]:
+def _have_accuracy(rows: list[Row]) -> bool:
+    return any(row.accuracy is not None for row in rows)
+
+
+def _result(row: Row, with_accuracy: bool) -> tuple[str, ...]:
     seconds = row.timing.optimizer
+    accuracy = NONE if row.accuracy is None else f"{row.accuracy:.2%}"
     return (
         row.optimizer,
         setting(row.rate, row.settings) + ("" if row.interior else " (edge)"),
         _loss(row),
+        *((accuracy,) if with_accuracy else ()),
         _relative(row.steps_to_target, row.steps_fraction, 0),
         _relative(row.seconds_to_target, row.seconds_fraction, 1),
         f"{1e3 * seconds.mean:.2f} ({1e3 * seconds.median:.2f})",

@@ -26,6 +26,8 @@ class Row:
         Runs at this setting, and how many of them diverged; the rest enter the means.
     loss, standard_error : float or None
         Final validation loss over seeds; the standard error needs two.
+    accuracy : float or None
+        Final accuracy over seeds, for images.
     curve : list of [step, seconds, loss]
         Mean over seeds.
     steps_to_target, seconds_to_target : float or None
@@ -46,6 +48,7 @@ class Row:
     diverged: int
     loss: float | None
     standard_error: float | None
+    accuracy: float | None
     curve: list[list[float]]
     steps_to_target: float | None
     seconds_to_target: float | None
@@ -144,6 +147,7 @@ def _row(
     best = best_runs(runs, name)
     trial = best[0].trial
     losses = [run.final_loss for run in best if run.final_loss is not None]
+    accuracies = [run.final_accuracy for run in best if run.final_accuracy is not None]
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     rates = [
         run.trial.rate
@@ -167,6 +171,7 @@ def _row(
         diverged=len(best) - len(losses),
         loss=statistics.fmean(losses) if losses else None,
         standard_error=error,
+        accuracy=statistics.fmean(accuracies) if accuracies else None,
         curve=curve,
         steps_to_target=steps,
         seconds_to_target=seconds,

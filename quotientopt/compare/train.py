@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from quotientopt.compare.data import Corpus, training_batches, validation_batches
 from quotientopt.compare.optimizers import OPTIMIZERS
 from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.task import Batch, Task, prediction_loss
 from quotientopt.compare.trial import Run, Seconds, Timing, Trial
 from quotientopt.models import reference_model
 from quotientopt.optim import StepRefusedError
@@ -33,24 +32,29 @@ class DivergedError(ArithmeticError):
     """A training loss is not finite."""
 
 
+def build_model(protocol: Protocol, task: Task, seed: int) -> nn.Module:
+    """The model of a comparison with the initial weights of that seed."""
+    return reference_model(
+        protocol.model,
+        seed,
+        layers=protocol.layers,
+        width=protocol.width,
+        **task.model_arguments(protocol),
+    )
+
+
 class Training:
     """A model in training: weights and batches depend on the seed only, not on the optimizer."""
 
-    def __init__(self, trial: Trial, protocol: Protocol, corpus: Corpus) -> None:
+    def __init__(self, trial: Trial, protocol: Protocol, task: Task) -> None:
         torch.manual_seed(trial.seed)
         self.protocol = protocol
         self.device = torch.device(protocol.device)
-        self.model = reference_model(
-            protocol.model,
-            trial.seed,
-            layers=protocol.layers,
-            width=protocol.width,
-            context=protocol.context,
-        ).to(self.device)
+        self.model = build_model(protocol, task, trial.seed).to(self.device)
         build = OPTIMIZERS[trial.optimizer].build
         self.optimizers = build(self.model, trial.rate, trial.settings, protocol)
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.batches = training_batches(corpus, protocol, trial.seed)
+        self.batches = task.training_batches(protocol, trial.seed)
         self.steps = 0
 
     def step(self) -> Step:
@@ -63,7 +67,7 @@ class Training:
                 group["lr"] = peak * fraction
         batch = next(self.batches).to(self.device)
         before_model = self._now()
-        loss = language_loss(self.model, batch)
+        loss = prediction_loss(self.model, batch)
         loss.backward()
         if not math.isfinite(value := loss.item()):
             raise DivergedError(f"the loss of step {self.steps + 1} is {value}")
@@ -75,11 +79,21 @@ class Training:
         return Step(value, before_optimizer - before_model, end - before_optimizer, end - start)
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Tensor]) -> float:
-        """Mean loss over `batches`, in nats per byte."""
+    def validate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss over `batches` of equal size, in nats."""
         return statistics.fmean(
-            language_loss(self.model, batch.to(self.device)).item() for batch in batches
+            prediction_loss(self.model, batch.to(self.device)).item() for batch in batches
         )
+
+    @torch.no_grad()
+    def accuracy(self, batches: Iterable[Batch]) -> float | None:
+        """Fraction of all predictions in `batches` that are right; None without batches."""
+        right = total = 0
+        for inputs, targets in batches:
+            predicted = self.model(inputs.to(self.device)).argmax(dim=-1)
+            right += int((predicted == targets.to(self.device)).sum())
+            total += targets.numel()
+        return right / total if total else None
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -87,14 +101,8 @@ class Training:
         return time.perf_counter()
 
 
-def language_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Cross-entropy of the next byte for sequences of shape (batch, context + 1)."""
-    logits = model(batch[:, :-1])
-    return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-
 def train(
-    trial: Trial, protocol: Protocol, corpus: Corpus, on_step: OnStep = lambda step, loss: None
+    trial: Trial, protocol: Protocol, task: Task, on_step: OnStep = lambda step, loss: None
 ) -> Run:
     """Train once from the seed of `trial` and measure.
 
@@ -102,7 +110,7 @@ def train(
     ----------
     trial : Trial
     protocol : Protocol
-    corpus : Corpus
+    task : Task
     on_step : callable
         Called with the number of steps done and the training loss after every step.
 
@@ -111,8 +119,8 @@ def train(
     Run
         Diverged if a loss is not finite, in which case training stops there.
     """
-    training = Training(trial, protocol, corpus)
-    held_out = validation_batches(corpus, protocol)
+    training = Training(trial, protocol, task)
+    held_out = task.validation_batches(protocol)
     steps: list[Step] = []
     curve: list[list[float]] = []
     seconds, finite = 0.0, True
@@ -134,6 +142,7 @@ def train(
         trial=trial,
         status="finished" if finite else "diverged",
         final_loss=curve[-1][2] if finite else None,
+        final_accuracy=training.accuracy(task.labelled_batches(protocol)) if finite else None,
         curve=curve,
         training_losses=[step.loss for step in steps],
         timing=_timing(steps),
@@ -144,14 +153,14 @@ def train(
 
 
 def time_alone(
-    trial: Trial, protocol: Protocol, corpus: Corpus, skipped: int = 10, counted: int = 30
+    trial: Trial, protocol: Protocol, task: Task, skipped: int = 10, counted: int = 30
 ) -> Timing:
     """Cost of a step with nothing else running.
 
     The first steps are skipped: they allocate state and compute the first bases. The counted ones
     hold whole periods of what is done every ten steps.
     """
-    training = Training(trial, protocol, corpus)
+    training = Training(trial, protocol, task)
     return _timing([training.step() for _ in range(skipped + counted)][skipped:])
 
 

@@ -66,6 +66,8 @@ class Run:
     parameters : int
     hyperparameters : dict
         What each torch optimizer was built with.
+    final_accuracy : float or None
+        Fraction of all validation images classified rightly after the last step; None for texts.
     """
 
     trial: Trial
@@ -77,6 +79,7 @@ class Run:
     state_bytes: int
     parameters: int
     hyperparameters: dict[str, dict[str, Any]]
+    final_accuracy: float | None = None
 
     @property
     def score(self) -> float:

@@ -9,8 +9,8 @@ from typing import Protocol as Interface
 
 import torch
 
-from quotientopt.compare.data import Corpus
 from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.task import Task
 from quotientopt.compare.train import train
 from quotientopt.compare.trial import Run, Trial
 
@@ -37,8 +37,8 @@ class SerialWorkers:
 
     capacity = 1
 
-    def __init__(self, protocol: Protocol, corpus: Corpus, on_progress: OnProgress) -> None:
-        self._protocol, self._corpus, self._on_progress = protocol, corpus, on_progress
+    def __init__(self, protocol: Protocol, task: Task, on_progress: OnProgress) -> None:
+        self._protocol, self._task, self._on_progress = protocol, task, on_progress
         self._waiting: list[Trial] = []
         torch.set_num_threads(protocol.threads)
 
@@ -53,7 +53,7 @@ class SerialWorkers:
         def report(step: int, loss: float) -> None:
             self._on_progress(trial, step, loss)
 
-        return [train(trial, self._protocol, self._corpus, report)]
+        return [train(trial, self._protocol, self._task, report)]
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -62,9 +62,7 @@ class SerialWorkers:
 class ParallelWorkers:
     """Several processes, each running one trial after the other."""
 
-    def __init__(
-        self, jobs: int, protocol: Protocol, corpus: Corpus, on_progress: OnProgress
-    ) -> None:
+    def __init__(self, jobs: int, protocol: Protocol, task: Task, on_progress: OnProgress) -> None:
         self.capacity = jobs
         self._on_progress = on_progress
         self._busy: dict[Connection, Trial] = {}
@@ -78,7 +76,7 @@ class ParallelWorkers:
         try:
             for _ in range(jobs):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(there, protocol, corpus))
+                process = context.Process(target=_serve, args=(there, protocol, task))
                 process.daemon = True
                 process.start()
                 there.close()
@@ -125,13 +123,13 @@ class ParallelWorkers:
             process.join()
 
 
-def _serve(connection: Connection, protocol: Protocol, corpus: Corpus) -> None:
+def _serve(connection: Connection, protocol: Protocol, task: Task) -> None:
     """Body of a worker process: receive trials, send (step, loss) pairs, then the run."""
     torch.set_num_threads(protocol.threads)
     while True:
         trial = connection.recv()
         try:
-            run = train(trial, protocol, corpus, lambda step, loss: connection.send((step, loss)))
+            run = train(trial, protocol, task, lambda step, loss: connection.send((step, loss)))
         except Exception:
             connection.send(traceback.format_exc())
         else:

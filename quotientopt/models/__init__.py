@@ -5,20 +5,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from quotientopt.models.attention import CausalAttention
+from quotientopt.models.attention import Attention, CausalAttention
 from quotientopt.models.gpt import GPT
 from quotientopt.models.llama import Llama, RMSNorm
+from quotientopt.models.vit import ViT
 
 __all__ = [
     "GPT",
     "REFERENCE_MODELS",
+    "Attention",
     "CausalAttention",
     "Llama",
     "RMSNorm",
+    "ViT",
     "reference_model",
 ]
 
-REFERENCE_MODELS: dict[str, type[nn.Module]] = {"gpt": GPT, "llama": Llama}
+REFERENCE_MODELS: dict[str, type[nn.Module]] = {"gpt": GPT, "llama": Llama, "vit": ViT}
 
 
 def reference_model(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -26,11 +29,11 @@ def reference_model(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
 
     Parameters
     ----------
-    name : {"gpt", "llama"}
+    name : {"gpt", "llama", "vit"}
     seed : int
         The same seed gives the same weights, whatever the state of the global generator.
     **overrides
-        Arguments of `GPT` or `Llama`, such as ``layers=2``.
+        Arguments of `GPT`, `Llama` or `ViT`, such as ``layers=2``.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Causal attention of the reference models: plain or rotary, with grouped key-value heads."""
+"""Attention of the reference models: plain or rotary, causal or not, with grouped heads."""
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
 
-class CausalAttention(nn.Module):
-    """Causal self-attention with four separate linear maps and no biases.
+class Attention(nn.Module):
+    """Self-attention with four separate linear maps and no biases.
 
     Parameters
     ----------
@@ -54,17 +54,24 @@ class CausalAttention(nn.Module):
         ``h // (heads // key_value_heads)``. Default: `heads`.
     rotary : bool
         Whether queries and keys are turned by rotary position embeddings.
+    causal : bool
+        Whether a position attends to itself and earlier positions only.
 
     Attributes
     ----------
     query, key, value, output : nn.Linear
         Rows of `query`, `key`, `value` and columns of `output` are grouped by head.
     heads, key_value_heads, head_width : int
-    rotary : bool
+    rotary, causal : bool
     """
 
     def __init__(
-        self, width: int, heads: int, key_value_heads: int | None = None, rotary: bool = False
+        self,
+        width: int,
+        heads: int,
+        key_value_heads: int | None = None,
+        rotary: bool = False,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         key_value_heads = heads if key_value_heads is None else key_value_heads
@@ -80,13 +87,14 @@ class CausalAttention(nn.Module):
         self.key_value_heads = key_value_heads
         self.head_width = width // heads
         self.rotary = rotary
+        self.causal = causal
         self.query = nn.Linear(width, heads * self.head_width, bias=False)
         self.key = nn.Linear(width, key_value_heads * self.head_width, bias=False)
         self.value = nn.Linear(width, key_value_heads * self.head_width, bias=False)
         self.output = nn.Linear(heads * self.head_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend causally over the second-to-last axis of `x`, of shape (batch, length, width)."""
+        """Attend over the second-to-last axis of `x`, of shape (batch, length, width)."""
         query = self._split(self.query(x), self.heads)
         key = self._split(self.key(x), self.key_value_heads)
         value = self._split(self.value(x), self.key_value_heads)
@@ -94,10 +102,23 @@ class CausalAttention(nn.Module):
             cosines, sines = rotary_angles(x.shape[-2], self.head_width, query)
             query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
         mixed = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=self.key_value_heads != self.heads
+            query,
+            key,
+            value,
+            is_causal=self.causal,
+            enable_gqa=self.key_value_heads != self.heads,
         )
         return self.output(mixed.transpose(-3, -2).flatten(-2))
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, length, heads * r) to (batch, heads, length, r)."""
         return x.unflatten(-1, (heads, self.head_width)).transpose(-3, -2)
+
+
+class CausalAttention(Attention):
+    """`Attention` in which a position attends to itself and earlier positions only."""
+
+    def __init__(
+        self, width: int, heads: int, key_value_heads: int | None = None, rotary: bool = False
+    ) -> None:
+        super().__init__(width, heads, key_value_heads, rotary, causal=True)

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quotientopt.models.attention import CausalAttention
+from quotientopt.models.attention import Attention
 from quotientopt.models.initialization import initialize_
 
 NORM_EPS = 1e-6
 
 
-def _normalize(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
+    """Root-mean-square normalisation of the last axis, without a gain."""
     return functional.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
@@ -28,17 +29,17 @@ class GELUMLP(nn.Module):
 
 
 class GPTBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention, causal by default, and MLP."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.attention = CausalAttention(width, heads)
+        self.attention = Attention(width, heads, causal=causal)
         self.mlp = GELUMLP(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add attention and MLP to the residual stream `x`."""
-        x = x + self.attention(_normalize(x))
-        return x + self.mlp(_normalize(x))
+        x = x + self.attention(normalize(x))
+        return x + self.mlp(normalize(x))
 
 
 class GPT(nn.Module):
@@ -80,4 +81,4 @@ class GPT(nn.Module):
         x = self.embedding(tokens) + self.positions.weight[:length]
         for block in self.blocks:
             x = block(x)
-        return self.head(_normalize(x))
+        return self.head(normalize(x))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quotientopt.compare.data import load_corpus
+from quotientopt.compare.images import Images, Labelled
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.trial import Run, Seconds, Timing, Trial
 
@@ -21,6 +22,21 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(text_file):
     return load_corpus(str(text_file), 16)
+
+
+@pytest.fixture(scope="session")
+def stripes():
+    """Images with horizontal (label 0) or vertical (label 1) stripes, and noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(count):
+        labels = torch.arange(count) % 2
+        rows = (torch.arange(28) // 2 % 2 * 180)[:, None].expand(28, 28)
+        clean = torch.where(labels[:, None, None] == 0, rows, rows.T)
+        pixels = clean + torch.randint(70, clean.shape, generator=generator)
+        return Labelled(bytes(pixels.flatten().tolist()), bytes(labels.tolist()))
+
+    return Images("stripes", part(32), part(8))
 
 
 @pytest.fixture

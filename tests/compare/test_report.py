@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -79,7 +80,22 @@ def test_report_tells_what_it_knows(record):
     assert "| adamw | lr 0.004, beta2 0.95 | 0 | diverged | – |" in text
     assert "best learning rate of soap lies on the edge" in text
     assert "| cores | 2 |" in text
-    assert "```\nquotientopt compare\n```" in text
+    assert "## Command\n\n```\nquotientopt compare\n```" in text
+    assert "accuracy" not in text
+    assert "text `stdlib`, 30 steps of 16 × 128 tokens," in text
+
+
+def test_report_on_images_gives_accuracies(make_run):
+    runs = [
+        replace(make_run("adamw", 1e-3, (2.0, 1.0)), final_accuracy=0.8),
+        replace(make_run("adamw", 1e-3, (2.0, 1.2), seed=1), final_accuracy=0.7),
+    ]
+    protocol = Protocol(model="vit", data="fashion-mnist", batch=64, steps=20)
+    text = markdown(Record("quotientopt compare", protocol, {}, runs))
+    assert "| final validation loss | final accuracy | steps to AdamW's loss |" in text
+    assert "| 1.1000 ± 0.1000 | 75.00% | 20 (100%) |" in text
+    assert "images `fashion-mnist`, 20 steps of 64 images," in text
+    assert "nats per image" in text
 
 
 def test_report_and_plot_without_runs(tmp_path):
@@ -127,6 +143,41 @@ def test_resume_takes_over_the_runs(record, tmp_path):
     assert fresh.runs == record.runs
     assert fresh.find(Trial("soap", 1e-3)) == record.runs[-1]
     assert fresh.find(Trial("soap", 1e-3, seed=1)) is None
+    assert "## Commands\n\n```\nquotientopt compare\nagain\n```" in markdown(fresh)
+    fresh.save(tmp_path)
+    third = Record("third", Protocol(steps=30), {})
+    third.resume(tmp_path, redo=["adamw"])
+    assert third.runs == record.runs[-1:]
+    assert third.earlier_commands == ["quotientopt compare", "again"]
+
+
+def test_resume_reads_records_made_before_accuracies(record, tmp_path):
+    record.save(tmp_path)
+    path = tmp_path / "compare.json"
+    document = json.loads(path.read_text())
+    del document["earlier_commands"]
+    for run in document["runs"]:
+        del run["final_accuracy"]
+    path.write_text(json.dumps(document))
+    fresh = Record("again", Protocol(steps=30), {})
+    fresh.resume(tmp_path)
+    assert fresh.runs == record.runs
+
+
+@pytest.mark.parametrize("change", [{"width": 64}, {"layers": 2}, {"model": "llama"}])
+def test_resume_refuses_another_geometry(record, tmp_path, change):
+    record.save(tmp_path)
+    (name,) = change
+    with pytest.raises(UsageError, match=f"made with {name}="):
+        Record("again", Protocol(steps=30, **change), {}).resume(tmp_path)
+
+
+def test_resume_refuses_a_protocol_with_unknown_settings(record, tmp_path):
+    record.save(tmp_path)
+    path = tmp_path / "compare.json"
+    path.write_text(path.read_text().replace('"width": 128', '"width": 128, "dropout": 0.1'))
+    with pytest.raises(UsageError, match=r"made with dropout=0.1, not None"):
+        Record("again", Protocol(steps=30), {}).resume(tmp_path)
 
 
 def test_resume_without_a_file_starts_afresh(tmp_path):

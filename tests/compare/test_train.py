@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,8 +44,10 @@ def test_run_holds_what_was_measured(protocol, corpus):
 
 
 @pytest.mark.parametrize("name", ["quotient-adam", "soap", "muon"])
-@pytest.mark.parametrize("model", ["gpt", "llama"])
-def test_other_optimizers_start_alike_and_train(name, model, protocol, corpus):
+@pytest.mark.parametrize("model", ["gpt", "llama", "vit"])
+def test_other_optimizers_start_alike_and_train(name, model, protocol, corpus, stripes):
+    if model == "vit":
+        corpus = stripes
     if name == "soap":
         pytest.importorskip("pytorch_optimizer")
     elif name == "muon" and not hasattr(torch.optim, "Muon"):
@@ -72,6 +75,39 @@ def test_muon_gets_the_matrices_inside_blocks_only(protocol, corpus):
     training.step()
     assert muon.param_groups[0]["lr"] == 1e-2
     assert adamw.param_groups[0]["lr"] == 8e-3
+
+
+def test_muon_leaves_the_patches_and_positions_of_a_vit_to_adamw(protocol, stripes):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs torch.optim.Muon: pip install 'torch>=2.9'")
+    protocol = replace(protocol, model="vit")
+    training = Training(Trial("muon", 1e-2, {"adamw_rate": 8e-3}), protocol, stripes)
+    muon, adamw = training.optimizers
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    assert len(muon.param_groups[0]["params"]) == 2 * 6
+    outer = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert outer == {"patches.weight", "positions.weight", "head.weight"}
+
+
+def test_accuracy_counts_all_validation_images(protocol, stripes):
+    protocol = replace(protocol, model="vit", batch=6, steps=60, evaluate_every=60)
+    run = train(ADAMW, protocol, stripes)
+    assert run.final_accuracy == 1.0
+    training = Training(ADAMW, protocol, stripes)
+    batches = stripes.labelled_batches(protocol)
+    assert [len(batch.targets) for batch in batches] == [6, 2]
+    with torch.no_grad():
+        right = [
+            int(training.model(image[None]).argmax() == target)
+            for batch in batches
+            for image, target in zip(*batch, strict=True)
+        ]
+    assert training.accuracy(batches) == sum(right) / 8
+    assert training.accuracy([]) is None
+
+
+def test_texts_have_no_accuracy(protocol, corpus):
+    assert train(ADAMW, protocol, corpus).final_accuracy is None
 
 
 def test_learning_rate_follows_the_schedule(protocol, corpus):

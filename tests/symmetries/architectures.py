@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quotientopt.models import GPT, Llama
+from quotientopt.models import GPT, Llama, ViT
 
 WIDTH, HEADS = 24, 3
 
@@ -42,6 +42,10 @@ def values(*shape: int) -> Tensor:
 
 def small_gpt() -> GPT:
     return GPT(vocabulary=50, layers=2, width=WIDTH, heads=HEADS, context=8)
+
+
+def small_vit() -> ViT:
+    return ViT(classes=5, layers=2, width=WIDTH, heads=HEADS, image=12, patch=4)
 
 
 def small_llama(key_value_heads: int = 2) -> Llama:
@@ -118,6 +122,7 @@ EXAMPLES: dict[str, tuple[Callable[[], Example], int]] = {
     ),
     "gpt2-cross-attention": (lambda: gpt2(add_cross_attention=True), 8),
     "gpt": (lambda: (small_gpt(), (tokens(),), {}), 4),
+    "vit": (lambda: (small_vit(), (values(2, 12, 12),), {}), 4),
     "llama": (lambda: (small_llama(), (tokens(),), {}), 4),
     "llama-multi-query": (lambda: (small_llama(1), (tokens(),), {}), 4),
 }

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from quotientopt.symmetries import find_symmetries, fold_norms_
-from tests.symmetries.architectures import EXAMPLES, small_gpt, small_gpt2, small_llama, tokens
+from tests.symmetries.architectures import (
+    EXAMPLES,
+    small_gpt,
+    small_gpt2,
+    small_llama,
+    small_vit,
+    tokens,
+)
 
 
 def test_llama_function_is_unchanged_and_symmetry_exact():
@@ -23,7 +30,7 @@ def test_llama_function_is_unchanged_and_symmetry_exact():
 
 
 def test_folding_again_or_without_gains_changes_nothing():
-    for model in (small_llama(), small_gpt()):
+    for model in (small_llama(), small_gpt(), small_vit()):
         fold_norms_(model)
         before = [p.clone() for p in model.parameters()]
         assert fold_norms_(model).residual.exact

@@ -1,4 +1,4 @@
-"""The package's own GPT and Llama."""
+"""The package's own GPT, Llama and vision Transformer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from quotientopt.symmetries.registry import (
 )
 
 MODELS = "quotientopt.models"
-ATTENTION = f"{MODELS}.attention.CausalAttention"
+ATTENTION = f"{MODELS}.attention.Attention"
 LAYERS = (LINEAR, EMBEDDING, "torch.nn.modules.container.ModuleList", ATTENTION)
-GPT_LAYERS = (*LAYERS, *(f"{MODELS}.gpt.{part}" for part in ("GPT", "GPTBlock", "GELUMLP")))
+BLOCK_LAYERS = (*LAYERS, *(f"{MODELS}.gpt.{part}" for part in ("GPTBlock", "GELUMLP")))
+GPT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.gpt.GPT")
+VIT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.vit.ViT")
 LLAMA_LAYERS = (
     *LAYERS,
     *(f"{MODELS}.llama.{part}" for part in ("Llama", "LlamaBlock", "SwiGLU", "RMSNorm")),
@@ -35,7 +37,7 @@ LLAMA_LAYERS = (
 
 
 @register(ATTENTION)
-def causal_attention(module: Any, name: str) -> Contribution:
+def attention(module: Any, name: str) -> Contribution:
     """One symmetry per pair; the query heads of a key-value head are blocks of one factor."""
     shared, rank = module.key_value_heads, module.head_width
     group = module.heads // shared
@@ -80,8 +82,20 @@ def gpt(module: Any, name: str) -> Contribution:
     """All of O(d): the norms have no gains and nothing has a bias."""
     contribution = Contribution()
     _require_layers(module, GPT_LAYERS)
+    for part in ("positions", "embedding"):
+        add_residual(contribution, getattr(module, part), qualified(name, part), 1)
+    _add_blocks_and_head(contribution, module, name, mlp_readers=("up",))
+    return contribution
+
+
+@register(f"{MODELS}.vit.ViT")
+def vit(module: Any, name: str) -> Contribution:
+    """All of O(d), as for GPT: pooling and head commute with it."""
+    contribution = Contribution()
+    _require_layers(module, VIT_LAYERS)
+    add_residual(contribution, module.patches, qualified(name, "patches"), 0, writes=True)
     add_residual(contribution, module.positions, qualified(name, "positions"), 1)
-    _add_decoder(contribution, module, name, mlp_readers=("up",))
+    _add_blocks_and_head(contribution, module, name, mlp_readers=("up",))
     return contribution
 
 
@@ -90,7 +104,8 @@ def llama(module: Any, name: str) -> Contribution:
     """O(d) once the gains of the norms are folded into the matrices that read them."""
     contribution = Contribution()
     _require_layers(module, LLAMA_LAYERS)
-    _add_decoder(contribution, module, name, mlp_readers=("gate", "up"))
+    add_residual(contribution, module.embedding, qualified(name, "embedding"), 1)
+    _add_blocks_and_head(contribution, module, name, mlp_readers=("gate", "up"))
     for index in range(len(module.blocks)):
         block = qualified(name, "blocks", str(index))
         for norm, readers in (
@@ -104,10 +119,9 @@ def llama(module: Any, name: str) -> Contribution:
     return contribution
 
 
-def _add_decoder(
+def _add_blocks_and_head(
     contribution: Contribution, module: Any, name: str, mlp_readers: tuple[str, ...]
 ) -> None:
-    add_residual(contribution, module.embedding, qualified(name, "embedding"), 1)
     for index, block in enumerate(module.blocks):
         prefix = qualified(name, "blocks", str(index))
         for part in ("query", "key", "value"):
