@@ -12,6 +12,7 @@ def moments_(
     *,
     betas: tuple[float, float],
     plane_partner: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> None:
     """Update both moments in place, m ← β₁ m + (1−β₁) ∂, v ← β₂ v + (1−β₂) |∂|².
 
@@ -26,14 +27,22 @@ def moments_(
         Index of each row's partner in a rotated plane. Two real rows then share one second
         moment, half of |∂|² of their complex entry, which no phase changes. (Half, so that an
         update has the same size per real entry as elsewhere.)
+    gate : Tensor, optional
+        One, or zero where nothing may change; the gradient must then be zero.
     """
-    exp_avg.lerp_(gradient, 1 - betas[0])
+    mean_weight, square_weight = (gated(1 - beta, gate) for beta in betas)
+    exp_avg.lerp_(gradient, mean_weight)
     if plane_partner is None:
-        exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        exp_avg_sq.mul_(1 - square_weight).addcmul_(gradient, gradient, value=1 - betas[1])
         return
     square = gradient.square()
     square = square.add_(square.index_select(-2, plane_partner)).mul_(0.5)
-    exp_avg_sq.lerp_(square, 1 - betas[1])
+    exp_avg_sq.lerp_(square, square_weight)
+
+
+def gated(value: float, gate: Tensor | None) -> float | Tensor:
+    """A number, or zero on the device where a gate is closed."""
+    return value if gate is None else gate * value
 
 
 def direction(

@@ -55,6 +55,12 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
             tensor.copy_(saved)
     for bucket in engine.buckets:
         bucket.steps = [steps_of(leaf, state) for leaf in bucket.leaves]
+        if bucket.device_steps is not None:
+            bucket.device_steps.copy_(torch.tensor(bucket.steps))
+        if bucket.residual and bucket.shared is None:
+            bucket.oriented = [bool(frame.any()) for frame in bucket.state["residual_frame"]]
+        if bucket.shared is not None:
+            bucket.shared.oriented = bool(bucket.shared.frame.any())
         for i, leaf in enumerate(bucket.leaves):
             _carry_moments(bucket, i, state.get(leaf.parameter, {}))
 

@@ -8,12 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt.optim.adam import direction, moments_
+from quotientopt._linalg import compute_dtype
+from quotientopt.optim.adam import direction, gated, moments_
 from quotientopt.optim.averages import ema_
 from quotientopt.optim.head_frames import HeadFrames
 from quotientopt.optim.leaves import Leaf
 from quotientopt.optim.polar import even_out
-from quotientopt.optim.residual_frame import SharedResidualFrame, residual_eigenframe
+from quotientopt.optim.residual_frame import (
+    SharedResidualFrame,
+    next_eigenframe,
+    residual_eigenframe,
+    rotate_,
+)
+from quotientopt.optim.rounding import round_stochastically
+
+# Elements of one chunk of an update on a CPU, whose six arrays then fit into a second-level cache.
+CHUNK = 65536
+
+
+def stream_of(leaf: Leaf) -> tuple[int, torch.dtype, torch.device]:
+    """Dimension, dtype of computation and device of the residual stream on a leaf's columns."""
+    return leaf.shape[-1], compute_dtype(leaf.parameter.dtype), leaf.parameter.device
 
 
 class Bucket:
@@ -34,6 +49,9 @@ class Bucket:
         One residual frame for the whole model, instead of one per leaf.
     dtype : torch.dtype
         Of the state and of the computation.
+    options : mapping
+        The param group's ``master_weights`` and ``capturable``, on which the tensors of the state
+        depend, and ``polar``. With the last, numbers of updates are kept on the device.
     """
 
     def __init__(
@@ -42,37 +60,62 @@ class Bucket:
         heads: HeadFrames | None,
         shared: SharedResidualFrame | None,
         dtype: torch.dtype,
+        options: Mapping[str, Any],
     ) -> None:
         self.leaves = tuple(leaves)
         self.heads = heads
         self.shared = shared
         self.dtype = dtype
+        self.options = options
         self.device = leaves[0].parameter.device
         self.group_index = leaves[0].group_index
         self.residual = leaves[0].residual
+        self.stream = stream_of(leaves[0])
         self.steps = [0] * len(leaves)
         shape = (len(leaves), *leaves[0].shape)
+        self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
         self.state = {"exp_avg": self._zeros(*shape), "exp_avg_sq": self._zeros(*shape)}
         if self.residual and shared is None:
             for key in ("residual_covariance", "residual_frame"):
                 self.state[key] = self._zeros(len(leaves), shape[-1], shape[-1])
+        self.device_steps: Tensor | None = None
+        if options["capturable"]:
+            self.device_steps = torch.zeros(len(leaves), device=self.device)
+        if options["master_weights"] and leaves[0].parameter.dtype != dtype:
+            self.state["master"] = self.weights()
+        self.oriented = [False] * len(leaves)
         self.places = [heads.place(leaf) for leaf in leaves] if heads is not None else []
         self._index = torch.tensor(self.places, device=self.device)
+        self._views: list[Tensor] = []
+        self._pointers: tuple[int, ...] = ()
 
     @property
     def framed(self) -> bool:
         """Whether there is any frame; a rest of a fused parameter has none."""
         return self.heads is not None or self.residual
 
+    @property
+    def evens(self) -> bool:
+        """Whether the singular values of updates are evened out."""
+        return bool(self.options["polar"]) and self.framed and self.columns > 1
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether every leaf has a residual frame to go on from."""
+        return all(self.oriented) if self.shared is None else self.shared.oriented
+
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def subset(self, rows: Sequence[int]) -> Bucket:
         """A bucket of some of the leaves, with copies of their state (see :meth:`absorb`)."""
-        part = Bucket([self.leaves[i] for i in rows], self.heads, self.shared, self.dtype)
+        leaves = [self.leaves[i] for i in rows]
+        part = Bucket(leaves, self.heads, self.shared, self.dtype, self.options)
         part.steps = [self.steps[i] for i in rows]
         index = torch.tensor(rows, device=self.device)
         part.state = {key: value.index_select(0, index) for key, value in self.state.items()}
+        if self.device_steps is not None:
+            part.device_steps = self.device_steps.index_select(0, index)
         return part
 
     def absorb(self, part: Bucket, rows: Sequence[int]) -> None:
@@ -80,16 +123,22 @@ class Bucket:
         index = torch.tensor(rows, device=self.device)
         for key, value in part.state.items():
             self.state[key].index_copy_(0, index, value)
+        if self.device_steps is not None and part.device_steps is not None:
+            self.device_steps.index_copy_(0, index, part.device_steps)
         for i, step in zip(rows, part.steps, strict=True):
             self.steps[i] = step
 
     def views(self) -> list[Tensor]:
         """Views of the parameters, block after block."""
-        return [block.view() for leaf in self.leaves for block in leaf.blocks]
+        pointers = tuple(leaf.parameter.data_ptr() for leaf in self.leaves)
+        if pointers != self._pointers:
+            self._views = [block.view() for leaf in self.leaves for block in leaf.blocks]
+            self._pointers = pointers
+        return self._views
 
     def weights(self) -> Tensor:
         """The parameters, stacked, ``(L, M, heads, r, n)``, in the bucket's dtype."""
-        return self._stack(self.views())
+        return self._stack([block.view() for leaf in self.leaves for block in leaf.blocks])
 
     def gradients(self) -> Tensor:
         """The gradients, stacked like :meth:`weights`."""
@@ -119,8 +168,8 @@ class Bucket:
         """Σ u∂ (u∂)ᵀ of every leaf, ``(L, heads, r, r)``."""
         return (dressed @ dressed.mT).sum(1)
 
-    def accumulate_residual(self, dressed: Tensor, beta: float) -> None:
-        """Add Σ (u∂)ᵀ(u∂) to the residual covariance."""
+    def accumulate_residual(self, dressed: Tensor, beta: float, gate: Tensor | None = None) -> None:
+        """Add Σ (u∂)ᵀ(u∂) to the residual covariance, unless the gate is zero."""
         if not self.residual:
             return
         rows = dressed.flatten(1, -2)
@@ -128,9 +177,9 @@ class Bucket:
         if self.shared is not None:
             self.shared.add(gram.sum(0))
         elif min(self.steps) > 0:
-            self.state["residual_covariance"].lerp_(gram, 1 - beta)
+            self.state["residual_covariance"].lerp_(gram, gated(1 - beta, gate))
         else:
-            ema_(self.state["residual_covariance"], gram, beta)
+            ema_(self.state["residual_covariance"], gram, beta, gate)
 
     def dressed_weights_gram(self, contragredient: Tensor | None) -> Tensor:
         """WᵀW of the dressed weights of every leaf, ``(L, n, n)``."""
@@ -140,27 +189,33 @@ class Bucket:
         rows = weights.flatten(1, -2)
         return rows.mT @ rows
 
-    def refresh(self, change: Tensor | None, contragredient: Tensor | None) -> None:
+    def refresh(
+        self, change: Tensor | None, weights_gram: Tensor | None, pooled_gram: Tensor | None
+    ) -> None:
         """Move the moments to fresh frames.
 
         Parameters
         ----------
         change : Tensor, optional
             u_new u_old^{-1} of all entries of the head frames.
-        contragredient : Tensor, optional
-            Fields that dress the factors, for breaking ties.
+        weights_gram, pooled_gram : Tensor, optional
+            WᵀW of the dressed weights, of every leaf and summed over the whole stream, for
+            breaking ties of the first residual frames; None where all leaves are oriented.
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
         right = None
-        if self.residual:
-            if self.shared is not None:
-                right = self.shared.change.expand(len(self.leaves), -1, -1)
-            else:
-                frame = residual_eigenframe(
-                    self.state["residual_covariance"], self.dressed_weights_gram(contragredient)
-                )
-                right = self.state["residual_frame"].mT @ frame
-                self.state["residual_frame"].copy_(frame)
+        if self.shared is not None:
+            right = self.shared.change.expand(len(self.leaves), -1, -1)
+        elif self.residual:
+            covariance, old = self.state["residual_covariance"], self.state["residual_frame"]
+            frame = next_eigenframe(covariance, old) if any(self.oriented) else old
+            if weights_gram is not None and pooled_gram is not None:
+                first = residual_eigenframe(covariance, weights_gram, pooled_gram)
+                oriented = torch.tensor(self.oriented, device=self.device)[:, None, None]
+                frame = torch.where(oriented, frame, first)
+            right = old.mT @ frame
+            old.copy_(frame)
+            self.oriented = [True] * len(self.leaves)
         self.transport_(left, right)
 
     def transport_(self, left: Tensor | None, right: Tensor | None) -> None:
@@ -174,25 +229,22 @@ class Bucket:
             S = Q_oldᵀ Q_new, ``(L, n, n)``.
         """
         mean, square = self.state["exp_avg"], self.state["exp_avg_sq"]
-        mean.copy_(self._two_sided(left, mean, right))
-        square.copy_(
-            self._two_sided(
-                None if left is None else left.square(),
-                square,
-                None if right is None else right.square(),
-            )
-        )
+        mean.copy_(two_sided(left, mean, right))
+        left = None if left is None else left.square()
+        right = None if right is None else right.square()
+        square.copy_(two_sided(left, square, right))
 
-    def _two_sided(self, left: Tensor | None, middle: Tensor, right: Tensor | None) -> Tensor:
-        """``left @ middle @ right`` with ``(L, heads, r, r)``, ``(L, n, n)``; None is identity."""
-        if left is not None:
-            middle = left.unsqueeze(1) @ middle
-        if right is None:
-            return middle
-        return (middle.flatten(1, -2) @ right).unflatten(1, middle.shape[1:-1])
+    def rotate_(self, rotation: Tensor) -> None:
+        """Move frames and covariances along with ``W ↦ W Oᵀ``."""
+        if self.residual and self.shared is None:
+            rotate_(self.state["residual_frame"], self.state["residual_covariance"], rotation)
 
-    def update_(self, dressed: Tensor, group: Mapping[str, Any]) -> None:
+    def update_(
+        self, dressed: Tensor, group: Mapping[str, Any], gate: Tensor | None = None
+    ) -> None:
         """One step of Adam in the frame.
+
+        On a CPU a few leaves are taken at a time, so that intermediate results stay in its cache.
 
         Parameters
         ----------
@@ -200,18 +252,44 @@ class Bucket:
             u∂, ``(L, M, heads, r, n)``.
         group : mapping
             The param group's hyperparameters.
+        gate : Tensor, optional
+            One, or zero for a step that may change nothing; ``dressed`` is then zero.
         """
-        frames = self.residual_frames()
-        framed = self._two_sided(None, dressed, frames)
         self.steps = [step + 1 for step in self.steps]
-        step: int | Tensor = self.steps[0]
-        if len(set(self.steps)) > 1:
-            step = torch.tensor(self.steps, dtype=self.dtype, device=self.device)
+        if self.device_steps is not None:
+            self.device_steps.add_(1 if gate is None else gate)
+        frames = self.residual_frames()
+        heads = None if self.heads is None else self.of_heads(self.heads.frame).mT
+        for rows in self._chunks():
+            frame = None if frames is None else frames[rows]
+            framed = two_sided(None, dressed[rows], frame)
+            update = self._direction(rows, framed, group, gate)
+            update = self._turn_back(update, frame)
+            if heads is not None:
+                update = heads[rows] @ update
+            self._add_to_parameters(rows, update, group, gate)
+
+    def _chunks(self) -> list[slice]:
+        count = size = len(self.leaves)
+        if self.device.type == "cpu":
+            size = max(1, CHUNK // max(1, self.rows * self.columns))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _direction(
+        self, rows: slice, framed: Tensor, group: Mapping[str, Any], gate: Tensor | None
+    ) -> Tensor:
+        """Update both moments and return Adam's direction in the frame."""
+        steps = self.steps[rows]
+        step: int | Tensor = steps[0]
+        if self.device_steps is not None:
+            step = self.device_steps[rows].to(self.dtype)[:, None, None, None, None]
+        elif len(set(steps)) > 1:
+            step = torch.tensor(steps, dtype=self.dtype, device=self.device)
             step = step[:, None, None, None, None]
-        mean, square = self.state["exp_avg"], self.state["exp_avg_sq"]
+        mean, square = self.state["exp_avg"][rows], self.state["exp_avg_sq"][rows]
         partner = None if self.heads is None else self.heads.partner
-        moments_(framed, mean, square, betas=group["betas"], plane_partner=partner)
-        update = direction(
+        moments_(framed, mean, square, betas=group["betas"], plane_partner=partner, gate=gate)
+        return direction(
             framed,
             mean,
             square,
@@ -220,25 +298,26 @@ class Bucket:
             eps=group["eps"],
             nesterov=group["nesterov"] and self.framed,
         )
-        right = None if frames is None else frames.mT
-        if group["polar"] and self.framed and update.size(-1) > 1:
-            shape = update.shape
-            update = even_out(update.flatten(1, -2), right).view(shape)
-        else:
-            update = self._two_sided(None, update, right)
-        if self.heads is not None:
-            update = self.of_heads(self.heads.frame).mT @ update
-        self._add_to_parameters(update, group["lr"], group["weight_decay"])
 
-    def _add_to_parameters(self, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    def _turn_back(self, update: Tensor, frame: Tensor | None) -> Tensor:
+        """Turn an update back from the residual frame, its singular values evened out."""
+        back = None if frame is None else frame.mT
+        if not self.evens:
+            return two_sided(None, update, back)
+        return even_out(update.flatten(1, -2), back).view(update.shape)
+
+    def _add_to_parameters(
+        self, rows: slice, update: Tensor, group: Mapping[str, Any], gate: Tensor | None
+    ) -> None:
+        lr, weight_decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = lr.reshape(())
-        views = self.views()
+        if gate is not None:
+            lr = gate * lr
+        blocks = len(self.leaves[0].blocks)
+        views = self.views()[rows.start * blocks : rows.stop * blocks]
         if views[0].dtype != self.dtype:
-            # One rounding of the sum: in bfloat16 a decay of 1 - lr·wd alone would round to one.
-            weights = self.weights()
-            weights = weights.mul_(1 - lr * weight_decay).sub_(update.mul_(lr))
-            torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
+            self._add_and_round(rows, views, update.mul_(lr), 1 - lr * weight_decay)
             return
         torch._foreach_mul_(views, 1 - lr * weight_decay)
         updates = list(update.flatten(0, 1).unbind())
@@ -247,3 +326,39 @@ class Bucket:
             torch._foreach_sub_(views, updates)
         else:
             torch._foreach_add_(views, updates, alpha=-lr)
+
+    def _add_and_round(
+        self, rows: slice, views: list[Tensor], update: Tensor, decay: float | Tensor
+    ) -> None:
+        """One rounding of the sum: in bfloat16 a decay of 1 - lr·wd alone would round to one."""
+        stored = torch.stack(views).view(update.shape)
+        weights = stored.to(self.dtype)
+        if "master" in self.state:
+            master = self.state["master"][rows]
+            # Parameters that were written to in the meantime win over their master.
+            weights = torch.where(master.to(stored.dtype) == stored, master, weights)
+        weights = weights.mul_(decay).sub_(update)
+        if "master" in self.state:
+            self.state["master"][rows] = weights
+        elif self.options["stochastic_rounding"]:
+            weights = round_stochastically(weights, stored.dtype)
+        torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
+
+
+def two_sided(left: Tensor | None, middle: Tensor, right: Tensor | None) -> Tensor:
+    """``left @ middle @ right`` of a stack of leaves; None is the identity.
+
+    Parameters
+    ----------
+    left : Tensor, optional
+        Shape ``(L, heads, r, r)``.
+    middle : Tensor
+        Shape ``(L, M, heads, r, n)``.
+    right : Tensor, optional
+        Shape ``(L, n, n)``.
+    """
+    if left is not None:
+        middle = left.unsqueeze(1) @ middle
+    if right is None:
+        return middle
+    return (middle.flatten(1, -2) @ right).unflatten(1, middle.shape[1:-1])

@@ -51,13 +51,20 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
     limit = options["max_grad_norm"]
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"max_grad_norm must be a positive number or None, got {limit!r}")
-    for name in ("nesterov", "polar", "maximize", "capturable"):
+    for name in (
+        "nesterov",
+        "polar",
+        "master_weights",
+        "stochastic_rounding",
+        "maximize",
+        "capturable",
+    ):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    if options["master_weights"] and options["stochastic_rounding"]:
+        raise ValueError("choose master_weights or stochastic_rounding, not both")
     if foreach is not None and not isinstance(foreach, bool):
         raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
-    if options["capturable"]:
-        raise ValueError("capturable=True is not available yet; use capturable=False")
 
 
 def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
@@ -156,7 +163,7 @@ def refuse_unmovable(
 
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse options that differ between groups but belong to the whole optimizer."""
-    for name in ("max_grad_norm", "refresh_every"):
+    for name in ("max_grad_norm", "refresh_every", "capturable"):
         values = {group[name] for group in param_groups}
         if len(values) > 1:
             raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.adoption import adopt
-from quotientopt.optim.bucket import Bucket
+from quotientopt.optim.bucket import Bucket, stream_of
 from quotientopt.optim.head_frames import FreshDressing, HeadFrames
 from quotientopt.optim.leaves import Leaf, Leaves
 from quotientopt.optim.residual_frame import SharedResidualFrame, rotate_
 from quotientopt.symmetries.map import RESIDUAL
 
-COVARIANCE_BETA = 0.95
+# Covariances take every second gradient, which saves half of a product of the parameters' size;
+# with this decay they remember about twenty steps.
+COVARIANCE_EVERY = 2
+COVARIANCE_BETA = 0.9
 
 State = Mapping[Tensor, dict[str, Any]]
 Dressings = Mapping[int, FreshDressing]
@@ -73,6 +76,7 @@ class Engine:
                 heads,
                 self._shared_frame(members[0]),
                 compute_dtype(members[0].parameter.dtype),
+                param_groups[members[0].group_index],
             )
             self.buckets.append(bucket)
         adopt(self, state)
@@ -101,10 +105,9 @@ class Engine:
     def _shared_frame(self, leaf: Leaf) -> SharedResidualFrame | None:
         if not leaf.residual or self.param_groups[leaf.group_index]["residual_frame"] != "shared":
             return None
-        dtype, device = compute_dtype(leaf.parameter.dtype), leaf.parameter.device
-        key = (leaf.shape[-1], dtype, device)
+        key = stream_of(leaf)
         if key not in self.shared:
-            self.shared[key] = SharedResidualFrame(leaf.shape[-1], dtype, device)
+            self.shared[key] = SharedResidualFrame(*key)
         return self.shared[key]
 
     def entries(self) -> Iterator[Entry]:
@@ -125,15 +128,18 @@ class Engine:
         """Make the optimizer's state views of the stacked tensors."""
         self._watched = []
         for leaf, key, tensor in self.entries():
-            own = state[leaf.parameter]
-            own[key + leaf.suffix] = tensor
-            if "step" not in own:
-                own["step"] = torch.zeros((), dtype=torch.float32)
+            state[leaf.parameter][key + leaf.suffix] = tensor
             if key == "exp_avg":
                 self._watched.append((leaf.parameter, key + leaf.suffix, tensor))
-        self._steps = {
-            leaf.parameter: state[leaf.parameter] for b in self.buckets for leaf in b.leaves
-        }
+        self._steps_on_host: dict[Tensor, Tensor] = {}
+        for bucket in self.buckets:
+            for i, leaf in enumerate(bucket.leaves):
+                own = state[leaf.parameter]
+                if bucket.device_steps is not None:
+                    own["step"] = bucket.device_steps[i]
+                else:
+                    own.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    self._steps_on_host[leaf.parameter] = own["step"]
 
     def holds(self, state: State) -> bool:
         """Whether the optimizer's state is still the one kept here, not replaced or cleared."""
@@ -156,6 +162,11 @@ class Engine:
         steps = [bucket.steps[i] for bucket, rows in active for i in rows]
         every = self.param_groups[0]["refresh_every"]
         return min(steps) == 0 or (max(steps) + 1) % every == 0
+
+    @staticmethod
+    def is_new(active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+        """Whether a leaf has no frame yet."""
+        return any(bucket.steps[i] == 0 for bucket, rows in active for i in rows)
 
     def fresh_dressings(self) -> Dressings:
         """Dressing fields of all heads, by ``id`` of their frames; changes nothing."""
@@ -185,29 +196,51 @@ class Engine:
         active: Sequence[tuple[Bucket, list[int]]],
         dressed: Sequence[Tensor],
         dressings: Dressings | None,
+        gate: Tensor | None = None,
     ) -> None:
-        """Update covariances, frames when ``dressings`` are given, moments and parameters."""
-        changes: dict[int, Tensor] = {}
-        if dressings is not None:
-            for heads in self.heads:
-                changes[id(heads)] = heads.begin_refresh(dressings[id(heads)].field)
-        self._accumulate(active, dressed)
+        """Update covariances, frames when ``dressings`` are given, moments and parameters.
+
+        With a ``gate`` of zero, and dressed gradients of zero, no average and no parameter changes.
+        """
+        changes = {} if dressings is None else self._begin_refresh(dressings)
+        if self._samples(active):
+            self._accumulate(active, dressed, gate)
         if dressings is not None:
             dressed = self._refresh(active, dressed, dressings, changes)
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
             part = self._part(bucket, rows)
-            part.update_(gradients, self.param_groups[bucket.group_index])
+            part.update_(gradients, self.param_groups[bucket.group_index], gate)
             if part is not bucket:
                 bucket.absorb(part, rows)
         counted = {bucket.leaves[i].parameter: None for bucket, rows in active for i in rows}
-        torch._foreach_add_([self._steps[parameter]["step"] for parameter in counted], 1)
+        if self._steps_on_host:
+            torch._foreach_add_([self._steps_on_host[parameter] for parameter in counted], 1)
+
+    def refresh(self, dressings: Dressings) -> None:
+        """Make frames afresh from the covariances and the parameters as they are now."""
+        self._refresh([], [], dressings, self._begin_refresh(dressings))
+
+    def _begin_refresh(self, dressings: Dressings) -> dict[int, Tensor]:
+        return {id(h): h.begin_refresh(dressings[id(h)].field) for h in self.heads}
 
     def _part(self, bucket: Bucket, rows: list[int]) -> Bucket:
         return bucket if len(rows) == len(bucket.leaves) else bucket.subset(rows)
 
+    def _samples(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+        """Whether covariances take this step's gradients: every second time, and at first."""
+        steps = [bucket.steps[i] for bucket, rows in active for i in rows]
+        every = 1 if self.param_groups[0]["capturable"] else COVARIANCE_EVERY
+        return min(steps) == 0 or (max(steps) + 1) % every == 0
+
     def _accumulate(
-        self, active: Sequence[tuple[Bucket, list[int]]], dressed: Sequence[Tensor]
+        self,
+        active: Sequence[tuple[Bucket, list[int]]],
+        dressed: Sequence[Tensor],
+        gate: Tensor | None,
     ) -> None:
+        beta = COVARIANCE_BETA
+        if self.param_groups[0]["capturable"]:
+            beta **= 1 / COVARIANCE_EVERY
         samples: dict[int, list[Tensor]] = defaultdict(list)
         places: dict[int, list[int]] = defaultdict(list)
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
@@ -215,14 +248,14 @@ class Engine:
             if bucket.heads is not None and bucket.heads.kind != "svd":
                 samples[id(bucket.heads)].append(part.head_covariance(gradients))
                 places[id(bucket.heads)] += part.places
-            part.accumulate_residual(gradients, COVARIANCE_BETA)
+            part.accumulate_residual(gradients, beta, gate)
             if part is not bucket:
                 bucket.absorb(part, rows)
         for heads in self.heads:
             if id(heads) in samples:
-                heads.accumulate(torch.cat(samples[id(heads)]), places[id(heads)], COVARIANCE_BETA)
+                heads.accumulate(torch.cat(samples[id(heads)]), places[id(heads)], beta, gate)
         for shared in self.shared.values():
-            shared.accumulate(COVARIANCE_BETA)
+            shared.accumulate(beta, gate)
 
     def _refresh(
         self,
@@ -237,16 +270,15 @@ class Engine:
             turn = heads.end_refresh(dressings[id(heads)])
             turns[id(heads)] = turn
             changes[id(heads)] = turn @ changes[id(heads)]
-        for shared in self.shared.values():
-            own = [bucket for bucket in self.buckets if bucket.shared is shared]
-            grams = [
-                bucket.dressed_weights_gram(self._contragredient(bucket, dressings)).sum(0)
-                for bucket in own
-            ]
-            shared.refresh(torch.stack(grams).sum(0))
+        for bucket, rows in active:
+            for i in rows:
+                bucket.oriented[i] &= bucket.steps[i] > 0
+        grams, pooled = self._weights_grams(dressings)
+        for key, shared in self.shared.items():
+            shared.refresh(pooled.get(key))
         for bucket in self.buckets:
             change = None if bucket.heads is None else changes[id(bucket.heads)]
-            bucket.refresh(change, self._contragredient(bucket, dressings))
+            bucket.refresh(change, grams.get(id(bucket)), pooled.get(bucket.stream))
         turned = []
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
             if bucket.heads is not None:
@@ -255,9 +287,24 @@ class Engine:
             turned.append(gradients)
         return turned
 
-    @staticmethod
-    def _contragredient(bucket: Bucket, dressings: Dressings) -> Tensor | None:
-        return None if bucket.heads is None else dressings[id(bucket.heads)].contragredient
+    def _weights_grams(
+        self, dressings: Dressings
+    ) -> tuple[dict[int, Tensor], dict[tuple[Any, ...], Tensor]]:
+        """WᵀW of the dressed weights: per leaf, by ``id`` of the bucket, and per stream.
+
+        Only of streams with a leaf that has no frame yet.
+        """
+        grams: dict[int, Tensor] = {}
+        pooled: dict[tuple[Any, ...], Tensor] = {}
+        wanted = {b.stream for b in self.buckets if b.residual and not b.has_frames}
+        for bucket in self.buckets:
+            if bucket.residual and bucket.stream in wanted:
+                heads = bucket.heads
+                field = None if heads is None else dressings[id(heads)].contragredient
+                grams[id(bucket)] = gram = bucket.dressed_weights_gram(field)
+                total = gram.sum(0)
+                pooled[bucket.stream] = pooled.get(bucket.stream, torch.zeros_like(total)) + total
+        return grams, pooled
 
     def move_(self, element: Mapping[str, Tensor]) -> None:
         """Move the state along with parameters on which ``element`` acts.
@@ -270,8 +317,6 @@ class Engine:
         rotation = element.get(RESIDUAL)
         if rotation is not None:
             for bucket in self.buckets:
-                if bucket.shared is None and bucket.residual:
-                    state = bucket.state
-                    rotate_(state["residual_frame"], state["residual_covariance"], rotation)
+                bucket.rotate_(rotation)
             for shared in self.shared.values():
                 rotate_(shared.frame, shared.covariance, rotation)

@@ -21,12 +21,14 @@ class FreshDressing(NamedTuple):
     """Dressing of all factors of some head frames, each ``(2S, heads, r, r)``.
 
     ``field`` acts on gradients, ``contragredient``, its inverse transpose, on factors, and
-    ``weights_gram`` holds the Grams of the factors so dressed.
+    ``weights_gram`` holds the Grams of the factors so dressed. ``leaning`` marks heads where one
+    factor is rank-deficient and leans on its partner, ``(2S, heads)``; None if there is none.
     """
 
     field: Tensor
     contragredient: Tensor
     weights_gram: Tensor
+    leaning: Tensor | None
 
 
 class HeadFrames:
@@ -89,47 +91,80 @@ class HeadFrames:
     def dressing(self) -> FreshDressing:
         """Fresh dressing fields of the parameters as they are now; changes nothing.
 
+        Where one factor of a head is rank-deficient (zero at the start, say), its partner's
+        orthonormal coordinates serve for both: its Gram is taken to be the partner's inverse.
+
         Raises
         ------
         RankError
-            If a factor is rank-deficient or not finite; names the symmetry and the side.
+            If both factors of a head are rank-deficient, or one is not finite; names the symmetry.
         """
         grams = self.grams()
-        self._refuse_deficient(grams)
-        left, right = grams.chunk(2)
-        dressing = head_dressing(self.kind, self.group, left, right)
+        supplemented, leaning = self._supplement(grams)
+        dressing = head_dressing(self.kind, self.group, *supplemented.chunk(2))
         contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
         return FreshDressing(
             torch.cat([dressing.left, dressing.right]),
             contragredient,
             contragredient @ grams @ contragredient.mT,
+            leaning,
         )
 
-    def _refuse_deficient(self, grams: Tensor) -> None:
+    def _supplement(self, grams: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The Grams, those of rank-deficient factors replaced by the inverse of the partner's.
+
+        Both balanced and orthonormal dressing then see the pair through orthonormal coordinates
+        of the partner, and the replacement moves with the group as the Gram itself does. Also
+        returns which heads this was done for, on both sides.
+        """
         if isinstance(self.group, O):
-            return
+            return grams, None
         if isinstance(self.group, RotaryCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
             grams = self.group.algebra_projection(grams)
+        deficient = self._deficient(grams)
+        if not bool(deficient.any()):
+            return grams, None
+        of_partner = deficient.roll(len(self.symmetries), 0)
+        both = deficient & of_partner
+        if self.kind == "svd":
+            both = deficient  # singular vectors of a deficient product are not all defined
+        refused = both | ~grams.isfinite().flatten(-2).all(-1)
+        if bool(refused.any()):
+            self._refuse(refused, grams)
+        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
+        sound = torch.where(deficient[..., None, None], identity, grams)
+        inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(sound).L)
+        partners = inverses.roll(len(self.symmetries), 0)
+        return torch.where(deficient[..., None, None], partners, grams), deficient | of_partner
+
+    def _deficient(self, grams: Tensor) -> Tensor:
+        """Whether each factor is rank-deficient (or not finite), ``(2S, heads)``."""
         factor, info = torch.linalg.cholesky_ex(grams)
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
         # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
         # rounding of the stored parameters alone makes it about the square of their precision.
         least = max(4 * self.precision**2, grams.size(-1) * torch.finfo(grams.dtype).eps)
         flat = (pivots <= least * grams.diagonal(dim1=-2, dim2=-1)).any(-1)
-        deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
-        if bool(deficient.any()):
-            entry, head = divmod(int(deficient.flatten().nonzero()[0]), grams.size(1))
-            symmetry = self.symmetries[entry % len(self.symmetries)]
-            side = "left" if entry < len(self.symmetries) else "right"
-            problem = "rank-deficient" if grams[entry, head].isfinite().all() else "not finite"
-            raise RankError(
-                f"symmetry {symmetry.name!r}: the {side} factor of head {head} is {problem}, so "
-                "that its head frame is undefined; initialise it at full row rank, or leave head "
-                "frames out with head_frame=None"
-            )
+        return (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
 
-    def accumulate(self, samples: Tensor, places: Sequence[int], beta: float) -> None:
+    def _refuse(self, refused: Tensor, grams: Tensor) -> None:
+        entry, head = divmod(int(refused.flatten().nonzero()[0]), grams.size(1))
+        symmetry = self.symmetries[entry % len(self.symmetries)]
+        side = "left" if entry < len(self.symmetries) else "right"
+        problem = f"both factors of head {head} are rank-deficient"
+        if not grams[entry, head].isfinite().all():
+            problem = f"the {side} factor of head {head} is not finite"
+        elif self.kind == "svd":
+            problem = f"the {side} factor of head {head} is rank-deficient"
+        raise RankError(
+            f"symmetry {symmetry.name!r}: {problem}, so that its head frame is undefined; "
+            "initialise it at full row rank, or leave head frames out with head_frame=None"
+        )
+
+    def accumulate(
+        self, samples: Tensor, places: Sequence[int], beta: float, gate: Tensor | None = None
+    ) -> None:
         """Take Σ u∂ (u∂)ᵀ of this step into the covariance.
 
         Parameters
@@ -139,16 +174,18 @@ class HeadFrames:
         places : sequence of int
             Entry of each leaf; leaves of one entry (weight and bias) are summed.
         beta : float
+        gate : Tensor, optional
+            Zero where nothing may change.
         """
         total = torch.zeros_like(self.covariance)
         total.index_add_(0, torch.tensor(places, device=total.device), samples)
         touched = sorted(set(places))
         if len(touched) == len(total):
-            ema_(self.covariance, total, beta)
+            ema_(self.covariance, total, beta, gate)
             return
         index = torch.tensor(touched, device=total.device)
         part = self.covariance.index_select(0, index)
-        ema_(part, total.index_select(0, index), beta)
+        ema_(part, total.index_select(0, index), beta, gate)
         self.covariance.index_copy_(0, index, part)
 
     def begin_refresh(self, field: Tensor) -> Tensor:
@@ -175,6 +212,11 @@ class HeadFrames:
             identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
             return identity.expand_as(field)
         weights_gram = dressing.weights_gram.to(self.covariance)
+        if dressing.leaning is not None:
+            # The partner's dressed factor is orthonormal there and tells no directions apart, but
+            # the other side's gradients do, and they turn alike.
+            other = self.covariance.roll(len(self.symmetries), 0)
+            weights_gram = torch.where(dressing.leaning[..., None, None], other, weights_gram)
         turn = head_eigenframe(self.group, self.covariance, weights_gram)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         turn = turn.to(field.dtype)

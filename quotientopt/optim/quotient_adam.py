@@ -19,9 +19,13 @@ from quotientopt.optim.checks import (
     refuse_unmovable,
 )
 from quotientopt.optim.engine import Engine
+from quotientopt.optim.errors import GradientError
 from quotientopt.optim.leaves import Leaves, find_leaves, parameter_name
-from quotientopt.optim.plain import plain_step
+from quotientopt.optim.plain import keeps_wide, plain_step
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+
+# Options on which leaves, buckets and the tensors of the state depend.
+PLANNED = ("head_frame", "residual_frame", "foreach", "master_weights", "capturable")
 
 
 class QuotientAdam(Optimizer):
@@ -79,8 +83,15 @@ class QuotientAdam(Optimizer):
     foreach : bool, optional
         None and True: leaves of equal shape are stacked and updated at once, plain parameters as
         torch chooses. False: one by one.
+    master_weights : bool
+        Keep float32 copies of narrower parameters in the state and round only what is stored.
+    stochastic_rounding : bool
+        Round narrower parameters to one of their two neighbours at odds that keep the mean, so
+        that small updates count on average. Without either, updates round to nearest.
     capturable : bool
-        Not available yet; True is refused.
+        Make a step the same every time, so that it can be recorded as a CUDA graph: counts are
+        kept on the device, covariances take every gradient. Frames are made afresh in steps taken
+        directly, and by :meth:`refresh_frames` between replays.
 
     Raises
     ------
@@ -122,6 +133,8 @@ class QuotientAdam(Optimizer):
         max_grad_norm: float | None = None,
         nesterov: bool = True,
         polar: bool = True,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -137,6 +150,8 @@ class QuotientAdam(Optimizer):
             "max_grad_norm": max_grad_norm,
             "nesterov": nesterov,
             "polar": polar,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -146,6 +161,7 @@ class QuotientAdam(Optimizer):
         self._engine: Engine | None = None
         self._leaves = Leaves()
         self._signature: tuple[Any, ...] = ()
+        self._skipped: Tensor | None = None
         if isinstance(model_or_params, nn.Module):
             if symmetries is None:
                 symmetries = find_symmetries(model_or_params)
@@ -208,7 +224,7 @@ class QuotientAdam(Optimizer):
         """What leaves and buckets depend on; they are made anew when it changes."""
         return tuple(
             (
-                *(group[option] for option in ("head_frame", "residual_frame", "foreach")),
+                *(group[option] for option in PLANNED),
                 *((takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
             )
             for group in self.param_groups
@@ -242,7 +258,9 @@ class QuotientAdam(Optimizer):
         ------
         ValueError
             For NaN or infinite gradients (names the parameter) and for rank-deficient factors;
-            parameters and state stay as they were.
+            parameters and state stay as they were. On an accelerator nothing waits for the device
+            to find NaN: such a step changes nothing, and the error comes with the next fresh
+            frames.
         """
         loss = None
         if closure is not None:
@@ -257,21 +275,84 @@ class QuotientAdam(Optimizer):
         engine = self._current_engine()
         active = engine.active()
         dressings = None
-        if active and engine.refresh_due(active):
+        if active and not self._capturing(engine, active) and engine.refresh_due(active):
+            self._refuse_earlier_nonfinite()
             dressings = engine.fresh_dressings()
         dressed = engine.dressed_gradients(active, dressings)
         plain = [p.grad for own in self._leaves.plain for p in own if p.grad is not None]
         norms = norms_of([*dressed, *plain])
-        refuse_nonfinite(norms, gradients, self._name)
+        gate = None
+        if self._defers_checks(norms):
+            gate = self._gate(norms, dressed)
+        else:
+            refuse_nonfinite(norms, gradients, self._name)
         scale = self._clip_scale(norms)
         if scale is not None:
             for stack in dressed:
                 stack.mul_(scale)
         if active:
-            engine.step(active, dressed, dressings)
+            engine.step(active, dressed, dressings, gate)
         for group, own in zip(self.param_groups, self._leaves.plain, strict=True):
-            plain_step(group, [p for p in own if p.grad is not None], self.state, scale)
+            plain_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         return loss
+
+    @staticmethod
+    def _defers_checks(norms: Sequence[Tensor]) -> bool:
+        """Whether reading a flag would make the host wait for the device."""
+        return bool(norms) and norms[0].device.type != "cpu"
+
+    def _gate(self, norms: Sequence[Tensor], dressed: Sequence[Tensor]) -> Tensor:
+        """One, or zero if a gradient is not finite; dressed gradients are then set to zero."""
+        finite = torch.stack(list(norms)).isfinite().all()
+        for stack in dressed:
+            stack.masked_fill_(~finite, 0)
+        gate = finite.to(norms[0].dtype)
+        if self._skipped is None:
+            self._skipped = torch.zeros_like(gate)
+        self._skipped.add_(1 - gate)
+        return gate
+
+    def _refuse_earlier_nonfinite(self) -> None:
+        """Tell of steps that changed nothing; frames wait for the device anyway."""
+        if self._skipped is None:
+            return
+        count = int(self._skipped)
+        self._skipped.zero_()
+        if count:
+            raise GradientError(
+                f"gradients had NaN or infinite entries, or overflowed when squared, in {count} of "
+                "the steps since frames were last made; those steps changed nothing, nor does this "
+                "one. Lower the learning rate, or scale the loss with a GradScaler"
+            )
+
+    def _capturing(self, engine: Engine, active: Sequence[tuple[Any, list[int]]]) -> bool:
+        """Whether this step is recorded as a CUDA graph, which cannot hold eigen-decompositions."""
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            return False
+        if not self.param_groups[0]["capturable"]:
+            raise RuntimeError("make QuotientAdam capturable=True to record a CUDA graph of steps")
+        if engine.is_new(active):
+            raise RuntimeError(
+                "take a step before recording a CUDA graph: the first one makes the frames"
+            )
+        return True
+
+    @torch.no_grad()
+    def refresh_frames(self) -> None:
+        """Make frames afresh, between steps.
+
+        :meth:`step` does so by itself every ``refresh_every`` steps, but not when it is replayed
+        as a CUDA graph: call this between replays.
+
+        Raises
+        ------
+        ValueError
+            For rank-deficient factors, and where an earlier gradient was not finite.
+        """
+        if self.state:
+            engine = self._current_engine()
+            self._refuse_earlier_nonfinite()
+            engine.refresh(engine.fresh_dressings())
 
     def _clip_scale(self, norms: Sequence[Tensor]) -> Tensor | None:
         """Factor that brings the dressed gradient's norm down to ``max_grad_norm``."""
@@ -340,12 +421,14 @@ class QuotientAdam(Optimizer):
                 hook.remove()
 
     def _restore_precision(self, loaded: Mapping[str, Any]) -> None:
-        """Undo torch's cast of state to its parameter's dtype where frames need float32.
+        """Undo torch's cast of state to its parameter's dtype where float32 is needed.
 
         All tensors are copied: torch keeps the given ones, which another optimizer may use on.
         """
         self._plan()
-        framed = {id(leaf.parameter) for leaf in self._leaves.framed}
+        wide = {id(leaf.parameter) for leaf in self._leaves.framed}
+        for group in self.param_groups:
+            wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
         saved_order = [i for group in loaded["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for i, parameter in zip(saved_order, parameters, strict=True):
@@ -353,7 +436,7 @@ class QuotientAdam(Optimizer):
             for key, value in own.items():
                 if not isinstance(value, Tensor):
                     continue
-                given = loaded["state"][i][key] if id(parameter) in framed else value
+                given = loaded["state"][i][key] if id(parameter) in wide else value
                 dtype = compute_dtype(parameter.dtype) if given.dtype != value.dtype else None
                 own[key] = given.detach().to(value.device, dtype or given.dtype).clone()
 
@@ -372,6 +455,7 @@ class QuotientAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         named = state.pop("_named", None)
         super().__setstate__(state)
+        self._skipped = None
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)

@@ -45,6 +45,7 @@ class Oracle:
         for i, pair in enumerate(self.pairs if fresh else ()):
             for side, field in enumerate(svd_section(*pair)):
                 self.state[2 * i + side]["section"] = field
+        pooled = sum(self._weights_gram(p, s) for p, s in zip(self.params, self.state, strict=True))
         for p, s in zip(self.params, self.state, strict=True):
             dressed = p.grad
             if "section" in s:
@@ -53,33 +54,42 @@ class Oracle:
             rows = dressed.reshape(-1, p.size(-1))
             s["R"] = self._average(s.get("R"), rows.T @ rows)
             if fresh:
-                self._turn(p, s)
+                self._turn(p, s, pooled)
             self._update(p, s)
 
     def _toward_polar(self, update):
         """Singular values by an SVD, evened out by the same polynomial."""
         U, sigma, Vt = torch.linalg.svd(update, full_matrices=False)
         size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
-        terms = zip((5.6041, -13.8850, 9.7343), (1, 3, 5), strict=True)
+        coefficients = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
+        terms = zip(coefficients, (1, 3, 5, 7, 9), strict=True)
         sigma = sum(coefficient * sigma**power for coefficient, power in terms)
         return size * U @ (sigma / sigma.norm()).diag() @ Vt if self.polar else update
 
-    @staticmethod
-    def _average(old, new):
-        return new if old is None else 0.95 * old + 0.05 * new
+    def _average(self, old, new):
+        if old is None:
+            return new
+        return 0.9 * old + 0.1 * new if self.t % 2 == 0 else old
 
     @staticmethod
-    def _break_ties(covariance, weights_gram):
-        first, second = (
+    def _break_ties(covariance, *weights_grams):
+        first, *others = (
             x / x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-            for x in (covariance, weights_gram)
+            for x in (covariance, *weights_grams)
         )
-        return first + 1e-3 * second
+        return first + 1e-3 * sum(others)
 
-    def _turn(self, p, s):
-        weights = p
+    @staticmethod
+    def _dressed(p, s):
+        return torch.linalg.inv(s["section"]).mT @ p if "section" in s else p
+
+    def _weights_gram(self, p, s):
+        rows = self._dressed(p, s).reshape(-1, p.size(-1))
+        return rows.T @ rows
+
+    def _turn(self, p, s, pooled):
+        weights = self._dressed(p, s)
         if "section" in s:
-            weights = torch.linalg.inv(s["section"]).mT @ p
             dressed = self._break_ties(
                 s["section"] @ s["C"] @ s["section"].mT, weights @ weights.mT
             )
@@ -88,10 +98,16 @@ class Oracle:
                 s["v"] = (frame @ torch.linalg.inv(s["frame"])).square() @ s["v"]
             s["frame"] = frame
         if self.residual:
-            weights = weights.reshape(-1, p.size(-1))
-            Q = torch.linalg.eigh(self._break_ties(s["R"], weights.T @ weights))[1]
-            if "Q" in s:
-                s["v"] = s["v"] @ (s["Q"].T @ Q).square()
+            if "Q" not in s:
+                broken = self._break_ties(s["R"], self._weights_gram(p, s), pooled)
+                s["Q"] = torch.linalg.eigh(broken)[1]
+                return
+            R = s["R"] / s["R"].trace()
+            image = (R + 1e-3 / len(R) * torch.eye(len(R), dtype=R.dtype)) @ s["Q"]
+            image = image[:, (s["Q"] * image).sum(0).argsort(descending=True)]
+            Q, upper = torch.linalg.qr(image)
+            Q = Q * upper.diagonal().sign()
+            s["v"] = s["v"] @ (s["Q"].T @ Q).square()
             s["Q"] = Q
 
     def _update(self, p, s):

@@ -99,6 +99,18 @@ def test_twins_with_fewer_tokens_than_rows(name, monkeypatch):
     assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) > 1e-5
 
 
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_twins_from_a_zero_output_projection(name):
+    """Zero at the start is common; the other half of the pair is then all there is to go by."""
+    model = small_model(name)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.output.weight.zero_()
+    twin, _ = twin_of(model, cond=COND, only=heads_only)
+    assert deviation(model, twin, quotient_adam) < 1e-10
+    assert deviation(model, twin, adamw) > 1e-4
+
+
 def test_controls_deviate():
     """AdamW, head frames left out, and residual frames left out each see their gauge."""
     model = small_model("gpt")
