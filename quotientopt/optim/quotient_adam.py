@@ -360,7 +360,8 @@ class QuotientAdam(Optimizer):
         if limit is None:
             return None
         total = torch.linalg.vector_norm(torch.stack(list(norms)))
-        return (limit / (total + 1e-6)).clamp(max=1.0)
+        # Not a number only where the step is refused, or gated with gradients of zero.
+        return (limit / (total + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
 
     @torch.no_grad()
     def move_state_(self, element: Mapping[str, Tensor]) -> None:

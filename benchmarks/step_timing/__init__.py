@@ -1,0 +1,1 @@
+"""What `step_time.py` is made of."""
