@@ -13,7 +13,7 @@ from quotientopt.optim.adam import direction, gated, moments_
 from quotientopt.optim.averages import ema_
 from quotientopt.optim.head_frames import HeadFrames
 from quotientopt.optim.leaves import Leaf
-from quotientopt.optim.polar import even_out
+from quotientopt.optim.polar import even_out, row_evening_factor
 from quotientopt.optim.residual_frame import (
     SharedResidualFrame,
     next_eigenframe,
@@ -264,9 +264,7 @@ class Bucket:
             frame = None if frames is None else frames[rows]
             framed = two_sided(None, dressed[rows], frame)
             update = self._direction(rows, framed, group, gate)
-            update = self._turn_back(update, frame)
-            if heads is not None:
-                update = heads[rows] @ update
+            update = self._turn_back(update, None if heads is None else heads[rows], frame)
             self._add_to_parameters(rows, update, group, gate)
 
     def _chunks(self) -> list[slice]:
@@ -299,9 +297,26 @@ class Bucket:
             nesterov=group["nesterov"] and self.framed,
         )
 
-    def _turn_back(self, update: Tensor, frame: Tensor | None) -> Tensor:
-        """Turn an update back from the residual frame, its singular values evened out."""
+    def _turn_back(self, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
+        """Turn an update back from its frames, its singular values evened out.
+
+        Those of each head by itself, which trains as well as the whole matrix and takes r×r
+        products in place of n×n; of a matrix without heads all together.
+
+        Parameters
+        ----------
+        update : Tensor
+            Shape ``(L, M, heads, r, n)``.
+        left : Tensor, optional
+            uᵀ of the head frames, ``(L, 1, heads, r, r)``.
+        frame : Tensor, optional
+            Q, ``(L, n, n)``.
+        """
         back = None if frame is None else frame.mT
+        if left is not None:
+            if self.evens:
+                left = left @ row_evening_factor(update)
+            return two_sided(None, left @ update, back)
         if not self.evens:
             return two_sided(None, update, back)
         return even_out(update.flatten(1, -2), back).view(update.shape)

@@ -32,14 +32,47 @@ def evening_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
         ‖X‖_F, shape ``(L, 1, 1)``.
     """
     gram = matrix.mT @ matrix
-    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None]
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
+    return _polynomial(_normalised(gram)), size
+
+
+def row_evening_factor(matrix: Tensor) -> Tensor:
+    """The same on the rows, scaled: ``P X`` is evened out and has the Frobenius norm of X.
+
+    For few rows: ‖P X‖² = ⟨P G, P⟩ with G = XXᵀ costs next to nothing then.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        X, shape ``(…, rows, columns)``.
+
+    Returns
+    -------
+    Tensor
+        P, shape ``(…, rows, rows)``.
+    """
+    gram = _normalised(matrix @ matrix.mT)
+    before = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # A copy: the polynomial is made in place.
+    factor = _polynomial(gram.clone())
+    after = (factor @ gram).mul_(factor).sum((-2, -1))
+    scale = (before / after.clamp_min(torch.finfo(gram.dtype).tiny)).sqrt_()
+    return factor.mul_(scale[..., None, None])
+
+
+def _normalised(gram: Tensor) -> Tensor:
+    """Over its Frobenius norm, in place."""
     tiny = torch.finfo(gram.dtype).tiny
-    gram = gram / torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(tiny)
+    return gram.div_(torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(tiny))
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """p(√G)/√G with the odd p of `COEFFICIENTS`; changes its argument."""
     c1, c3, c5, c7, c9 = COEFFICIENTS
     square = gram @ gram
     factor = (c3 * gram).add_(square, alpha=c5)
     factor.diagonal(dim1=-2, dim2=-1).add_(c1)
-    return factor.baddbmm_(square, gram.mul_(c7).add_(square, alpha=c9)), size
+    return factor.add_(square @ gram.mul_(c7).add_(square, alpha=c9))
 
 
 def even_out(matrix: Tensor, right: Tensor | None) -> Tensor:

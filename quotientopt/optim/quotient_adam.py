@@ -75,9 +75,10 @@ class QuotientAdam(Optimizer):
         Nesterov momentum for the framed parameters; others stay AdamW. The default follows the
         ablation in ``benchmarks/results/ablation-parts-gpt.json``.
     polar : bool
-        Even out the singular values of each framed matrix's update, by one polynomial step towards
-        its polar factor that keeps its norm. It commutes with rotations, so that nothing is lost
-        of the equivariance. False: Adam's direction as it is.
+        Even out the singular values of each head's update, and of each framed matrix's without
+        heads, by one polynomial step towards its polar factor that keeps its norm. It commutes
+        with rotations, so that nothing is lost of the equivariance. False: Adam's direction as it
+        is.
     maximize : bool
         Maximize the objective.
     foreach : bool, optional

@@ -58,7 +58,9 @@ class Oracle:
             self._update(p, s)
 
     def _toward_polar(self, update):
-        """Singular values by an SVD, evened out by the same polynomial."""
+        """Singular values, of each head or of a matrix, evened out by the same polynomial."""
+        if update.ndim == 3:
+            return torch.stack([self._toward_polar(head) for head in update])
         U, sigma, Vt = torch.linalg.svd(update, full_matrices=False)
         size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
         coefficients = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
@@ -122,7 +124,7 @@ class Oracle:
         if self.nesterov:
             m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(p.grad) / (1 - b1**t)
         update = m / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
-        update = self._toward_polar(update.reshape(-1, p.size(-1))).reshape(p.shape)
+        update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
         p.mul_(1 - self.lr * self.decay).sub_(self.lr * update)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from quotientopt.optim.polar import even_out
+from quotientopt.optim.polar import even_out, row_evening_factor
+
+ZERO = torch.zeros(2, 3, 5)
 
 
 def orthogonal(n, seed):
@@ -47,5 +49,17 @@ def test_the_rotation_is_folded_in(matrix):
     assert (even_out(matrix, right) - even_out(matrix, None) @ right).abs().max() < 1e-12
 
 
+def test_a_factor_on_the_rows_does_the_same():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(2, 3, 5, 12, generator=generator, dtype=torch.float64)
+    factor = row_evening_factor(matrix)
+    assert factor.shape == (2, 3, 5, 5)
+    expected = even_out(matrix.flatten(0, 1), None).view(matrix.shape)
+    assert (factor @ matrix - expected).abs().max() < 1e-12
+    together = even_out(matrix.flatten(1, 2), None).view(matrix.shape)
+    assert (factor @ matrix - together).abs().max() > 1e-2
+
+
 def test_zero_stays_zero():
+    assert torch.equal(row_evening_factor(torch.zeros(2, 3, 5)) @ ZERO, ZERO)
     assert torch.equal(even_out(torch.zeros(2, 4, 3), None), torch.zeros(2, 4, 3))
