@@ -5,6 +5,7 @@ are formed and factorised in float64, because a Gram matrix squares the conditio
 without float64 (``mps``) in float32.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,9 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` if `tensor` has a NaN or an infinity. Synchronises with the device."""
+    # The sum is finite if all entries are and does not overflow, and needs no temporary.
+    if math.isfinite(tensor.detach().sum().item()):
+        return
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} of shape {tuple(tensor.shape)} has non-finite entries")
 
@@ -76,6 +80,14 @@ def skew_part(matrix: Tensor) -> Tensor:
     return (matrix - matrix.mT) / 2
 
 
+def subtract_product(Y: Tensor, M: Tensor, X: Tensor) -> Tensor:
+    """``Y − M X`` without a temporary of the size of Y, for equal batch shapes."""
+    if Y.ndim == 2:
+        return torch.addmm(Y, M, X, alpha=-1)
+    flat = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (Y, M, X))
+    return torch.baddbmm(*flat, alpha=-1).reshape(Y.shape)
+
+
 def frobenius_inner(X: Tensor, Y: Tensor) -> Tensor:
     """``tr(Xᵀ Y)`` over the last two dimensions."""
     return (X * Y).sum(dim=(-2, -1))
@@ -89,7 +101,7 @@ def locate_first(failed: Tensor) -> str:
     return f" (batch index {index})"
 
 
-def cholesky(S: Tensor, name: str, *, check: bool = True) -> Tensor:
+def cholesky(S: Tensor, name: str, *, check: bool = True, precision: float = 0.0) -> Tensor:
     """Lower Cholesky factor ``L Lᵀ = S`` of a Gram matrix, with a readable refusal.
 
     Parameters
@@ -101,12 +113,15 @@ def cholesky(S: Tensor, name: str, *, check: bool = True) -> Tensor:
     check : bool
         Whether to raise on non-finite or rank-deficient input, at the price of waiting for the
         device. Without it the factor of such an input is meaningless.
+    precision : float
+        Relative precision ε' of the rows that `S` is made of, if that is lower than its own: rows
+        that depend on each other up to their rounding count as dependent.
 
     Raises
     ------
     ValueError
         If `S` is not finite, or singular to working precision: a row of the factor lies in the span
-        of the rows before it, ``L_ii² ≤ r ε S_ii``.
+        of the rows before it, ``L_ii² ≤ max(r ε, ε'²) S_ii``.
     """
     if check and not bool(torch.isfinite(S).all()):
         failed = ~torch.isfinite(S).all(dim=-1).all(dim=-1)
@@ -114,7 +129,7 @@ def cholesky(S: Tensor, name: str, *, check: bool = True) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(S, check_errors=False)
     if check:
         diagonal = S.diagonal(dim1=-2, dim2=-1)
-        floor = S.shape[-1] * torch.finfo(S.dtype).eps * diagonal
+        floor = max(S.shape[-1] * torch.finfo(S.dtype).eps, precision**2) * diagonal
         lost = (factor.diagonal(dim1=-2, dim2=-1).square() <= floor).any(dim=-1)
         failed = (info > 0) | lost
         if bool(failed.any()):
@@ -125,24 +140,31 @@ def cholesky(S: Tensor, name: str, *, check: bool = True) -> Tensor:
     return factor
 
 
-def orthogonal_polar_factor(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to a square one: ``U Vᵀ`` of its SVD ``U Σ Vᵀ``."""
-    U, _, Vt = torch.linalg.svd(matrix)
-    return U @ Vt
+def first_largest(rows: Tensor) -> Tensor:
+    """Entry of largest modulus of each real or complex row, ``(*batch, r, n) -> (*batch, r, 1)``.
+
+    Of entries whose moduli agree with the largest one to the square root of the precision it is the
+    first, so that rounding cannot move the choice between exact ties.
+    """
+    modulus = rows.abs()
+    slack = 1 - torch.finfo(modulus.dtype).eps ** 0.5
+    candidates = modulus >= slack * modulus.amax(dim=-1, keepdim=True)
+    return rows.gather(-1, candidates.to(torch.uint8).argmax(dim=-1, keepdim=True))
 
 
 def row_signs(rows: Tensor) -> Tensor:
-    """Sign of the largest-modulus entry of each row, ``(*batch, r, n) -> (*batch, r, 1)``.
+    """Sign of the entry of largest modulus of each row, ``(*batch, r, n) -> (*batch, r, 1)``."""
+    return torch.where(first_largest(rows) < 0, -1.0, 1.0).to(rows.dtype)
 
-    Of entries whose moduli agree with the largest one to the square root of the precision the first
-    decides, so that rounding cannot move the choice between exact ties.
+
+def safe_root(squared: Tensor, floor: Tensor) -> Tensor:
+    """``√squared``, a constant for autograd where it is at most `floor`.
+
+    The root has no derivative at zero; there the derivative is taken to be zero.
     """
-    modulus = rows.abs()
-    slack = 1 - torch.finfo(rows.dtype).eps ** 0.5
-    candidates = modulus >= slack * modulus.amax(dim=-1, keepdim=True)
-    first = candidates.to(torch.uint8).argmax(dim=-1, keepdim=True)
-    entry = rows.gather(-1, first)
-    return torch.where(entry < 0, -1.0, 1.0).to(rows.dtype)
+    differentiable = squared > floor.detach().square()
+    constant = squared.detach().clamp_min(0).sqrt()
+    return torch.where(differentiable, torch.where(differentiable, squared, 1).sqrt(), constant)
 
 
 def random_device(

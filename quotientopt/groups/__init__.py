@@ -4,5 +4,6 @@ from quotientopt.groups.base import StructureGroup
 from quotientopt.groups.general_linear import GL
 from quotientopt.groups.orthogonal import O
 from quotientopt.groups.rotary import RotaryCommutant
+from quotientopt.groups.stabilizer import StabilizerOfOnes
 
-__all__ = ["GL", "O", "RotaryCommutant", "StructureGroup"]
+__all__ = ["GL", "O", "RotaryCommutant", "StabilizerOfOnes", "StructureGroup"]

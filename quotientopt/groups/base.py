@@ -66,6 +66,16 @@ class StructureGroup(ABC):
     def check_element(self, g: Tensor) -> None:
         """Raise ``ValueError`` (``TypeError`` for a wrong dtype) unless `g` lies in the group."""
 
+    def row_products(self, matrix: Tensor) -> Tensor:
+        """Products of the rows over the numbers the group multiplies them by.
+
+        For stacks of rows X and Y the r×r `matrix` is ``X Yᵀ``. Where the group treats pairs of
+        rows as one complex row the real products are completed to complex ones
+        (:meth:`RotaryCommutant.row_products`); elsewhere they stay as they are.
+        """
+        check_square("matrix", matrix, self.r)
+        return matrix
+
     def _parameters(self) -> tuple[object, ...]:
         """What tells two groups of one class apart."""
         return (self.r,)

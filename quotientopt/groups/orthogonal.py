@@ -72,5 +72,17 @@ class O(StructureGroup):  # noqa: E742 -- the group's own name
                 f"gᵀg differs from the identity by {deviation.max().item():.1e}"
             )
 
+    def moving_part(self, X: Tensor) -> Tensor:
+        """What the action ``X ↦ X gᵀ`` moves, (*batch, N, d): all of X."""
+        return X
+
+    def from_moving_part(self, Y: Tensor) -> Tensor:
+        """The matrix with the moving part `Y` and no other."""
+        return Y
+
+    def element_of_moving(self, h: Tensor) -> Tensor:
+        """The group element that acts on the moving part as `h` does."""
+        return h
+
     def _wide_inverse(self, g: Tensor) -> Tensor:
         return g.mT

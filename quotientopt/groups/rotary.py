@@ -11,6 +11,7 @@ from quotientopt._linalg import (
     random_device,
     standard_normal,
 )
+from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups.base import StructureGroup, check_cond
 from quotientopt.groups.general_linear import log_spaced, random_conditioned
 
@@ -111,6 +112,61 @@ class RotaryCommutant(StructureGroup):
         check_square("matrix", matrix, self.r)
         return self._assemble(*self._parts(matrix))
 
+    def row_products(self, matrix: Tensor) -> Tensor:
+        """Complex products of the planes' rows, real products of the passing rows, zero between.
+
+        With the complex rows ``x = X_first + i X_second`` of a plane and `matrix` = ``X Yᵀ``, its
+        block is the number ``h(y, x) = Σ ȳ x`` written as a 2×2 matrix: twice the orthogonal
+        projection to such matrices. For a Gram matrix ``X Xᵀ`` it is the squared length of the
+        complex row times the identity.
+        """
+        check_square("matrix", matrix, self.r)
+        real, imaginary, block = self._parts(matrix)
+        return self._assemble(2 * real, 2 * imaginary, block)
+
+    def element(self, numbers: Tensor, block: Tensor | None = None) -> Tensor:
+        """The matrix with complex `numbers` on the planes and a real `block` on the passing rows.
+
+        Parameters
+        ----------
+        numbers : Tensor, shape (*batch, rotary_dim/2)
+        block : Tensor, shape (*batch, r − rotary_dim, r − rotary_dim)
+            May be left out where no row passes.
+        """
+        if block is None:
+            block = numbers.real.new_zeros(*numbers.shape[:-1], 0, 0)
+        return self._assemble(numbers.real, numbers.imag, block)
+
+    def unitary_factor(self, matrix: Tensor) -> Tensor:
+        """The element of U(1)^{rotary_dim/2} × O(r − rotary_dim) closest to `matrix`.
+
+        The phase of the complex number of each plane (1 where that vanishes), the orthogonal polar
+        factor of the passing block.
+        """
+        check_square("matrix", matrix, self.r)
+        real, imaginary, block = self._parts(matrix)
+        modulus = torch.hypot(real, imaginary)
+        vanishing = modulus == 0
+        modulus = torch.where(vanishing, 1.0, modulus)
+        real = torch.where(vanishing, 1.0, real / modulus)
+        if self.pass_rows:
+            block = orthogonal_polar_factor(block)
+        return self._assemble(real, imaginary / modulus, block)
+
+    def complex_rows(self, X: Tensor) -> Tensor:
+        """Complex rows of the planes, (*batch, r, n) -> (*batch, rotary_dim/2, n)."""
+        first, second = self._plane_slices
+        return torch.complex(X[..., first, :], X[..., second, :])
+
+    def from_complex_rows(self, planes: Tensor, passing: Tensor) -> Tensor:
+        """Real rows from the complex rows of the planes and the passing rows."""
+        first, second = self._plane_slices
+        rows = passing.new_zeros(*passing.shape[:-2], self.r, passing.shape[-1])
+        rows[..., first, :] = planes.real
+        rows[..., second, :] = planes.imag
+        rows[..., self.rotary_dim :, :] = passing
+        return rows
+
     def check_element(self, g: Tensor) -> None:
         """Raise ``ValueError`` unless `g` has the block structure of the group and is invertible.
 
@@ -136,24 +192,35 @@ class RotaryCommutant(StructureGroup):
             real / squared_modulus, -imaginary / squared_modulus, super()._wide_inverse(block)
         )
 
-    def _plane_rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor(self.planes, dtype=torch.long, device=device).reshape(-1, 2)
-        return rows[:, 0], rows[:, 1]
+    @property
+    def _plane_slices(self) -> tuple[slice, slice]:
+        """Rows of the real parts and rows of the imaginary parts of all planes."""
+        if self.layout == "half":
+            half = self.rotary_dim // 2
+            return slice(0, half), slice(half, self.rotary_dim)
+        return slice(0, self.rotary_dim, 2), slice(1, self.rotary_dim, 2)
 
     def _parts(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Real and imaginary numbers of the planes, ``(*batch, planes)``, and the passing block."""
-        first, second = self._plane_rows(matrix.device)
-        real = (matrix[..., first, first] + matrix[..., second, second]) / 2
-        imaginary = (matrix[..., second, first] - matrix[..., first, second]) / 2
+        first, second = self._plane_slices
+
+        def entries(rows: slice, columns: slice) -> Tensor:
+            return matrix[..., rows, columns].diagonal(dim1=-2, dim2=-1)
+
+        real = (entries(first, first) + entries(second, second)) / 2
+        imaginary = (entries(second, first) - entries(first, second)) / 2
         return real, imaginary, matrix[..., self.rotary_dim :, self.rotary_dim :]
 
     def _assemble(self, real: Tensor, imaginary: Tensor, block: Tensor) -> Tensor:
         matrix = block.new_zeros(*block.shape[:-2], self.r, self.r)
-        first, second = self._plane_rows(block.device)
-        matrix[..., first, first] = real
-        matrix[..., second, second] = real
-        matrix[..., second, first] = imaginary
-        matrix[..., first, second] = -imaginary
+        first, second = self._plane_slices
+        for rows, columns, numbers in (
+            (first, first, real),
+            (second, second, real),
+            (second, first, imaginary),
+            (first, second, -imaginary),
+        ):
+            matrix[..., rows, columns].diagonal(dim1=-2, dim2=-1).copy_(numbers)
         matrix[..., self.rotary_dim :, self.rotary_dim :] = block
         return matrix
 

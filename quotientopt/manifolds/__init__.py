@@ -3,5 +3,6 @@
 from quotientopt.manifolds.base import QuotientManifold
 from quotientopt.manifolds.factor import FactorQuotient
 from quotientopt.manifolds.gram import GramQuotient
+from quotientopt.manifolds.product import ProductManifold
 
-__all__ = ["FactorQuotient", "GramQuotient", "QuotientManifold"]
+__all__ = ["FactorQuotient", "GramQuotient", "ProductManifold", "QuotientManifold"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import check_finite, check_floating, wide
+from quotientopt.groups import StructureGroup
 
 
 def check_size(name: str, size: int) -> int:
@@ -22,8 +23,8 @@ def check_batch_shape(batch_shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(check_size("every entry of batch_shape", size) for size in batch_shape)
 
 
-def wide_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, check: bool) -> Tensor:
-    """`tensor` in the widest precision, after a check of its dtype, shape and (optionally) values.
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, check: bool) -> None:
+    """Check the dtype, the shape and (optionally) the values of a tensor.
 
     Raises
     ------
@@ -37,7 +38,20 @@ def wide_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, check: boo
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if check:
         check_finite(name, tensor)
+
+
+def wide_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, check: bool) -> Tensor:
+    """`tensor` in the widest precision, after :func:`check_tensor`."""
+    check_tensor(name, tensor, shape, check=check)
     return wide(tensor)
+
+
+def check_group_element(group: StructureGroup, g: Tensor) -> None:
+    """Raise ``ValueError`` unless `g` lies in the group, in single precision at most.
+
+    Elements that were computed in a lower precision than they are stored in are accepted.
+    """
+    group.check_element(g.to(torch.float32) if g.dtype == torch.float64 else g)
 
 
 def random_dtype(dtype: torch.dtype | None) -> torch.dtype:

@@ -1,47 +1,60 @@
-"""The quotient of full-rank factor pairs by GL(r): attention circuits and low-rank adapters."""
+"""The quotient of factor pairs by a structure group: attention circuits and low-rank adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quotientopt import sections
-from quotientopt._linalg import (
-    Pair,
-    compute_dtype,
-    orthogonal_polar_factor,
-    standard_normal,
-)
+from quotientopt._linalg import Pair, compute_dtype, standard_normal, wide
 from quotientopt.groups import GL, StructureGroup
+from quotientopt.manifolds._blocks import in_blocks
 from quotientopt.manifolds._validation import (
     check_batch_shape,
+    check_group_element,
     check_size,
+    check_tensor,
     random_dtype,
-    wide_tensor,
 )
 from quotientopt.manifolds.base import QuotientManifold
-from quotientopt.manifolds.metrics import METRICS, FactorPoint, factorize
+from quotientopt.manifolds.factor_geometry import FactorGeometry
 
 
 class FactorQuotient(QuotientManifold[Pair]):
-    """Pairs (A, B) of full row rank r modulo ``(A, B) ~ (g^{-T} A, g B)``, g ∈ GL(r).
+    """Pairs (A, B) modulo ``(A, B) ~ (g^{-T} A, g B)`` for g in a structure group G ≤ GL(r).
 
-    A is r×n, B is r×m; the orbit is named by ``π(A, B) = Aᵀ B``, an n×m matrix of rank r, so the
-    quotient is the manifold of rank-r matrices, of dimension r(n + m − r). Query and key weights of
-    an attention head, its value and output weights and the factors of a low-rank adapter are such
-    pairs (François & Ravera, arXiv 2602.18948; da Silva, Dangel & Oore, arXiv 2505.05409). Neither
-    metric is complete under :meth:`retract`: rank may drop at the end of a step.
+    A is r×n, B is r×m. Query and key weights of an attention head, its value and output weights and
+    the factors of a low-rank adapter are such pairs (François & Ravera, arXiv 2602.18948; da Silva,
+    Dangel & Oore, arXiv 2505.05409). The group decides what names an orbit, and which pairs are
+    points:
+
+    ==================== ============================================= =========================
+    group                invariants                                    points
+    ==================== ============================================= =========================
+    ``GL(r)``            ``Aᵀ B``, n×m of rank r                       A and B of full row rank
+    ``RotaryCommutant``  ``aᴴ b``, n×m complex of rank 1, for the      no complex row vanishes,
+                         complex rows a, b of every plane, and         the passing rows have
+                         ``Aᵀ B`` of the passing rows                  full rank
+    ``O(r)``             ``[A B]ᵀ [A B]``, (n + m)×(n + m) of rank r   A and B of full row rank;
+                                                                       metric "euclidean": [A B]
+    ==================== ============================================= =========================
+
+    The dimension is r(n + m) less that of the group: r(n + m − r) for GL(r). No metric is complete
+    under :meth:`retract`: rank may drop at the end of a step.
 
     Parameters
     ----------
     r, n, m : int
-        Rows of both factors, columns of A and columns of B; r at most n and m.
-    group : StructureGroup, optional
-        ``GL(r)``, the default and so far the only group.
-    metric : {"preconditioned", "right-invariant"}
-        ``tr(B Bᵀ ξ_A η_Aᵀ) + tr(A Aᵀ ξ_B η_Bᵀ)``: each factor is measured by its effect on the
-        product (Mishra et al. 2012); or ``tr((A Aᵀ)^{-1} ξ_A η_Aᵀ) + tr((B Bᵀ)^{-1} ξ_B η_Bᵀ)``:
-        relative to itself (Mishra et al. 2014). Both are GL(r)-invariant.
+        Rows of both factors, columns of A and columns of B.
+    group : GL, RotaryCommutant or O, optional
+        The structure group; ``GL(r)`` by default.
+    metric : {"preconditioned", "right-invariant", "euclidean"}
+        ``tr(S_B ξ_A η_Aᵀ) + tr(S_A ξ_B η_Bᵀ)``: each factor is measured by its effect on the
+        product (Mishra et al. 2012); ``tr(S_A^{-1} ξ_A η_Aᵀ) + tr(S_B^{-1} ξ_B η_Bᵀ)``: relative to
+        itself (Mishra et al. 2014); or ``tr(ξ_A η_Aᵀ) + tr(ξ_B η_Bᵀ)``, for O(r) only. Here
+        ``S_A = A Aᵀ`` and ``S_B = B Bᵀ``; for a rotary commutant the Gram matrix of the passing
+        rows and the squared lengths of the complex rows of the planes, which is the product of the
+        metrics of all planes. Each metric is invariant under the group it may be used with.
     batch_shape : sequence of int
         Leading dimensions of every tensor.
     check : bool
@@ -65,36 +78,49 @@ class FactorQuotient(QuotientManifold[Pair]):
         check: bool = True,
     ) -> None:
         self.r, self.n, self.m = check_size("r", r), check_size("n", n), check_size("m", m)
-        if r > n or r > m:
-            raise ValueError(f"full row rank needs r <= n and r <= m, got {r = }, {n = }, {m = }")
         self.group = GL(r) if group is None else group
-        if self.group != GL(r):
-            raise ValueError(f"group {self.group!r} is not available yet, only GL({r})")
-        if metric not in METRICS:
-            raise ValueError(f"metric {metric!r} is not available yet, only {tuple(METRICS)}")
-        self._metric = METRICS[metric]
+        self._geometry = FactorGeometry(self.group, metric, check=check)
+        self._orbits = self._geometry.orbits
+        if self.group.r != r:
+            raise ValueError(f"group {self.group!r} does not act on factors of {r} rows")
+        self._orbits.check_columns(n, m, metric)
         self.batch_shape = check_batch_shape(batch_shape)
-        self.check = check
+
+    @property
+    def check(self) -> bool:
+        """Whether non-finite entries and rank deficiency are looked for."""
+        return self._geometry.check
+
+    @check.setter
+    def check(self, check: bool) -> None:
+        self._geometry.check = check
 
     @property
     def metric(self) -> str:
         """Name of the metric."""
-        return self._metric.name
+        return self._geometry.metric.name
 
     @property
     def dim(self) -> int:
-        """r(n + m − r), of one batch item."""
-        return self.r * (self.n + self.m - self.r)
+        """r(n + m) less the dimension of the group, of one batch item."""
+        return self.r * (self.n + self.m) - self.group.dim
+
+    @property
+    def section_kinds(self) -> tuple[str, ...]:
+        """The kinds that :meth:`section` knows for the group."""
+        return self._orbits.sections
 
     def check_point(self, x: Pair) -> None:
-        factorize(self._pair("x", x))
+        self._geometry.point(self._pair("x", x), check=True)
 
     def check_tangent(self, x: Pair, u: Pair, *, tolerance: float | None = None) -> None:
-        point, wide_u = self._factorize(x), self._pair("u", u)
-        if tolerance is not None:
-            vertical = self._metric_norm(point, self._vertical(point, wide_u))
-            if bool((vertical > tolerance * self._metric_norm(point, wide_u)).any()):
-                raise ValueError(f"u is not horizontal: vertical part {vertical.max().item():.1e}")
+        if tolerance is None:
+            self._pair("u", u)
+            self._geometry.point(self._point(x))
+            return
+        size, vertical = self._in_blocks(self._geometry.norms, x, u=u)
+        if bool((vertical > tolerance * size).any()):
+            raise ValueError(f"u is not horizontal: vertical part {vertical.max().item():.1e}")
 
     def random_point(
         self,
@@ -108,132 +134,177 @@ class FactorQuotient(QuotientManifold[Pair]):
         return A.to(dtype), B.to(dtype)
 
     def random_tangent(self, x: Pair, *, generator: torch.Generator | None = None) -> Pair:
-        point = self._factorize(x)
-        u = self._horizontal(point, self._standard_normal(generator, point.A.device))
-        norm = self._metric_norm(point, u)[..., None, None]
-        return self._like(x, (u[0] / norm, u[1] / norm))
+        u = self._standard_normal(generator, self._point(x)[0].device)
+        return self._step(self._geometry.unit_horizontal, x, u=u)
 
     def inner(self, x: Pair, u: Pair, v: Pair) -> Tensor:
-        point = self._factorize(x)
-        return self._metric.inner(point, self._pair("u", u), self._pair("v", v)).to(x[0].dtype)
+        return self._in_blocks(self._geometry.inner, x, u=u, v=v).to(x[0].dtype)
 
     def canonical_projection(self, x: Pair) -> Tensor:
-        """``Aᵀ B``, of shape (*batch_shape, n, m). Dense: for inspection and small problems."""
-        A, B = self._pair("x", x)
-        return (A.mT @ B).to(x[0].dtype)
+        """The invariants that name the orbit. Dense: for inspection and small problems.
+
+        Shapes, after `batch_shape`: (n, m) for GL(r), ``Aᵀ B``; (n + m, n + m) for O(r),
+        ``[A B]ᵀ [A B]``; (K, n, m) for a rotary commutant: the real parts of ``aᴴ b`` of all
+        planes, then their imaginary parts, then ``Aᵀ B`` of the passing rows if there are any.
+        """
+        return self._orbits.invariants(self._wide_pair("x", x)).to(x[0].dtype)
 
     def differential(self, x: Pair, u: Pair) -> Tensor:
-        """``u_Aᵀ B + Aᵀ u_B``, of shape (*batch_shape, n, m). Dense."""
-        (A, B), (u_A, u_B) = self._pair("x", x), self._pair("u", u)
-        return (u_A.mT @ B + A.mT @ u_B).to(x[0].dtype)
+        """Derivative of the invariants, for GL(r) ``u_Aᵀ B + Aᵀ u_B``. Dense."""
+        pair, vector = self._wide_pair("x", x), self._wide_pair("u", u)
+        return self._orbits.differential(pair, vector).to(x[0].dtype)
 
     def vertical_vector(self, x: Pair, algebra_element: Tensor) -> Pair:
-        """``(−Λᵀ A, Λ B)`` for an r×r matrix Λ, of shape (*batch_shape, r, r)."""
-        A, B = self._pair("x", x)
+        """``(−Λᵀ A, Λ B)`` for an r×r matrix Λ, of shape (*batch_shape, r, r).
+
+        Λ is projected to the Lie algebra of the group first.
+        """
+        A, B = self._wide_pair("x", x)
         Lambda = self._tensor("algebra_element", algebra_element, self.r, self.r)
+        Lambda = self.group.algebra_projection(wide(Lambda))
         return self._like(x, (-Lambda.mT @ A, Lambda @ B))
 
     def vertical_component(self, x: Pair, u: Pair) -> Pair:
-        """``(−M A, Mᵀ B)``, what :meth:`horizontal_component` removes."""
-        return self._like(x, self._vertical(self._factorize(x), self._pair("u", u)))
+        """``(−Λᵀ A, Λ B)``, what :meth:`horizontal_component` removes."""
+        return self._step(self._geometry.vertical, x, u=u)
 
     def horizontal_component(self, x: Pair, u: Pair) -> Pair:
-        """``(u_A + M A, u_B − Mᵀ B)`` with an r×r matrix M that depends on the metric.
+        """``(u_A + Λᵀ A, u_B − Λ B)``, with the Λ in the Lie algebra that makes it horizontal.
 
-        Preconditioned: ``M = ½ [(B Bᵀ)^{-1} B u_Bᵀ − u_A Aᵀ (A Aᵀ)^{-1}]``. Right-invariant: the
-        solution of ``M S + S M = A Aᵀ B u_Bᵀ − u_A Aᵀ B Bᵀ`` with ``S = A Aᵀ B Bᵀ``, by Cholesky
-        and a symmetric eigendecomposition.
+        For GL(r), preconditioned: ``Λ = ½ [u_B Bᵀ S_B^{-1} − S_A^{-1} A u_Aᵀ]``; on the plane of a
+        rotary commutant ``λ = ½ [h(b, u_b)/|b|² − conj(h(a, u_a))/|a|²]`` for both metrics. The
+        other cases solve Lyapunov equations of size r, but for O(r) with the right-invariant
+        metric, which solves a dense system in the r(r − 1)/2 unknowns of Λ: keep r below 32 there.
         """
-        return self._like(x, self._horizontal(self._factorize(x), self._pair("u", u)))
+        return self._step(self._geometry.horizontal, x, u=u)
 
     def horizontal_lift(self, x: Pair, base_tangent: Tensor) -> Pair:
-        """The horizontal u with ``u_Aᵀ B + Aᵀ u_B = Ġ``, the n×m `base_tangent`.
-
-        The particular solution ``((B Bᵀ)^{-1} B Ġᵀ, (A Aᵀ)^{-1} A Ġ (I − Bᵀ (B Bᵀ)^{-1} B))``,
-        projected.
-        """
-        point = self._factorize(x)
-        G = self._tensor("base_tangent", base_tangent, self.n, self.m)
-        lift_A = point.solve_B(point.B @ G.mT)
-        image = point.solve_A(point.A @ G)
-        lift_B = image - (image @ point.B.mT) @ point.solve_B(point.B)
-        return self._like(x, self._horizontal(point, (lift_A, lift_B)))
+        """The horizontal u with ``differential(x, u) = base_tangent``, of the invariants' shape."""
+        shape = (*self.batch_shape, *self._orbits.invariant_shape(self.n, self.m))
+        check_tensor("base_tangent", base_tangent, shape, check=self.check)
+        return self._like(x, self._geometry.lift(self._point(x), base_tangent))
 
     def gradient(self, x: Pair, euclidean_gradient: Pair) -> Pair:
-        """``((B Bᵀ)^{-1} ∂_A, (A Aᵀ)^{-1} ∂_B)``; right-invariant: ``(A Aᵀ ∂_A, B Bᵀ ∂_B)``.
+        """``(S_B^{-1} ∂_A, S_A^{-1} ∂_B)``; right-invariant: ``(S_A ∂_A, S_B ∂_B)``.
 
         Horizontal by itself if the function is invariant; no projection is applied.
         """
-        partials = self._pair("euclidean_gradient", euclidean_gradient)
-        return self._like(x, self._metric.gradient(self._factorize(x), partials))
+        return self._step(self._geometry.gradient, x, euclidean_gradient=euclidean_gradient)
 
     def hessian(self, x: Pair, euclidean_gradient: Pair, euclidean_hessian: Pair, u: Pair) -> Pair:
         """Horizontal part of ``D grad[u] + Γ(grad, u)``, Γ the Christoffel form of the metric."""
-        point, direction = self._factorize(x), self._pair("u", u)
-        partials = self._pair("euclidean_gradient", euclidean_gradient)
-        second = self._pair("euclidean_hessian", euclidean_hessian)
-        derivative = self._metric.gradient_derivative(point, partials, second, direction)
-        gradient = self._metric.gradient(point, partials)
-        Gamma = self._metric.christoffel(point, gradient, direction)
-        covariant = derivative[0] + Gamma[0], derivative[1] + Gamma[1]
-        return self._like(x, self._horizontal(point, covariant))
+        return self._step(
+            self._geometry.hessian,
+            x,
+            euclidean_gradient=euclidean_gradient,
+            euclidean_hessian=euclidean_hessian,
+            u=u,
+        )
 
     def retract(self, x: Pair, u: Pair) -> Pair:
+        # One addition is rounded correctly in any precision.
         (A, B), (u_A, u_B) = self._pair("x", x), self._pair("u", u)
         return self._like(x, (A + u_A, B + u_B))
 
     def retract_second_order(self, x: Pair, u: Pair) -> Pair:
         """``x + u − ½ Γ(u, u)``, the geodesic up to third order, for horizontal u."""
-        point, (u_A, u_B) = self._factorize(x), self._pair("u", u)
-        Gamma_A, Gamma_B = self._metric.christoffel(point, (u_A, u_B), (u_A, u_B))
-        return self._like(x, (point.A + u_A - Gamma_A / 2, point.B + u_B - Gamma_B / 2))
+        return self._step(self._geometry.second_order_step, x, u=u)
+
+    def geodesic(self, x: Pair, u: Pair, t: float | Tensor) -> Pair:
+        """``x + t u`` for horizontal u: a geodesic of the Euclidean metric while the rank stays r.
+
+        Raises
+        ------
+        ValueError
+            For the other metrics, whose geodesics have no closed form.
+        """
+        self._require_closed_geodesics("geodesic")
+        (A, B), (u_A, u_B) = self._wide_pair("x", x), self._wide_pair("u", u)
+        t = torch.as_tensor(t, device=A.device).to(A.dtype)[..., None, None]
+        return self._like(x, (A + t * u_A, B + t * u_B))
+
+    def exp(self, x: Pair, u: Pair) -> Pair:
+        """The exponential map of the Euclidean metric at horizontal u, ``x + u``; see geodesic."""
+        self._require_closed_geodesics("exp")
+        return self.retract(x, u)
+
+    def log(self, x: Pair, y: Pair) -> Pair:
+        """The horizontal u of least norm with ``exp(x, u)`` in y's orbit, for the Euclidean metric.
+
+        ``Q y − x`` with the rotation Q that brings y closest to x.
+        """
+        self._require_closed_geodesics("log")
+        (A, B), other = self._wide_pair("x", x), self._wide_pair("y", y)
+        Q, _ = self._orbits.aligning_element(other, (A, B), check=self.check)
+        return self._like(x, (Q @ other[0] - A, Q @ other[1] - B))
 
     def act(self, g: Tensor, x: Pair) -> Pair:
         """``(g^{-T} A, g B)``; tangent vectors are moved by the same formula."""
-        A, B = self._pair("x", x)
-        wide_g = self._tensor("g", g, self.r, self.r)
-        return self._like(x, self.group.act(wide_g, (A, B)))
+        pair = self._pair("x", x)
+        self._tensor("g", g, self.r, self.r)
+        if self.check:
+            check_group_element(self.group, g)
+        return self.group.act(g, pair)
 
     def align(self, x: Pair, y: Pair) -> tuple[Pair, Tensor]:
-        """The representative of x's orbit closest to `y`, closeness measured in y's balanced gauge.
+        """The representative of x's orbit closest to `y`, and the g that leads to it.
 
-        Both pairs are dressed by the balanced section; the balanced representatives of an orbit
-        differ by O(r), and the rotation O that brings the dressed x nearest to the dressed y is a
-        Procrustes problem of size r×r: ``g = g_y^{-1} O g_x``. If both lie on one orbit the result
-        is `y`. Invariant under a change of x's representative, equivariant under one of y's.
+        For O(r) the nearest in Frobenius norm (orthogonal Procrustes). For the other groups both
+        pairs are dressed by the balanced section, whose representatives of one orbit differ by the
+        compact part of the group (O(r); a phase for every plane and O on the passing rows), and the
+        k that brings the dressed x nearest to the dressed y is found there: ``g = g_y^{-1} k g_x``.
+        If both lie on one orbit the result is `y`. Invariant under a change of x's representative,
+        equivariant under one of y's.
         """
-        (A, B), y_point = self._pair("x", x), self._factorize(y)
-        x_point = self._factorize(x)
-        g_x, contra_x = sections.balanced_element(x_point.SA, x_point.SB, check=self.check)
-        g_y, contra_y = sections.balanced_element(y_point.SA, y_point.SB, check=self.check)
-        dressed_A, dressed_B = contra_x @ A, g_x @ B
-        overlap = contra_y @ y_point.A @ dressed_A.mT + g_y @ y_point.B @ dressed_B.mT
-        rotation = orthogonal_polar_factor(overlap)
-        # g_y and its inverse transpose are symmetric, hence inverse to each other.
-        aligned = self._like(x, (g_y @ rotation @ dressed_A, contra_y @ rotation @ dressed_B))
-        return aligned, (contra_y @ rotation @ g_x).to(compute_dtype(x[0].dtype))
+        pair, other = self._wide_pair("x", x), self._wide_pair("y", y)
+        if self.check:
+            self.check_point(x)
+            self.check_point(y)
+        g, contragredient = self._orbits.aligning_element(pair, other, check=self.check)
+        aligned = self._like(x, (contragredient @ pair[0], g @ pair[1]))
+        return aligned, g.to(compute_dtype(x[0].dtype))
 
     def distance(self, x: Pair, y: Pair) -> Tensor:
-        """``‖A₁ᵀ B₁ − A₂ᵀ B₂‖_F``, without n×m matrices and without cancellation.
+        """A distance between orbits: zero exactly if `x` and `y` lie on one. It ignores the metric.
 
-        The difference is ``[A₁; A₂]ᵀ [B₁; −B₂]``; with the triangular factors of QR decompositions
-        of both transposed stacks its norm is ``‖R_A R_Bᵀ‖_F``. Not differentiable by autograd.
+        For GL(r) ``‖A₁ᵀ B₁ − A₂ᵀ B₂‖_F``, for a rotary commutant the root of the sum of squares of
+        such norms over the products of all planes and of the passing rows: the Frobenius norm of
+        the difference of :meth:`canonical_projection`, without n×m matrices and without
+        cancellation. For O(r) ``min_Q (‖Q A₁ − A₂‖² + ‖Q B₁ − B₂‖²)^{1/2}``, the Bures–Wasserstein
+        distance of the Gram matrices ``[A B]ᵀ [A B]`` and the geodesic distance of the Euclidean
+        metric.
+
+        Differentiable by autograd to any order. At zero, where it has no derivative, and where it
+        is zero to working precision, the gradient is taken to be zero.
         """
-        (A1, B1), (A2, B2) = self._pair("x", x), self._pair("y", y)
-        _, R_A = torch.linalg.qr(torch.cat((A1, A2), dim=-2).mT, mode="r")
-        _, R_B = torch.linalg.qr(torch.cat((B1, -B2), dim=-2).mT, mode="r")
-        return torch.linalg.matrix_norm(R_A @ R_B.mT).to(x[0].dtype)
+        pair, other = self._wide_pair("x", x), self._wide_pair("y", y)
+        return self._orbits.distance(pair, other).to(x[0].dtype)
 
     def section(self, x: Pair, kind: str = "svd") -> tuple[Pair, Tensor]:
-        """See :func:`quotientopt.sections.section`.
+        """A canonical representative of x's orbit, and the g that leads to it.
+
+        See :func:`quotientopt.sections.section` for GL(r),
+        :func:`~quotientopt.sections.rotary_section` for rotary commutants and
+        :func:`~quotientopt.sections.orthogonal_section` for O(r).
 
         Parameters
         ----------
         x : tuple of Tensor
-        kind : {"svd", "balanced", "orthonormal", "triangular"}
+        kind : {"svd", "balanced", "orthonormal", "triangular"}, for O(r) {"svd", "polar"}
         """
+        if kind not in self.section_kinds:
+            raise ValueError(
+                f"section must be one of {self.section_kinds} for {self.group!r}, got {kind!r}"
+            )
         self._pair("x", x)
-        return sections.section(kind, *x, check=self.check)
+        return self._orbits.section(kind, x, check=self.check)
+
+    def _require_closed_geodesics(self, name: str) -> None:
+        if self.metric != "euclidean":
+            raise ValueError(
+                f"{name} has no closed form for the metric {self.metric!r}, "
+                "use retract_second_order or metric='euclidean' with group O(r)"
+            )
 
     def _standard_normal(
         self, generator: torch.Generator | None, device: torch.device | str | None
@@ -242,31 +313,40 @@ class FactorQuotient(QuotientManifold[Pair]):
         B = standard_normal((*self.batch_shape, self.r, self.m), generator=generator, device=device)
         return A, B
 
-    def _horizontal(self, x: FactorPoint, u: Pair) -> Pair:
-        M = self._metric.multiplier(x, u)
-        return u[0] + M @ x.A, u[1] - M.mT @ x.B
+    def _step(self, function: Callable[..., Pair], x: Pair, **vectors: Pair) -> Pair:
+        """A function of a point and vectors, its result rounded to the dtypes of the point."""
 
-    def _vertical(self, x: FactorPoint, u: Pair) -> Pair:
-        M = self._metric.multiplier(x, u)
-        return -M @ x.A, M.mT @ x.B
+        def rounded(x: Pair, *vectors: Pair) -> Pair:
+            return self._like(x, function(x, *vectors))
 
-    def _metric_norm(self, x: FactorPoint, u: Pair) -> Tensor:
-        return self._metric.inner(x, u, u).sqrt()
+        return self._in_blocks(rounded, x, **vectors)
 
-    def _factorize(self, x: Pair) -> FactorPoint:
-        return factorize(self._pair("x", x), check=self.check)
+    def _in_blocks(self, function: Callable[..., Any], x: Pair, **vectors: Pair) -> Any:
+        pairs = [self._pair(name, vector) for name, vector in vectors.items()]
+        return in_blocks(function, self.batch_shape, self._point(x), *pairs)
 
-    def _pair(self, name: str, pair: Pair) -> Pair:
+    def _point(self, x: Pair) -> Pair:
+        """A pair that is going to be factorised, which finds what is not finite."""
+        return self._pair("x", x, check=False)
+
+    def _wide_pair(self, name: str, pair: Pair) -> Pair:
+        A, B = self._pair(name, pair)
+        return wide(A), wide(B)
+
+    def _pair(self, name: str, pair: Pair, *, check: bool | None = None) -> Pair:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{name} must be a pair (A, B) of tensors, got {type(pair).__name__}")
         return (
-            self._tensor(f"{name}[0]", pair[0], self.r, self.n),
-            self._tensor(f"{name}[1]", pair[1], self.r, self.m),
+            self._tensor(f"{name}[0]", pair[0], self.r, self.n, check=check),
+            self._tensor(f"{name}[1]", pair[1], self.r, self.m, check=check),
         )
 
-    def _tensor(self, name: str, tensor: Tensor, rows: int, columns: int) -> Tensor:
+    def _tensor(
+        self, name: str, tensor: Tensor, rows: int, columns: int, *, check: bool | None = None
+    ) -> Tensor:
         shape = (*self.batch_shape, rows, columns)
-        return wide_tensor(name, tensor, shape, check=self.check)
+        check_tensor(name, tensor, shape, check=self.check if check is None else check)
+        return tensor
 
     @staticmethod
     def _like(x: Pair, pair: Pair) -> Pair:

@@ -11,13 +11,15 @@ from quotientopt._linalg import (
     compute_dtype,
     frobenius_inner,
     gram,
-    orthogonal_polar_factor,
-    skew_part,
+    safe_root,
     standard_normal,
+    wide,
 )
-from quotientopt.groups import O, StructureGroup
+from quotientopt._lyapunov import orthogonal_polar_factor, solve_lyapunov
+from quotientopt.groups import O, StabilizerOfOnes, StructureGroup
 from quotientopt.manifolds._validation import (
     check_batch_shape,
+    check_group_element,
     check_size,
     random_dtype,
     wide_tensor,
@@ -26,20 +28,24 @@ from quotientopt.manifolds.base import QuotientManifold
 
 
 class GramQuotient(QuotientManifold[Tensor]):
-    """Matrices X ∈ R_*^{N×d} of full column rank modulo ``X ~ X gᵀ``, g ∈ O(d).
+    """Matrices X ∈ R_*^{N×d} modulo ``X ~ X gᵀ``, g ∈ O(d) or the stabiliser of the ones vector.
 
-    The orbit is named by the Gram matrix ``X Xᵀ``, so the quotient is the manifold of N×N positive
-    semidefinite matrices of rank d. The Euclidean metric ``tr(Uᵀ V)`` descends to it: its geodesic
-    distance is the Bures–Wasserstein distance. Token matrices up to a rotation of the residual
-    stream, and all weights of a model that read or write it, stacked, are such points (François &
-    Ravera, arXiv 2602.18948). Not complete: rank may drop along a geodesic.
+    Under O(d) the orbit is named by the Gram matrix ``X Xᵀ``, so the quotient is the manifold of
+    N×N positive semidefinite matrices of rank d. The Euclidean metric ``tr(Uᵀ V)`` descends to it:
+    its geodesic distance is the Bures–Wasserstein distance. Token matrices up to a rotation of the
+    residual stream, and all weights of a model that read or write it, stacked, are such points
+    (François & Ravera, arXiv 2602.18948). Not complete: rank may drop along a geodesic.
+
+    LayerNorm's centring singles out the all-ones vector 1 of R^d and breaks O(d) to its stabiliser:
+    then the inner products ``X 1`` of the rows with 1 are invariants as well, and only the part of
+    the rows orthogonal to 1 moves, which has to have the full rank d − 1.
 
     Parameters
     ----------
     N, d : int
-        Rows and columns of a point; N at least d.
-    stabilizer : StructureGroup, optional
-        Reserved for the subgroup that fixes a vector; anything but None is refused.
+        Rows and columns of a point; N at least d (d − 1 under ``StabilizerOfOnes``).
+    stabilizer : StabilizerOfOnes or O, optional
+        The group; ``O(d)`` by default.
     batch_shape : sequence of int
         Leading dimensions of every tensor.
     check : bool
@@ -48,8 +54,10 @@ class GramQuotient(QuotientManifold[Tensor]):
     Raises
     ------
     ValueError
-        On sizes that do not fit, or a `stabilizer`.
+        On sizes that do not fit, or another `stabilizer`.
     """
+
+    group: O
 
     def __init__(
         self,
@@ -61,26 +69,30 @@ class GramQuotient(QuotientManifold[Tensor]):
         check: bool = True,
     ) -> None:
         self.N, self.d = check_size("N", N), check_size("d", d)
-        if d > N:
-            raise ValueError(f"full column rank needs N >= d, got {N = }, {d = }")
-        if stabilizer is not None:
-            raise ValueError(f"stabilizer {stabilizer!r} is not available yet, only None")
-        self.group = O(d)
+        self.group = _orthogonal_group(stabilizer, d)
+        self._moving = d - 1 if isinstance(self.group, StabilizerOfOnes) else d
+        if self._moving > N:
+            raise ValueError(f"full column rank needs N >= {self._moving}, got {N = }, {d = }")
         self.batch_shape = check_batch_shape(batch_shape)
         self.check = check
 
     @property
     def dim(self) -> int:
-        """N d − d(d − 1)/2, of one batch item."""
+        """N d less the dimension of the group: d(d − 1)/2, or (d − 1)(d − 2)/2."""
         return self.N * self.d - self.group.dim
 
+    @property
+    def section_kinds(self) -> tuple[str, ...]:
+        """The kinds that :meth:`section` knows."""
+        return ("svd", "polar")
+
     def check_point(self, x: Tensor) -> None:
-        cholesky(gram(self._tensor("x", x).mT), "token matrix x")
+        self._moving_gram(self._tensor("x", x), x.dtype, check=True)
 
     def check_tangent(self, x: Tensor, u: Tensor, *, tolerance: float | None = None) -> None:
         X, U = self._tensor("x", x), self._tensor("u", u)
         if tolerance is not None:
-            vertical = torch.linalg.matrix_norm(U - self._horizontal(X, U))
+            vertical = torch.linalg.matrix_norm(self._vertical(X, U, x.dtype))
             if bool((vertical > tolerance * torch.linalg.matrix_norm(U)).any()):
                 raise ValueError(f"u is not horizontal: vertical part {vertical.max().item():.1e}")
 
@@ -97,7 +109,8 @@ class GramQuotient(QuotientManifold[Tensor]):
 
     def random_tangent(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         X = self._tensor("x", x)
-        u = self._horizontal(X, standard_normal(X.shape, generator=generator, device=X.device))
+        u = standard_normal(X.shape, generator=generator, device=X.device)
+        u = u - self._vertical(X, u, x.dtype)
         return (u / torch.linalg.matrix_norm(u, keepdim=True)).to(x.dtype)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -106,44 +119,60 @@ class GramQuotient(QuotientManifold[Tensor]):
         return frobenius_inner(self._tensor("u", u), self._tensor("v", v)).to(x.dtype)
 
     def canonical_projection(self, x: Tensor) -> Tensor:
-        """``X Xᵀ``, of shape (*batch_shape, N, N)."""
-        return gram(self._tensor("x", x)).to(x.dtype)
+        """``X Xᵀ``, of shape (*batch_shape, N, N).
+
+        Under ``StabilizerOfOnes`` ``[X Xᵀ, X 1]``, of shape (*batch_shape, N, N + 1).
+        """
+        X = self._tensor("x", x)
+        return self._with_sums(gram(X), X).to(x.dtype)
 
     def differential(self, x: Tensor, u: Tensor) -> Tensor:
-        """``u Xᵀ + X uᵀ``, of shape (*batch_shape, N, N)."""
-        product = self._tensor("u", u) @ self._tensor("x", x).mT
-        return (product + product.mT).to(x.dtype)
+        """``u Xᵀ + X uᵀ``, with a further column ``u 1`` under ``StabilizerOfOnes``."""
+        X, U = self._tensor("x", x), self._tensor("u", u)
+        product = U @ X.mT
+        return self._with_sums(product + product.mT, U).to(x.dtype)
 
     def vertical_vector(self, x: Tensor, algebra_element: Tensor) -> Tensor:
-        """``X Λᵀ`` for a skew d×d matrix Λ; the symmetric part of anything else is dropped."""
+        """``X Λᵀ`` for a d×d matrix Λ, which is projected to the Lie algebra of the group first."""
         X = self._tensor("x", x)
         Lambda = self._square("algebra_element", algebra_element, self.d)
-        return (X @ skew_part(Lambda).mT).to(x.dtype)
+        return (X @ self.group.algebra_projection(Lambda).mT).to(x.dtype)
 
     def vertical_component(self, x: Tensor, u: Tensor) -> Tensor:
         """``X Ω``, what :meth:`horizontal_component` removes."""
         X, U = self._tensor("x", x), self._tensor("u", u)
-        return (X @ self._rotation_rate(X, U)).to(x.dtype)
+        return self._vertical(X, U, x.dtype).to(x.dtype)
 
     def horizontal_component(self, x: Tensor, u: Tensor) -> Tensor:
         """``u − X Ω`` with Ω skew and ``XᵀX Ω + Ω XᵀX = Xᵀu − uᵀX``, by an eigendecomposition.
 
-        Horizontal vectors are those with ``Xᵀ u`` symmetric.
+        Horizontal vectors are those with ``Xᵀ u`` symmetric. Under ``StabilizerOfOnes`` the same
+        holds for the parts of X and u orthogonal to 1.
         """
         X, U = self._tensor("x", x), self._tensor("u", u)
-        return self._horizontal(X, U).to(x.dtype)
+        return (U - self._vertical(X, U, x.dtype)).to(x.dtype)
 
     def horizontal_lift(self, x: Tensor, base_tangent: Tensor) -> Tensor:
         """The horizontal u with ``u Xᵀ + X uᵀ = Ḣ``, the symmetric N×N `base_tangent`.
 
-        With ``Y = X (XᵀX)^{-1}`` the particular solution ``Ḣ Y − ½ X Yᵀ Ḣ Y``, projected.
+        With ``Y = X (XᵀX)^{-1}`` the particular solution ``Ḣ Y − ½ X Yᵀ Ḣ Y``, projected. Under
+        ``StabilizerOfOnes`` the last column of `base_tangent` is ``u 1``, and the rest is solved
+        for the parts orthogonal to 1.
         """
         X = self._tensor("x", x)
-        H = self._square("base_tangent", base_tangent, self.N)
-        L = cholesky(gram(X.mT), "token matrix x", check=self.check)
-        Y = torch.cholesky_solve(X.mT, L).mT
-        lift = H @ Y - X @ (Y.mT @ (H @ Y)) / 2
-        return self._horizontal(X, lift).to(x.dtype)
+        columns = self.N + (self._moving < self.d)
+        shape = (*self.batch_shape, self.N, columns)
+        base = wide_tensor("base_tangent", base_tangent, shape, check=self.check)
+        H, fixed = base[..., : self.N], torch.zeros_like(X)
+        if self._moving < self.d:
+            sums, rate = X.sum(dim=-1, keepdim=True), base[..., self.N :]
+            product = rate @ sums.mT / self.d
+            H, fixed = H - product - product.mT, (rate / self.d).expand_as(X)
+        moving, S = self._moving_gram(X, x.dtype, check=self.check)
+        Y = torch.cholesky_solve(moving.mT, torch.linalg.cholesky_ex(S).L).mT
+        lift = H @ Y - moving @ (Y.mT @ (H @ Y)) / 2
+        U = fixed + self.group.from_moving_part(lift)
+        return (U - self._vertical(X, U, x.dtype)).to(x.dtype)
 
     def gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """The Euclidean gradient itself: horizontal if the function is invariant."""
@@ -158,8 +187,46 @@ class GramQuotient(QuotientManifold[Tensor]):
         self._tensor("u", u)
         return self.horizontal_component(x, euclidean_hessian)
 
+    def integrability_tensor(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """O'Neill's tensor ``A_u v = ½ [u, v]^vertical`` of horizontal u and v.
+
+        ``X Ω`` with Ω skew and ``XᵀX Ω + Ω XᵀX = vᵀu − uᵀv`` (of the parts orthogonal to 1 under
+        ``StabilizerOfOnes``): the vertical part of the derivative along u of any horizontal field
+        through v, and of half the bracket of horizontal extensions of u and v. It vanishes for all
+        u and v exactly where the horizontal spaces are integrable; transport around a small loop
+        turns the representative by it (O'Neill, *The fundamental equations of a submersion*, 1966).
+        """
+        X, U, V = self._tensor("x", x), self._tensor("u", u), self._tensor("v", v)
+        moving, S = self._moving_gram(X, x.dtype, check=self.check)
+        product = self.group.moving_part(V).mT @ self.group.moving_part(U)
+        rate = solve_lyapunov(S, product - product.mT)
+        return self.group.from_moving_part(moving @ rate).to(x.dtype)
+
+    def sectional_curvature(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """``3 ‖A_u v‖² / (‖u‖² ‖v‖² − ⟨u, v⟩²)`` for horizontal, linearly independent u and v.
+
+        O'Neill's formula over a flat total space: the quotient is curved non-negatively.
+        """
+        vertical = wide(self.integrability_tensor(x, u, v))
+        U, V = self._tensor("u", u), self._tensor("v", v)
+        area = frobenius_inner(U, U) * frobenius_inner(V, V) - frobenius_inner(U, V).square()
+        return (3 * frobenius_inner(vertical, vertical) / area).to(x.dtype)
+
+    def geodesic(self, x: Tensor, u: Tensor, t: float | Tensor) -> Tensor:
+        """``X + t u`` for horizontal u: a geodesic while the rank stays full.
+
+        Parameters
+        ----------
+        x, u : Tensor, shape (*batch_shape, N, d)
+        t : float or Tensor
+            Time, one for all or of shape `batch_shape`.
+        """
+        X, U = self._tensor("x", x), self._tensor("u", u)
+        t = torch.as_tensor(t, device=X.device).to(X.dtype)[..., None, None]
+        return (X + t * U).to(x.dtype)
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
-        """The exponential map at horizontal u, ``X + u``; a geodesic while the rank stays d."""
+        """The exponential map at horizontal u, ``X + u``; a geodesic while the rank stays full."""
         return (self._tensor("x", x) + self._tensor("u", u)).to(x.dtype)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
@@ -168,7 +235,7 @@ class GramQuotient(QuotientManifold[Tensor]):
         ``Q = U Vᵀ`` from the SVD ``Yᵀ X = U Σ Vᵀ``; unique where ``Yᵀ X`` is invertible.
         """
         X, Y = self._tensor("x", x), self._tensor("y", y)
-        return (Y @ orthogonal_polar_factor(Y.mT @ X) - X).to(x.dtype)
+        return (Y @ self._aligning_element(Y, X).mT - X).to(x.dtype)
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """The exponential map, ``X + u``."""
@@ -180,19 +247,28 @@ class GramQuotient(QuotientManifold[Tensor]):
 
     def act(self, g: Tensor, x: Tensor) -> Tensor:
         """``X gᵀ``, for g of shape (*batch_shape, d, d); tangent vectors move likewise."""
-        return (self._tensor("x", x) @ self._square("g", g, self.d).mT).to(x.dtype)
+        X, wide_g = self._tensor("x", x), self._square("g", g, self.d)
+        if self.check:
+            check_group_element(self.group, g)
+        return (X @ wide_g.mT).to(x.dtype)
 
     def align(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The representative ``X gᵀ`` closest to `y` in Frobenius norm: orthogonal Procrustes."""
         X, Y = self._tensor("x", x), self._tensor("y", y)
-        g = orthogonal_polar_factor(Y.mT @ X)
+        g = self._aligning_element(X, Y)
         return (X @ g.mT).to(x.dtype), g.to(compute_dtype(x.dtype))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The Bures–Wasserstein distance ``‖Y Q − X‖_F``, with Q as in :meth:`log`."""
+        """The Bures–Wasserstein distance ``‖Y Q − X‖_F``, with Q as in :meth:`log`.
+
+        Differentiable by autograd to any order. At zero, where it has no derivative, and where it
+        is zero to working precision, the gradient is taken to be zero.
+        """
         X, Y = self._tensor("x", x), self._tensor("y", y)
-        difference = Y @ orthogonal_polar_factor(Y.mT @ X) - X
-        return torch.linalg.matrix_norm(difference).to(x.dtype)
+        difference = Y @ self._aligning_element(Y, X).mT - X
+        size = torch.linalg.matrix_norm(X.detach()) + torch.linalg.matrix_norm(Y.detach())
+        floor = 8 * self.d * torch.finfo(size.dtype).eps * size
+        return safe_root(difference.square().sum(dim=(-2, -1)), floor).to(x.dtype)
 
     def section(self, x: Tensor, kind: str = "svd") -> tuple[Tensor, Tensor]:
         """See :func:`quotientopt.sections.gram_svd` and :func:`quotientopt.sections.gram_polar`.
@@ -203,20 +279,31 @@ class GramQuotient(QuotientManifold[Tensor]):
         kind : {"svd", "polar"}
         """
         self._tensor("x", x)
-        return sections.gram_section(kind, x, check=self.check)
+        return sections.gram_section(kind, x, stabilizer=self.group, check=self.check)
 
-    def _rotation_rate(self, X: Tensor, U: Tensor) -> Tensor:
-        """Ω of :meth:`horizontal_component`."""
-        S = gram(X.mT)
-        if self.check:
-            cholesky(S, "token matrix x")
-        w, basis = torch.linalg.eigh(S)
-        product = X.mT @ U
-        right_hand = basis.mT @ (product - product.mT) @ basis
-        return basis @ (right_hand / (w.unsqueeze(-1) + w.unsqueeze(-2))) @ basis.mT
+    def _aligning_element(self, X: Tensor, Y: Tensor) -> Tensor:
+        overlap = self.group.moving_part(Y).mT @ self.group.moving_part(X)
+        return self.group.element_of_moving(orthogonal_polar_factor(overlap))
 
-    def _horizontal(self, X: Tensor, U: Tensor) -> Tensor:
-        return U - X @ self._rotation_rate(X, U)
+    def _moving_gram(self, X: Tensor, stored: torch.dtype, *, check: bool) -> tuple[Tensor, Tensor]:
+        """The moving part of X and its Gram matrix, refused if singular."""
+        moving = self.group.moving_part(X)
+        S = gram(moving.mT)
+        if check:
+            part = "token matrix x" if self._moving == self.d else "part of x orthogonal to 1"
+            cholesky(S, part, precision=torch.finfo(stored).eps)
+        return moving, S
+
+    def _vertical(self, X: Tensor, U: Tensor, stored: torch.dtype) -> Tensor:
+        moving, S = self._moving_gram(X, stored, check=self.check)
+        product = moving.mT @ self.group.moving_part(U)
+        rate = solve_lyapunov(S, product - product.mT)
+        return self.group.from_moving_part(moving @ rate)
+
+    def _with_sums(self, matrix: Tensor, X: Tensor) -> Tensor:
+        if self._moving == self.d:
+            return matrix
+        return torch.cat((matrix, X.sum(dim=-1, keepdim=True)), dim=-1)
 
     def _tensor(self, name: str, tensor: Tensor) -> Tensor:
         shape = (*self.batch_shape, self.N, self.d)
@@ -226,4 +313,15 @@ class GramQuotient(QuotientManifold[Tensor]):
         return wide_tensor(name, tensor, (*self.batch_shape, size, size), check=self.check)
 
     def __repr__(self) -> str:
-        return f"GramQuotient({self.N}, {self.d}, batch_shape={self.batch_shape})"
+        stabilizer = f", stabilizer={self.group!r}" if self._moving < self.d else ""
+        return f"GramQuotient({self.N}, {self.d}{stabilizer}, batch_shape={self.batch_shape})"
+
+
+def _orthogonal_group(stabilizer: StructureGroup | None, d: int) -> O:
+    if stabilizer is None:
+        return O(d)
+    if not isinstance(stabilizer, O) or stabilizer.r != d:
+        raise ValueError(
+            f"stabilizer must be None, O({d}) or StabilizerOfOnes({d}), got {stabilizer!r}"
+        )
+    return stabilizer

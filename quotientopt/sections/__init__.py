@@ -9,7 +9,12 @@ from quotientopt.sections.factor import (
     triangular_element,
 )
 from quotientopt.sections.gram import gram_polar, gram_section, gram_svd
-from quotientopt.sections.rotary import rotary_balanced_element
+from quotientopt.sections.orthogonal import orthogonal_section
+from quotientopt.sections.rotary import (
+    rotary_balanced_element,
+    rotary_element,
+    rotary_section,
+)
 
 __all__ = [
     "balanced_element",
@@ -17,8 +22,11 @@ __all__ = [
     "gram_polar",
     "gram_section",
     "gram_svd",
+    "orthogonal_section",
     "orthonormal_element",
     "rotary_balanced_element",
+    "rotary_element",
+    "rotary_section",
     "section",
     "svd_element",
     "triangular_element",

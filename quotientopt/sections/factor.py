@@ -149,9 +149,25 @@ _ELEMENTS: dict[str, _ElementFunction] = {
 }
 
 
-def _element_function(kind: str) -> Callable[..., Pair]:
+def check_kind(kind: str) -> None:
+    """Raise ``ValueError`` unless `kind` is a section of factor pairs under GL(r)."""
     if kind not in _ELEMENTS:
         raise ValueError(f"section must be one of {tuple(_ELEMENTS)}, got {kind!r}")
+
+
+def check_factors(A: Tensor, B: Tensor) -> None:
+    """Raise unless A and B are floating-point with equal batch shape and number of rows."""
+    check_floating("A", A)
+    check_floating("B", B)
+    if A.ndim < 2 or B.ndim < 2 or A.shape[:-1] != B.shape[:-1]:
+        raise ValueError(
+            f"A and B must have shapes (*batch, r, n) and (*batch, r, m), "
+            f"got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
+
+
+def _element_function(kind: str) -> Callable[..., Pair]:
+    check_kind(kind)
     return _ELEMENTS[kind]
 
 
@@ -175,6 +191,31 @@ def element(kind: str, SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
         If `kind` is unknown, or for the reasons of :func:`svd_element`.
     """
     return _element_function(kind)(SA, SB, check=check)
+
+
+def dress(
+    element_of: Callable[..., Pair], A: Tensor, B: Tensor, *, check: bool = True
+) -> tuple[Pair, Tensor, Tensor]:
+    """Dressed factors and the element ``(g, g^{-T})`` that dresses them, in the widest precision.
+
+    Gram matrices square the condition numbers of the factors. Where A and B are stored in the
+    widest precision already, a second element is computed from the dressed factors, which are well
+    conditioned, and takes back what was lost.
+
+    Parameters
+    ----------
+    element_of : callable
+        Element from two Gram matrices, as :func:`svd_element`.
+    A, B, check
+        As for :func:`section`.
+    """
+    g, contragredient = element_of(gram(A), gram(B), check=check)
+    dressed = contragredient @ wide(A), g @ wide(B)
+    if A.dtype == B.dtype == wide(A).dtype:
+        again, again_contragredient = element_of(gram(dressed[0]), gram(dressed[1]), check=False)
+        dressed = again_contragredient @ dressed[0], again @ dressed[1]
+        g, contragredient = again @ g, again_contragredient @ contragredient
+    return dressed, g, contragredient
 
 
 def section(kind: str, A: Tensor, B: Tensor, *, check: bool = True) -> tuple[Pair, Tensor]:
@@ -207,15 +248,8 @@ def section(kind: str, A: Tensor, B: Tensor, *, check: bool = True) -> tuple[Pai
     ValueError, TypeError
         For the reasons of :func:`svd_element`.
     """
-    check_floating("A", A)
-    check_floating("B", B)
-    if A.ndim < 2 or B.ndim < 2 or A.shape[:-1] != B.shape[:-1]:
-        raise ValueError(
-            f"A and B must have shapes (*batch, r, n) and (*batch, r, m), "
-            f"got {tuple(A.shape)} and {tuple(B.shape)}"
-        )
-    g, g_inverse_transpose = _element_function(kind)(gram(A), gram(B), check=check)
-    dressed_A, dressed_B = g_inverse_transpose @ wide(A), g @ wide(B)
+    check_factors(A, B)
+    (dressed_A, dressed_B), g, _ = dress(_element_function(kind), A, B, check=check)
     if kind == "svd":
         signs = row_signs(dressed_B)
         dressed_A, dressed_B, g = signs * dressed_A, signs * dressed_B, signs * g

@@ -1,6 +1,8 @@
-"""Dressing fields of token matrices X ∈ R_*^{N×d} under O(d), acting by ``X ↦ X gᵀ``.
+"""Dressing fields of token matrices X ∈ R_*^{N×d} under O(d) or a stabiliser, by ``X ↦ X gᵀ``.
 
-Both return the representative and the orthogonal matrix g that leads to it.
+Both return the representative and the orthogonal matrix g that leads to it. Under the stabiliser of
+the all-ones vector only the part of the rows orthogonal to 1 moves; it is dressed in the
+coordinates of :meth:`quotientopt.groups.StabilizerOfOnes.moving_part`.
 """
 
 import torch
@@ -16,9 +18,12 @@ from quotientopt._linalg import (
     row_signs,
     wide,
 )
+from quotientopt.groups import O
 
 
-def gram_svd(X: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
+def gram_svd(
+    X: Tensor, *, stabilizer: O | None = None, check: bool = True
+) -> tuple[Tensor, Tensor]:
     """Principal axes: ``X V = U Σ`` with the right singular vectors V of X, ``g = Vᵀ``.
 
     Columns come in decreasing length; in each the entry of largest modulus is positive (of several
@@ -30,7 +35,9 @@ def gram_svd(X: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     X : Tensor, shape (*batch, N, d)
-        Token matrix of full column rank.
+        Token matrix of full column rank (its moving part, under a stabiliser).
+    stabilizer : O or StabilizerOfOnes, optional
+        The group; O(d) by default.
     check : bool
         Whether to look for rank deficiency, which waits for the device.
 
@@ -47,45 +54,50 @@ def gram_svd(X: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
     TypeError
         If the dtype is not floating-point.
     """
-    _check_tall(X)
-    L = cholesky(gram(X.mT), "token matrix X", check=check)
+    group, moving = _moving_part(X, stabilizer)
+    precision = torch.finfo(X.dtype).eps
+    L = cholesky(gram(moving.mT), "token matrix X", check=check, precision=precision)
     _, _, Vt = torch.linalg.svd(L.mT)
-    dressed = wide(X) @ Vt.mT
-    signs = row_signs(dressed.mT)
-    return (dressed * signs.mT).to(X.dtype), (signs * Vt).to(compute_dtype(X.dtype))
+    signs = row_signs(Vt @ moving.mT)
+    return _dress(X, group.element_of_moving(signs * Vt))
 
 
-def gram_polar(X: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
-    """The representative whose leading d×d block is symmetric positive definite.
+def gram_polar(
+    X: Tensor, *, stabilizer: O | None = None, check: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The representative whose leading square block is symmetric positive definite.
 
     The first d rows have the polar decomposition ``X₁ = (X₁ X₁ᵀ)^{1/2} g``, and the representative
     is ``X gᵀ``: smooth wherever these rows are linearly independent, whatever the singular values.
+    Under the stabiliser of 1 it is the first d − 1 rows of the moving part.
 
     Residual group: none. Not global: the first d rows must be independent.
 
     Parameters, returns and errors as for :func:`gram_svd`; ``ValueError`` also if the leading block
     is singular to working precision.
     """
-    _check_tall(X)
+    group, moving = _moving_part(X, stabilizer)
     if check:
         check_finite("token matrix X", X)
-    U, values, Vt = torch.linalg.svd(wide(X)[..., : X.shape[-1], :])
+    size = moving.shape[-1]
+    U, values, Vt = torch.linalg.svd(moving[..., :size, :])
     if check:
-        floor = X.shape[-1] * torch.finfo(compute_dtype(X.dtype)).eps * values[..., 0]
+        floor = size * torch.finfo(compute_dtype(X.dtype)).eps * values[..., 0]
         failed = values[..., -1] <= floor
         if bool(failed.any()):
             raise ValueError(
-                f"the leading {X.shape[-1]} rows of X are linearly dependent"
+                f"the leading {size} rows of X are linearly dependent"
                 f"{locate_first(failed)}: the polar section is undefined, use 'svd'"
             )
-    g = U @ Vt
-    return (wide(X) @ g.mT).to(X.dtype), g.to(compute_dtype(X.dtype))
+    return _dress(X, group.element_of_moving(U @ Vt))
 
 
 _SECTIONS = {"svd": gram_svd, "polar": gram_polar}
 
 
-def gram_section(kind: str, X: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
+def gram_section(
+    kind: str, X: Tensor, *, stabilizer: O | None = None, check: bool = True
+) -> tuple[Tensor, Tensor]:
     """Representative and element of the section `kind`, ``"svd"`` or ``"polar"``.
 
     Raises
@@ -95,10 +107,23 @@ def gram_section(kind: str, X: Tensor, *, check: bool = True) -> tuple[Tensor, T
     """
     if kind not in _SECTIONS:
         raise ValueError(f"section must be one of {tuple(_SECTIONS)}, got {kind!r}")
-    return _SECTIONS[kind](X, check=check)
+    return _SECTIONS[kind](X, stabilizer=stabilizer, check=check)
 
 
-def _check_tall(X: Tensor) -> None:
+def _moving_part(X: Tensor, stabilizer: O | None) -> tuple[O, Tensor]:
     check_floating("X", X)
-    if X.ndim < 2 or X.shape[-2] < X.shape[-1]:
-        raise ValueError(f"X must have shape (*batch, N, d) with N >= d, got {tuple(X.shape)}")
+    if X.ndim < 2:
+        raise ValueError(f"X must have shape (*batch, N, d), got {tuple(X.shape)}")
+    group = O(X.shape[-1]) if stabilizer is None else stabilizer
+    if group.r != X.shape[-1]:
+        raise ValueError(f"{group!r} does not act on X of shape {tuple(X.shape)}")
+    moving = group.moving_part(wide(X))
+    if moving.shape[-2] < moving.shape[-1]:
+        raise ValueError(
+            f"X must have shape (*batch, N, d) with N >= {moving.shape[-1]}, got {tuple(X.shape)}"
+        )
+    return group, moving
+
+
+def _dress(X: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return (wide(X) @ g.mT).to(X.dtype), g.to(compute_dtype(X.dtype))

@@ -5,9 +5,30 @@ from dataclasses import dataclass
 
 import torch
 
+from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 
-KINDS = ("preconditioned", "right-invariant", "gram")
+FACTORS = {
+    "gl preconditioned": (GL(3), "preconditioned"),
+    "gl right-invariant": (GL(3), "right-invariant"),
+    "rotary preconditioned": (RotaryCommutant(4), "preconditioned"),
+    "rotary right-invariant": (RotaryCommutant(4, layout="interleaved"), "right-invariant"),
+    "partial preconditioned": (RotaryCommutant(5, 2, layout="interleaved"), "preconditioned"),
+    "partial right-invariant": (RotaryCommutant(6, 4), "right-invariant"),
+    "o preconditioned": (O(3), "preconditioned"),
+    "o right-invariant": (O(3), "right-invariant"),
+    "o euclidean": (O(3), "euclidean"),
+}
+SMALL_GROUPS = {
+    "gl": GL(2),
+    "rotary": RotaryCommutant(2),
+    "partial": RotaryCommutant(3, 2),
+    "o": O(2),
+}
+FACTOR_KINDS = tuple(FACTORS)
+GRAM_KINDS = ("gram", "gram of ones")
+KINDS = FACTOR_KINDS + GRAM_KINDS
+FLAT_KINDS = ("o euclidean", *GRAM_KINDS)  # the total space is flat
 BATCH_SHAPES = ((), (3,), (2, 3))
 ONE_LINE = r"\A.+\Z"  # what every error message is
 
@@ -61,13 +82,26 @@ class Case:
 
     def __post_init__(self):
         self.generator = generator(self.seed)
-        if self.kind == "gram":
+        self.is_gram = self.kind in GRAM_KINDS
+        self.is_flat = self.kind in FLAT_KINDS
+        if self.is_gram:
             rows, columns = (4, 2) if self.small else (7, 3)
-            self.manifold = GramQuotient(rows, columns, batch_shape=self.batch_shape)
+            group = None
+            if self.kind == "gram of ones":
+                columns += 1
+                group = StabilizerOfOnes(columns)
+            self.manifold = GramQuotient(
+                rows, columns, stabilizer=group, batch_shape=self.batch_shape
+            )
         else:
-            sizes = (2, 4, 3) if self.small else (3, 7, 5)
-            self.manifold = FactorQuotient(*sizes, metric=self.kind, batch_shape=self.batch_shape)
-        self.is_gram = self.kind == "gram"
+            group, metric = FACTORS[self.kind]
+            columns = (4, 3) if self.small else (7, 6)
+            if self.small:
+                group = SMALL_GROUPS[self.kind.split()[0]]
+            self.manifold = FactorQuotient(
+                group.r, *columns, group=group, metric=metric, batch_shape=self.batch_shape
+            )
+        self.group = self.manifold.group
 
     def point(self):
         return self.manifold.random_point(generator=self.generator, dtype=torch.float64)
@@ -91,11 +125,20 @@ class Case:
         )
 
     def wrong_act(self, g, x, seed=0):
-        """The action with the contragredience, or the orthogonality, forgotten."""
+        """The contragredience forgotten, or the action of a matrix that is not in the group."""
+        if isinstance(self.group, GL):
+            return g @ x[0], g @ x[1]
+        stranger = g + 0.3 * torch.randn(g.shape, generator=generator(seed), dtype=g.dtype)
         if self.is_gram:
-            noise = torch.randn(g.shape, generator=generator(seed), dtype=g.dtype)
-            return x @ (g + 0.3 * noise).mT
-        return g @ x[0], g @ x[1]
+            return x @ stranger.mT
+        return torch.linalg.inv(stranger).mT @ x[0], stranger @ x[1]
+
+    def wrong_vertical(self, x, Lambda):
+        """A sign forgotten, or the velocity of a matrix that is not in the Lie algebra."""
+        if isinstance(self.group, GL):
+            return Lambda.mT @ x[0], Lambda @ x[1]
+        Lambda = Lambda + Lambda.mT
+        return x @ Lambda if self.is_gram else (-Lambda.mT @ x[0], Lambda @ x[1])
 
     def cost(self):
         """A smooth function of the invariant, returning one number per batch item."""
@@ -105,24 +148,22 @@ class Case:
         def function(x):
             invariant = self.invariant(x)
             density = (invariant - target).square() / 20 + torch.sin(invariant) / 5
-            return density.sum(dim=(-2, -1))
+            return density.flatten(len(self.batch_shape)).sum(dim=-1)
 
         return function
 
     def critical_cost(self, x):
         """A least-squares cost with a non-zero residual, critical at `x`."""
-        size_left, size_right = self.invariant(x).shape[-2:]
-        residual = torch.randn(
-            *self.batch_shape, size_left, size_right, generator=self.generator, dtype=torch.float64
-        )
-        left, right = (x, x) if self.is_gram else (x[0].mT, x[1].mT)
-        residual = residual - left @ torch.linalg.lstsq(left, residual).solution
-        residual = residual - (right @ torch.linalg.lstsq(right, residual.mT).solution).mT
-        target = self.invariant(x) + residual
-        return lambda y: ((self.invariant(y) - target).square() / 2).sum(dim=(-2, -1))
+        value = self.invariant(x)
+        span = [self.manifold.differential(x, self.tangent(x)) for _ in range(self.manifold.dim)]
+        basis = torch.stack(span, dim=-1).reshape(-1, self.manifold.dim)
+        residual = torch.randn(basis.shape[0], 1, generator=self.generator, dtype=torch.float64)
+        residual = residual - basis @ torch.linalg.lstsq(basis, residual).solution
+        target = value + residual.reshape(value.shape)
+        return lambda y: ((self.invariant(y) - target).square() / 2).sum()
 
     def invariant(self, x):
-        return x @ x.mT if self.is_gram else x[0].mT @ x[1]
+        return self.manifold.canonical_projection(x)
 
 
 def euclidean_gradient(function, x):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from quotientopt.groups import GL, O
-from quotientopt.manifolds import FactorQuotient, GramQuotient
+from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
+from quotientopt.manifolds import FactorQuotient, GramQuotient, _blocks
 from quotientopt.sections import element
 from tests.geometry.cases import KINDS, ONE_LINE, Case, combine, deviation, generator, leaves
 
@@ -34,10 +34,14 @@ def operations(M, x, y, u, v, square, g):
         "act": M.act(g, x),
         "align": M.align(x, y)[0],
     }
-    kinds = ("svd", "polar") if isinstance(M, GramQuotient) else ("svd", "balanced", "orthonormal")
-    results |= {f"section {kind}": M.section(x, kind)[0] for kind in kinds}
+    results |= {f"section {kind}": M.section(x, kind)[0] for kind in M.section_kinds}
+    if isinstance(M, GramQuotient) or M.metric == "euclidean":
+        results |= {"exp": M.exp(x, u), "log": M.log(x, y), "geodesic": M.geodesic(x, u, 0.5)}
     if isinstance(M, GramQuotient):
-        results |= {"exp": M.exp(x, u), "log": M.log(x, y)}
+        results |= {
+            "integrability_tensor": M.integrability_tensor(x, u, v),
+            "sectional_curvature": M.sectional_curvature(x, u, v),
+        }
     return results
 
 
@@ -81,7 +85,7 @@ def test_batch_equals_loop(kind, batch_shape):
 def test_low_precision_input_keeps_its_dtype(kind, dtype, tolerance):
     case = Case(kind, (3,))
     low = [combine(lambda t: t.to(dtype), argument) for argument in arguments(case)]
-    if case.is_gram:
+    if isinstance(case.group, O):
         low[-1] = case.element().float()
     exact = operations(case.manifold, *(combine(lambda t: t.double(), a) for a in low))
     for name, result in operations(case.manifold, *low).items():
@@ -115,13 +119,24 @@ def test_operations_are_differentiable_and_do_not_touch_their_input():
 
 def test_description():
     assert FactorQuotient(3, 7, 5).dim == 3 * 9
+    assert FactorQuotient(3, 7, 5, group=O(3)).dim == 36 - 3
+    assert FactorQuotient(6, 7, 5, group=RotaryCommutant(6, 4)).dim == 72 - 4 - 4
     assert GramQuotient(7, 3).dim == 21 - 3
+    assert GramQuotient(7, 4, stabilizer=StabilizerOfOnes(4)).dim == 28 - 3
     assert "preconditioned" in repr(FactorQuotient(3, 7, 5))
     assert repr(GramQuotient(7, 3)) == "GramQuotient(7, 3, batch_shape=())"
+    assert "StabilizerOfOnes(4)" in repr(GramQuotient(7, 4, stabilizer=StabilizerOfOnes(4)))
 
 
 FACTOR = FactorQuotient(2, 4, 3, batch_shape=(3,))
 GRAM = GramQuotient(4, 2)
+X43 = torch.randn(4, 3, generator=generator())
+
+
+def x4():
+    return FactorQuotient(2, 4, 3).random_point(generator=generator())
+
+
 PAIR = (torch.randn(3, 2, 4), torch.randn(3, 2, 3))
 
 
@@ -132,10 +147,26 @@ PAIR = (torch.randn(3, 2, 4), torch.randn(3, 2, 3))
         (lambda: FactorQuotient(5, 6, 4), "r <= m"),
         (lambda: FactorQuotient(0, 4, 6), "positive integer"),
         (lambda: FactorQuotient(2, 4, 3, batch_shape=(0,)), "batch_shape"),
-        (lambda: FactorQuotient(2, 4, 3, group=O(2)), "not available yet"),
-        (lambda: FactorQuotient(2, 4, 3, metric="euclidean"), "not available yet"),
-        (lambda: GramQuotient(2, 3), "N >= d"),
-        (lambda: GramQuotient(4, 2, stabilizer=O(1)), "not available yet"),
+        (lambda: FactorQuotient(2, 4, 3, group=GL(3)), "does not act on factors of 2 rows"),
+        (lambda: FactorQuotient(2, 4, 3, group=StabilizerOfOnes(2)), "one of GL, Rotary"),
+        (lambda: FactorQuotient(2, 4, 3, metric="euclidean"), r"metric for GL\(2\) must be one of"),
+        (lambda: FactorQuotient(2, 4, 3, group=O(2), metric="flat"), "metric for O"),
+        (lambda: FactorQuotient(5, 4, 6, group=O(5)), "r <= n"),
+        (lambda: FactorQuotient(5, 2, 2, group=O(5), metric="euclidean"), r"r <= n \+ m"),
+        (lambda: FactorQuotient(6, 1, 3, group=RotaryCommutant(6, 4)), "2 passing rows"),
+        (lambda: FactorQuotient(2, 4, 3).exp(x4(), x4()), "no closed form"),
+        (lambda: FactorQuotient(2, 4, 3).log(x4(), x4()), "no closed form"),
+        (lambda: FactorQuotient(2, 4, 3).geodesic(x4(), x4(), 1.0), "no closed form"),
+        (lambda: FactorQuotient(2, 4, 3, group=O(2)).section(x4(), "balanced"), r"for O\(2\)"),
+        (lambda: FactorQuotient(2, 4, 3, group=O(2)).act(2 * torch.eye(2), x4()), "not orthogonal"),
+        (lambda: GramQuotient(2, 3), "N >= 3"),
+        (lambda: GramQuotient(2, 4, stabilizer=StabilizerOfOnes(4)), "N >= 3"),
+        (lambda: GramQuotient(4, 2, stabilizer=O(1)), r"O\(2\) or StabilizerOfOnes\(2\)"),
+        (lambda: GramQuotient(4, 2, stabilizer=GL(2)), r"got GL\(2\)"),
+        (
+            lambda: GramQuotient(4, 3, stabilizer=StabilizerOfOnes(3)).act(-torch.eye(3), X43),
+            "ones",
+        ),
         (lambda: FACTOR.check_point((PAIR[0][0], PAIR[1][0])), r"\(3, 2, 4\), got \(2, 4\)"),
         (lambda: FACTOR.check_point(PAIR[::-1]), r"got \(3, 2, 3\)"),
         (lambda: FACTOR.check_point((PAIR[0], PAIR[1] * float("nan"))), "non-finite"),
@@ -173,9 +204,8 @@ def test_bad_types(build):
 
 @kinds
 def test_checks_can_be_switched_off(kind):
-    M = GramQuotient(4, 2, check=False) if kind == "gram" else FACTOR
-    if kind != "gram":
-        M = FactorQuotient(2, 4, 3, metric=kind, batch_shape=(3,), check=False)
+    M = Case(kind, (3,)).manifold
+    M.check = False
     x = M.random_point()
     poisoned = combine(lambda t: t * float("nan"), x)
     result = M.retract(x, poisoned)
@@ -193,3 +223,33 @@ def test_batches_that_do_not_match_are_named():
         element("balanced", torch.eye(3).expand(4, 3, 3), torch.eye(3).expand(2, 3, 3))
     with pytest.raises(TypeError, match="batch_shape must be a tuple"):
         FactorQuotient(2, 3, 3, batch_shape=3)
+
+
+@kinds
+def test_blocks_of_a_large_batch_make_no_difference(kind, monkeypatch):
+    case = Case(kind, (2, 3))
+    batched = arguments(case)
+    together = operations(case.manifold, *batched)
+    calls = []
+    cat = torch.cat
+
+    def counting(tensors, *args, **kwargs):
+        calls.append(len(tensors))
+        return cat(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 400)  # two or three items
+    monkeypatch.setattr(_blocks.torch, "cat", counting)
+    in_blocks = operations(case.manifold, *batched)
+    for name, result in together.items():
+        assert difference(in_blocks[name], result) < 1e-12, name
+    if not case.is_gram:
+        assert any(count > 2 for count in calls)  # there were several blocks
+
+
+def test_errors_count_the_items_of_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 1)
+    M = FactorQuotient(2, 4, 3, batch_shape=(2, 3))
+    A, B = M.random_point(generator=generator())
+    A[1, 2, 1] = A[1, 2, 0]
+    with pytest.raises(ValueError, match=r"left factor A is rank-deficient \(batch index \(1, 2\)"):
+        M.gradient((A, B), (A, B))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quotientopt.groups import GL, O, RotaryCommutant
+from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
 from tests.geometry.cases import BATCH_SHAPES, ONE_LINE, deviation, generator
 
 GROUPS = [
@@ -16,6 +16,8 @@ GROUPS = [
     RotaryCommutant(7, rotary_dim=4, layout="interleaved"),
     RotaryCommutant(3, rotary_dim=2),
     RotaryCommutant(3, rotary_dim=0),
+    StabilizerOfOnes(2),
+    StabilizerOfOnes(4),
 ]
 group_cases = pytest.mark.parametrize("group", GROUPS, ids=repr)
 batch_cases = pytest.mark.parametrize("batch_shape", BATCH_SHAPES, ids=str)
@@ -214,3 +216,74 @@ def test_bad_values(build):
 def test_bad_types(build):
     with pytest.raises(TypeError, match=ONE_LINE):
         build()
+
+
+@batch_cases
+@pytest.mark.parametrize("group", [g for g in GROUPS if isinstance(g, RotaryCommutant)], ids=repr)
+def test_rotary_products_of_rows_are_complex(group, batch_shape):
+    X, _ = pair(group, batch_shape)
+    Y, _ = pair(group, batch_shape, seed=5)
+    products = group.row_products(X @ Y.mT)
+    assert deviation(group.algebra_projection(products), products) < 1e-14
+    for j, k in group.planes:
+        x, y = (torch.complex(Z[..., j, :], Z[..., k, :]) for Z in (X, Y))
+        h = (y.conj() * x).sum(dim=-1)
+        assert (products[..., j, j] - h.real).abs().max() < 1e-12
+        assert (products[..., k, j] - h.imag).abs().max() < 1e-12
+    rows = slice(group.rotary_dim, group.r)
+    if group.pass_rows:
+        assert deviation(products[..., rows, rows], (X @ Y.mT)[..., rows, rows]) < 1e-14
+    planes, passing = group.complex_rows(X), X[..., rows, :]
+    assert torch.equal(group.from_complex_rows(planes, passing), X)
+    # They transform like the rows: h(y, c x) = c h(y, x).
+    (g,) = elements(group, batch_shape, 1)
+    assert deviation(group.row_products(g @ X @ Y.mT), g @ products) < 1e-12
+    if group.planes:
+        # Control: products of real rows do not.
+        assert deviation(group.row_products(g.mT @ X @ Y.mT), g @ products) > 1e-3
+        assert deviation(products, X @ Y.mT) > 1e-3
+
+
+@batch_cases
+@pytest.mark.parametrize("group", [g for g in GROUPS if isinstance(g, RotaryCommutant)], ids=repr)
+def test_unitary_factor_is_the_nearest_compact_element(group, batch_shape):
+    M = torch.randn(*batch_shape, group.r, group.r, generator=generator(6), dtype=torch.float64)
+    k = group.unitary_factor(M)
+    O(group.r).check_element(k)
+    group.check_element(k)
+    gap = torch.linalg.matrix_norm(M - k)
+    for seed in range(5):
+        Lambda = group.algebra_projection(
+            torch.randn(k.shape, generator=generator(seed), dtype=torch.float64)
+        )
+        turned = k @ torch.linalg.matrix_exp(0.1 * (Lambda - Lambda.mT))
+        assert (torch.linalg.matrix_norm(M - turned) >= gap - 1e-12).all()
+    # Control: the opposite element is further away.
+    assert (torch.linalg.matrix_norm(M + k) > gap + 1e-3).all()
+    if group.planes:
+        numbers = torch.polar(*torch.rand(2, len(group.planes), dtype=torch.float64))
+        block = torch.eye(group.r - group.rotary_dim, dtype=torch.float64)
+        group.check_element(group.element(numbers, block))
+
+
+@batch_cases
+@pytest.mark.parametrize("d", [2, 5])
+def test_stabilizer_moves_what_is_orthogonal_to_ones(d, batch_shape):
+    group = StabilizerOfOnes(d)
+    X = torch.randn(*batch_shape, 6, d, generator=generator(7), dtype=torch.float64)
+    (g,) = elements(group, batch_shape, 1)
+    ones = torch.ones(d, 1, dtype=torch.float64)
+    assert deviation(g @ ones, ones.expand(*batch_shape, d, 1)) < 1e-13
+    centred = X - X.mean(dim=-1, keepdim=True)
+    assert deviation(group.from_moving_part(group.moving_part(X)), centred) < 1e-13
+    lengths = [torch.linalg.vector_norm(Z, dim=-1) for Z in (group.moving_part(X), centred)]
+    assert (lengths[0] - lengths[1]).abs().max() < 1e-13
+    h = O(d - 1).random(batch_shape, generator=generator(8), dtype=torch.float64)
+    element = group.element_of_moving(h)
+    group.check_element(element)
+    assert deviation(group.moving_part(X @ element.mT), group.moving_part(X) @ h.mT) < 1e-12
+    # Control: rotations of all of R^d move 1.
+    with pytest.raises(ValueError, match="does not fix the all-ones vector"):
+        group.check_element(-group.identity(batch_shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match="d must be at least 2"):
+        StabilizerOfOnes(1)

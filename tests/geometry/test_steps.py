@@ -5,6 +5,7 @@ import torch
 
 from tests.geometry.cases import (
     BATCH_SHAPES,
+    FLAT_KINDS,
     KINDS,
     Case,
     add,
@@ -90,15 +91,15 @@ def test_slopes_at_generic_points(kind, seed):
     retract = M.retract_second_order
     first, third = model_errors(M, cost, x, u, gradient, hessian, retract)
     assert abs(slope(first, STEPS) - 2) < 0.1
-    assert abs(slope(third, STEPS) - 3) < 0.15
+    assert abs(slope(third, STEPS) - 3) < 0.1
     # Controls: another gradient, another Hessian, a retraction of first order only.
-    wrong_gradient = scale(0.9, gradient) if case.is_gram else partials
+    wrong_gradient = scale(0.5, gradient) if case.is_flat else partials
     first, _ = model_errors(M, cost, x, u, wrong_gradient, hessian, retract)
     assert abs(slope(first, STEPS) - 1) < 0.1
-    wrong_hessian = scale(0.8, hessian) if case.is_gram else M.gradient(x, second)
+    wrong_hessian = scale(0.5, hessian) if case.is_flat else M.gradient(x, second)
     _, third = model_errors(M, cost, x, u, gradient, wrong_hessian, retract)
     assert abs(slope(third, STEPS) - 2) < 0.1
-    if not case.is_gram:
+    if not case.is_flat:
         _, third = model_errors(M, cost, x, u, gradient, hessian, M.retract)
         assert abs(slope(third, STEPS) - 2) < 0.1
 
@@ -111,8 +112,8 @@ def test_hessian_slope_at_a_critical_point_along_the_first_order_retraction(kind
     u, _, _, gradient, hessian = directions(case, x, cost)
     assert M.norm(x, gradient) < 1e-10
     _, third = model_errors(M, cost, x, u, gradient, hessian, M.retract)
-    assert abs(slope(third, STEPS) - 3) < 0.15
-    _, third = model_errors(M, cost, x, u, gradient, scale(0.8, hessian), M.retract)
+    assert abs(slope(third, STEPS) - 3) < 0.1
+    _, third = model_errors(M, cost, x, u, gradient, scale(0.5, hessian), M.retract)
     assert abs(slope(third, STEPS) - 2) < 0.1
 
 
@@ -144,7 +145,7 @@ def test_hessian_is_symmetric_horizontal_and_equivariant(kind, batch_shape):
     assert asymmetry.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["preconditioned", "right-invariant"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in FLAT_KINDS])
 def test_hessian_needs_the_christoffel_form(kind):
     case = Case(kind)
     M, x, cost = case.manifold, case.point(), case.cost()
