@@ -1,0 +1,25 @@
+"""Our quotient manifolds as manifolds of geoopt, for its optimizers: ``qo.geoopt``.
+
+Imported on first use, since it needs geoopt: ``pip install 'quotientopt[geoopt]'``. Inside this
+package ``geoopt`` is geoopt itself, by absolute import.
+"""
+
+import warnings
+
+try:
+    with warnings.catch_warnings():
+        # geoopt compiles its helpers with torch.jit.script, which torch deprecates.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+        import geoopt as _geoopt  # noqa: F401 -- only to say what to install
+except ModuleNotFoundError as error:
+    if error.name != "geoopt":
+        raise
+    raise ModuleNotFoundError(
+        "quotientopt.geoopt needs geoopt: pip install 'quotientopt[geoopt]'", name="geoopt"
+    ) from None
+
+from quotientopt.geoopt.factor import FactorManifold
+from quotientopt.geoopt.gram import GramManifold
+from quotientopt.geoopt.momentum import zero_momentum_
+
+__all__ = ["FactorManifold", "GramManifold", "zero_momentum_"]

@@ -1,0 +1,409 @@
+"""QuotientSGD: Riemannian gradient descent with transported momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quotientopt._linalg import compute_dtype
+from quotientopt.optim.leaves import Leaf, find_leaves, parameter_name
+from quotientopt.optim.pair_geometry import refuse_unknown_geometry
+from quotientopt.optim.pair_stack import refuse_scattered
+from quotientopt.optim.sgd_checks import (
+    largest_entries,
+    refuse_bad_options,
+    refuse_foreign_buffer,
+    refuse_foreign_element,
+    refuse_nonfinite,
+    refuse_sparse,
+)
+from quotientopt.optim.sgd_pairs import SymmetricPair, batches
+from quotientopt.optim.sgd_plain import BUFFER, plain_step, rest_step
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries.map import RESIDUAL
+
+
+class QuotientSGD(Optimizer):
+    r"""Gradient descent on the quotient of a model's head symmetries, with momentum.
+
+    Every factor pair (A, B) of an attention head is a point of the quotient by its structure group,
+    and steps against the Riemannian gradient of an invariant metric, with Grams
+    :math:`S_A = AA^T`, :math:`S_B = BB^T`:
+
+    .. math:: u \leftarrow μ\,P_x(u) + \mathrm{grad}, \quad
+       \mathrm{grad} = (S_B^{-1} ∂_A,\ S_A^{-1} ∂_B), \quad x \leftarrow (1-ηλ)\,x - η\,u.
+
+    The momentum u is a tangent vector; it is transported to the new point by the horizontal
+    projection P there. From x and from g·x the losses are the same, momentum included. All other
+    parameters get torch's SGD, which commutes with rotations of the residual stream; the
+    Riemannian gradients do too.
+
+    Parameters
+    ----------
+    model_or_params : Module or iterable
+        A model, whose symmetries are found by :func:`quotientopt.find_symmetries`; or tensors,
+        named tensors or param-group dicts, with ``symmetries`` from the caller.
+    lr : float or Tensor
+        Learning rate η.
+    momentum : float
+        Momentum μ.
+    nesterov : bool
+        Step along ``grad + μ u`` instead of u; needs a momentum above zero.
+    weight_decay : float
+        λ. For the parameters of a pair decoupled, ``W ← (1 − ηλ) W``, which is linear and hence
+        equivariant (an L2 penalty in the gradient is not: it would be divided by S). For all
+        others coupled to the gradient, as in torch.
+    symmetries : SymmetryMap or sequence of HeadSymmetry, optional
+        For a model, overrides what would be found.
+    metric : {"preconditioned", "right-invariant"}
+        ``"preconditioned"``: each factor is measured by what it does to ``AᵀB``; this is scaled
+        gradient descent. ``"right-invariant"``: each factor is measured relative to itself, with
+        gradient ``(S_A ∂_A, S_B ∂_B)``; not for the group O(r).
+    maximize : bool
+        Maximize the objective.
+    foreach : bool, optional
+        None and True: pairs of equal shape are stacked and updated at once, other parameters as
+        torch chooses. False: one by one.
+
+    Raises
+    ------
+    ValueError
+        For an option out of range, a pair split over param groups, a parameter covered partly by
+        symmetries, a group without a known metric; in :meth:`step` for a rank-deficient factor
+        (:class:`RankError`) and for gradients that are NaN or infinite (:class:`GradientError`).
+        Parameters and state stay as they were.
+
+    Notes
+    -----
+    State of a parameter, once momentum is used: ``momentum_buffer``, of the parameter's shape, in
+    at least float32 for those of a pair. It moves with the parameters: ``g^{-T} u`` on the left
+    and ``g u`` on the right factor, ``u Oᵀ`` on the residual axis (:meth:`move_state_`).
+
+    Under a rotary commutant a rotated plane is one complex row; Grams and projections are those of
+    the planes, and of the rows that pass.
+
+    A factor that is frozen, or has no gradient in a step, serves as geometry; its partner then has
+    no vertical directions and its momentum is not projected.
+
+    Sources: Mishra et al. 2012, Tong, Ma & Chi 2021 (scaled gradient descent); Absil, Mahony &
+    Sepulchre 2008 (quotients, transport by projection); da Silva, Dangel & Oore, arXiv 2505.05409
+    (metrics on attention); François & Ravera, arXiv 2602.18948.
+
+    Examples
+    --------
+    >>> optimizer = QuotientSGD(model, lr=0.1, momentum=0.9)      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+        metric: str = "preconditioned",
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "metric": metric,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        refuse_bad_options(defaults)
+        self._names: dict[int, str] = {}
+        self._signature: tuple[Any, ...] = ()
+        if isinstance(model_or_params, nn.Module):
+            if symmetries is None:
+                symmetries = find_symmetries(model_or_params)
+            self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
+            model_or_params = list(model_or_params.parameters())
+        if not isinstance(symmetries, SymmetryMap):
+            symmetries = SymmetryMap(symmetries or ())
+        self.symmetries = symmetries
+        for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
+            if block.name:
+                self._names.setdefault(id(block.parameter), block.name)
+        super().__init__(model_or_params, defaults)
+        self._refuse_foreign_symmetries()
+        self._plan()
+
+    def _refuse_foreign_symmetries(self) -> None:
+        """Symmetries of another model would silently leave plain SGD."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        known = {id(b.parameter) for s in self.symmetries.heads for b in s.blocks}
+        if known and not known & own:
+            raise ValueError(
+                "the symmetries belong to another model: none of its parameters is in the "
+                "optimizer; pass find_symmetries(model) of the model that is trained"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; refuses one that would split a pair.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``params`` and the options that differ from the defaults.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            refuse_bad_options(group)
+            if self._signature:
+                self._plan()
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
+            self._names.setdefault(id(parameter), name)
+
+    def _plan(self) -> None:
+        """Tell pairs, rests of fused parameters and plain parameters apart."""
+        owners = {
+            id(p): i
+            for i, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if _takes_part(p)
+        }
+        pairs = []
+        for symmetry in self.symmetries.heads:
+            indices = tuple(owners.get(id(block.parameter)) for block in symmetry.blocks)
+            if any(index is not None for index in indices):
+                pair = SymmetricPair(symmetry, indices)
+                refuse_scattered(symmetry)
+                metric = self.param_groups[pair.owner]["metric"]
+                refuse_unknown_geometry(symmetry.group, metric, symmetry.name)
+                pairs.append(pair)
+        taking_part = [
+            {
+                "params": [p for p in group["params"] if _takes_part(p)],
+                "head_frame": True,
+                "residual_frame": None,
+            }
+            for group in self.param_groups
+        ]
+        leaves = find_leaves(taking_part, self.symmetries, self._names)
+        for pair in pairs:
+            pair.refuse_mixed_options(self.param_groups, self._name)
+        self._pairs = pairs
+        self._rests: list[Leaf] = [leaf for leaf in leaves.framed if leaf.symmetry is None]
+        self._framed = {id(leaf.parameter): leaf.name for leaf in leaves.framed}
+        self._plain = leaves.plain
+        self._signature = self._current_signature()
+
+    def _current_signature(self) -> tuple[Any, ...]:
+        """What the plan depends on; it is made anew when this changes."""
+        return tuple(
+            (
+                group["metric"],
+                *((_takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
+            )
+            for group in self.param_groups
+        )
+
+    def _name(self, parameter: Tensor) -> str:
+        return parameter_name(parameter, self._names, self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        The closure's loss, or None.
+
+        Raises
+        ------
+        ValueError
+            For NaN or infinite gradients (names the parameter) and for rank-deficient factors
+            (names the symmetry); parameters and state stay as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = {
+            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        }
+        if not gradients:
+            return loss
+        if self._signature != self._current_signature():
+            self._plan()
+        named = ((self._framed[id(p)], g) for p, g in gradients.items() if id(p) in self._framed)
+        refuse_sparse(named)
+        for pair in self._pairs:
+            pair.refuse_mixed_options(self.param_groups, self._name)
+        stacks = batches(self._pairs, self.param_groups)
+        changes = [change for stack in stacks for change in stack.changes(self._momentum)]
+        flags = [~largest.isfinite() for largest in largest_entries(list(gradients.values()))]
+        flags += [flag for stack in stacks for flag in stack.flags()]
+        if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
+            refuse_nonfinite(gradients, self._name)
+            for stack in stacks:
+                stack.refuse()
+        for change in changes:
+            change.commit_(self._momentum_)
+        for leaf in self._rests:
+            if leaf.parameter.grad is not None:
+                rest_step(self.param_groups[leaf.group_index], leaf.blocks[0], self._momentum_)
+        for group, parameters in zip(self.param_groups, self._plain, strict=True):
+            plain_step(group, [p for p in parameters if p.grad is not None], self.state)
+        return loss
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """The momentum of a parameter of a pair, zero where there is none yet."""
+        buffer = self.state[parameter].get(BUFFER) if parameter in self.state else None
+        if buffer is None:
+            return torch.zeros_like(parameter, dtype=compute_dtype(parameter.dtype))
+        return buffer
+
+    def _momentum_(self, parameter: Tensor) -> Tensor:
+        """The same, to be written to: filed in the state, laid out like the parameter.
+
+        Blocks are views by strides, so that a buffer with others, loaded or made by hand, would be
+        written to in a copy.
+        """
+        dtype = compute_dtype(parameter.dtype)
+        buffer = self._momentum(parameter)
+        if buffer.stride() != parameter.stride() or buffer.dtype != dtype:
+            own = torch.empty_strided(
+                parameter.size(), parameter.stride(), dtype=dtype, device=parameter.device
+            )
+            buffer = own.copy_(buffer)
+        self.state[parameter][BUFFER] = buffer
+        return buffer
+
+    @torch.no_grad()
+    def move_state_(self, element: Mapping[str, Tensor]) -> None:
+        """Move the momentum by a group element that acts on the parameters.
+
+        After ``symmetries.act_(element)`` and ``optimizer.move_state_(element)`` training goes on
+        as if nothing had happened.
+
+        Parameters
+        ----------
+        element : mapping of str to Tensor
+            As from :meth:`SymmetryMap.random_element`: symmetry name to ``(heads, r, r)``,
+            ``"residual"`` to ``(d, d)``.
+
+        Raises
+        ------
+        ValueError
+            If the element does not act on these symmetries. Nothing is changed then.
+        """
+        refuse_foreign_element(element, self.symmetries)
+        for symmetry in self.symmetries.heads:
+            if symmetry.name not in element:
+                continue
+            g = element[symmetry.name].to(torch.float64)
+            contragredient = symmetry.group.inverse(g).mT
+            for blocks, matrix in (
+                (symmetry.left_blocks, contragredient),
+                (symmetry.right_blocks, g),
+            ):
+                for block in (b for b in blocks if BUFFER in self.state.get(b.parameter, {})):
+                    view = block.view(self._momentum_(block.parameter))
+                    view.copy_(matrix.to(view.device) @ view.to(torch.float64))
+        stream = self.symmetries.residual
+        if stream is None or RESIDUAL not in element:
+            return
+        for name, axis in stream.axes.items():
+            buffer = self.state.get(stream.parameters[name], {}).get(BUFFER)
+            if buffer is not None:
+                rows = buffer.movedim(axis, -1)
+                rotation = element[RESIDUAL].to(rows.device, torch.float64)
+                rows.copy_(rows.to(torch.float64) @ rotation.mT)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state; training then continues bit for bit.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From :meth:`state_dict` of an optimizer over parameters of the same shapes. Its options
+            replace those given at construction, as in torch.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit; the optimizer is then as it was.
+        """
+        loaded: dict[str, Any] = {}
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_post_hook(lambda _: self._adopt(loaded), prepend=True),
+        ]
+        before = self.state, self.param_groups
+        try:
+            super().load_state_dict(dict(state_dict))
+        except (ValueError, KeyError):
+            self.state, self.param_groups = before
+            self._plan()
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _adopt(self, loaded: Mapping[str, Any]) -> None:
+        """Check loaded state, and undo torch's cast of it to the parameter's dtype for pairs.
+
+        All buffers are copied: torch keeps the given ones, which another optimizer may use on.
+        """
+        for group in self.param_groups:
+            refuse_bad_options(group)
+        self._plan()
+        saved_order = [i for group in loaded["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, parameter in zip(saved_order, parameters, strict=True):
+            own = self.state.get(parameter, {})
+            refuse_foreign_buffer(self._name(parameter), parameter, own)
+            if own.get(BUFFER) is None:
+                own.pop(BUFFER, None)
+            elif id(parameter) in self._framed:
+                own[BUFFER] = loaded["state"][i][BUFFER].detach().to(parameter.device, copy=True)
+                self._momentum_(parameter)
+            else:
+                own[BUFFER] = own[BUFFER].detach().clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        extra = {"symmetries": self.symmetries, "_named": self._named()}
+        return super().__getstate__() | extra
+
+    def _named(self) -> list[tuple[Tensor, str]]:
+        return [
+            (p, self._names[id(p)])
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in self._names
+        ]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        named = state.pop("_named", None)
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+        if named is not None:
+            self._names = {id(parameter): name for parameter, name in named}
+            self._plan()
+
+
+def _takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter is trained; a frozen one only serves as geometry."""
+    return parameter.requires_grad or parameter.grad is not None

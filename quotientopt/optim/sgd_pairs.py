@@ -1,0 +1,226 @@
+"""One step of Riemannian gradient descent on stacked factor pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quotientopt._linalg import Pair, compute_dtype
+from quotientopt.optim.errors import GradientError, RankError
+from quotientopt.optim.pair_geometry import horizontal_component, measure, riemannian_gradient
+from quotientopt.optim.pair_stack import columns_of, shape_key, stack_factors
+from quotientopt.symmetries import Block, HeadSymmetry
+
+SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
+
+Groups = Sequence[Mapping[str, Any]]
+Buffers = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetricPair:
+    """A symmetry and the param group of each of its blocks, None for one outside the optimizer."""
+
+    symmetry: HeadSymmetry
+    owners: tuple[int | None, ...]
+
+    @property
+    def owner(self) -> int:
+        """The param group whose metric and momentum the pair follows."""
+        return next(index for index in self.owners if index is not None)
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """Which blocks take part in this step."""
+        return tuple(
+            owner is not None and block.parameter.grad is not None
+            for owner, block in zip(self.owners, self.symmetry.blocks, strict=True)
+        )
+
+    def refuse_mixed_options(self, groups: Groups, name_of: Callable[[Tensor], str]) -> None:
+        """Refuse blocks in param groups that differ in more than lr and weight decay.
+
+        Raises
+        ------
+        ValueError
+            Naming the option and both parameters.
+        """
+        blocks = zip(self.symmetry.blocks, self.owners, strict=True)
+        own = [(block.parameter, index) for block, index in blocks if index is not None]
+        if len({index for _, index in own}) == 1:
+            return
+        for parameter, index in own[1:]:
+            for option in SHARED_OPTIONS:
+                first, other = groups[own[0][1]][option], groups[index][option]
+                if first != other:
+                    raise ValueError(
+                        f"symmetry {self.symmetry.name!r}: {option} is {first!r} for "
+                        f"{name_of(own[0][0])!r} and {other!r} for {name_of(parameter)!r}; the "
+                        "parameters of a pair may differ in lr and weight_decay only"
+                    )
+
+
+class Change(NamedTuple):
+    """New values of one block of a stack of pairs, ``(S, heads, r, n)``."""
+
+    blocks: tuple[Block, ...]
+    weights: Tensor
+    momenta: Tensor | None
+
+    def commit_(self, buffers: Buffers) -> None:
+        """Write the new values to the parameters and to their momentum buffers."""
+        views = [block.view() for block in self.blocks]
+        torch._foreach_copy_(views, list(self.weights.unbind()))
+        if self.momenta is not None:
+            views = [block.view(buffers(block.parameter)) for block in self.blocks]
+            torch._foreach_copy_(views, list(self.momenta.unbind()))
+
+
+def batches(pairs: Sequence[SymmetricPair], groups: Groups) -> list[PairBatch]:
+    """Pairs that have a gradient, those alike together; one by one where ``foreach`` is False."""
+    alike: dict[tuple[object, ...], list[SymmetricPair]] = defaultdict(list)
+    for pair in pairs:
+        active = pair.active
+        if any(active):
+            alone = id(pair) if groups[pair.owner]["foreach"] is False else None
+            alike[shape_key(pair.symmetry), pair.owners, active, alone].append(pair)
+    return [PairBatch(members, groups) for members in alike.values()]
+
+
+class PairBatch:
+    """S pairs of one shape with the same options and the same blocks active.
+
+    Nothing is changed before the changes are committed. A factor block that is frozen or has no
+    gradient in this step keeps its place in the geometry; moving along the orbit would move it too,
+    so that such a pair has no vertical directions, and its momentum is not projected.
+
+    Parameters
+    ----------
+    pairs : sequence of SymmetricPair
+    groups : sequence of dict
+        The optimizer's param groups.
+    """
+
+    def __init__(self, pairs: Sequence[SymmetricPair], groups: Groups) -> None:
+        self.symmetries = [pair.symmetry for pair in pairs]
+        self.owners = pairs[0].owners
+        self.active = pairs[0].active
+        self.groups = groups
+        self.options = groups[pairs[0].owner]
+        self._taking_part = {
+            id(block.parameter)
+            for symmetry in self.symmetries
+            for block, active in zip(symmetry.blocks, self.active, strict=True)
+            if active
+        }
+        dtypes = [block.parameter.dtype for block in self.symmetries[0].blocks]
+        self.dtype = compute_dtype(functools.reduce(torch.promote_types, dtypes))
+        self.weights = stack_factors(self.symmetries, Block.view, self.dtype)
+        precision = max(torch.finfo(dtype).eps for dtype in dtypes)
+        self.geometry = measure(self.symmetries[0].group, *self.weights, precision)
+        self.directions: Sequence[Tensor] = ()
+
+    def changes(self, buffers: Buffers) -> list[Change]:
+        """New weights and momenta of every active block.
+
+        Momentum ``u ← μ P(u) + grad`` with P the horizontal projection at the current point;
+        weights ``W ← (1 − ηλ) W − η u``, with Nesterov ``W ← (1 − ηλ) W − η (grad + μ u)``.
+
+        Parameters
+        ----------
+        buffers : callable
+            Parameter to its momentum buffer.
+        """
+        metric, momentum = self.options["metric"], self.options["momentum"]
+        partials = self._stack(lambda block: block.view(block.parameter.grad))
+        directions: Sequence[Tensor] = riemannian_gradient(metric, self.geometry, partials)
+        if self.options["maximize"]:
+            directions = [-direction for direction in directions]
+        momenta: Sequence[Tensor] = ()
+        if momentum != 0:
+            transported = self._stack(lambda block: block.view(buffers(block.parameter)))
+            if all(self.active):
+                transported = horizontal_component(metric, self.geometry, self.weights, transported)
+            momenta = [
+                grad.add(u, alpha=momentum) for grad, u in zip(directions, transported, strict=True)
+            ]
+            if self.options["nesterov"]:
+                directions = [
+                    grad.add(u, alpha=momentum) for grad, u in zip(directions, momenta, strict=True)
+                ]
+            else:
+                directions = momenta
+        self.directions = directions
+        return self._split(momenta)
+
+    def _stack(self, read: Callable[[Block], Tensor]) -> Pair:
+        """Blocks read and stacked, with zeros for those that do not take part."""
+
+        def read_or_zero(block: Block) -> Tensor:
+            if id(block.parameter) in self._taking_part:
+                return read(block)
+            return torch.zeros(block.size, dtype=self.dtype, device=block.parameter.device)
+
+        return stack_factors(self.symmetries, read_or_zero, self.dtype)
+
+    def _split(self, momenta: Sequence[Tensor]) -> list[Change]:
+        """One change per place of an active block."""
+        found = []
+        count = len(self.symmetries[0].left_blocks)
+        sides = (
+            (0, [symmetry.left_blocks for symmetry in self.symmetries], slice(count)),
+            (1, [symmetry.right_blocks for symmetry in self.symmetries], slice(count, None)),
+        )
+        for side, blocks, places in sides:
+            parts = zip(columns_of(blocks[0]), zip(*blocks, strict=True), strict=True)
+            settings = zip(parts, self.owners[places], self.active[places], strict=True)
+            for (columns, members), owner, active in settings:
+                if owner is None or not active:
+                    continue
+                lr, decay = self.groups[owner]["lr"], self.groups[owner]["weight_decay"]
+                weights = self.weights[side][..., columns] * (1 - lr * decay)
+                weights = weights - lr * self.directions[side][..., columns]
+                found.append(
+                    Change(members, weights, momenta[side][..., columns] if momenta else None)
+                )
+        return found
+
+    def refuse(self) -> None:
+        """Raise for the first pair that is rank-deficient or whose direction overflows.
+
+        Raises
+        ------
+        RankError
+            Naming the symmetry, the side and the head.
+        GradientError
+            Naming the symmetry.
+        """
+        deficient = self.geometry.deficient
+        if bool(deficient.any()):
+            side, entry, head = deficient.nonzero()[0].tolist()
+            finite = bool(self.weights[side][entry, head].isfinite().all())
+            raise RankError(
+                f"symmetry {self.symmetries[entry].name!r}: the {('left', 'right')[side]} factor "
+                f"of head {head} is {'rank-deficient' if finite else 'not finite'}, so that the "
+                "pair is no point of the quotient; nothing was updated. Initialise it at full row "
+                "rank, or leave the symmetry out"
+            )
+        for direction in self.directions:
+            bad = ~direction.isfinite().flatten(1).all(1)
+            if bool(bad.any()):
+                name = self.symmetries[int(bad.nonzero()[0])].name
+                raise GradientError(
+                    f"symmetry {name!r}: the Riemannian gradient overflows; nothing was updated. "
+                    "Lower the learning rate, or scale the gradient down"
+                )
+
+    def flags(self) -> list[Tensor]:
+        """Whether :meth:`refuse` would raise, as tensors."""
+        finite = torch.stack([direction.isfinite().all() for direction in self.directions])
+        return [self.geometry.deficient.any(), ~finite.all()]
