@@ -1,8 +1,8 @@
 """Riemannian optimization on the quotient manifolds of Transformer symmetries, for PyTorch.
 
 ``import quotientopt as qo``; what most people need is :class:`QuotientAdam`, which takes the place
-of ``torch.optim.AdamW``, and :func:`find_symmetries`. ``qo.geoopt`` and ``qo.pymanopt`` are imported
-on first use and need those packages.
+of ``torch.optim.AdamW``, and :func:`find_symmetries`. ``qo.geoopt`` and ``qo.pymanopt`` are
+imported on first use and need those packages.
 """
 
 from importlib import import_module

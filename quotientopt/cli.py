@@ -53,7 +53,7 @@ def _add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--optimizers",
         default="adamw,quotient-adam,soap,muon",
         metavar="NAMES",
-        help="comma-separated, of adamw, quotient-adam, soap, muon",
+        help="comma-separated, of adamw, quotient-adam, soap, muon, geoopt-adam",
     )
     add(
         "--data",

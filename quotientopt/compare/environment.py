@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("quotientopt", "torch", "pytorch_optimizer", "numpy", "matplotlib")
+PACKAGES = ("quotientopt", "torch", "pytorch_optimizer", "geoopt", "numpy", "matplotlib")
 
 
 def describe_environment(device: str) -> dict[str, Any]:

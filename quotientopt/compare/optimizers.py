@@ -1,5 +1,6 @@
 """The optimizers that can be compared, with their settings and where their tuning starts."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,28 @@ def _quotient_adam(
     return [QuotientAdam(model, lr=rate, betas=BETAS, weight_decay=protocol.weight_decay)]
 
 
+def _geoopt_adam(
+    model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+) -> list[torch.optim.Optimizer]:
+    from quotientopt import find_symmetries
+    from quotientopt.compare.geoopt_pairs import PairsRiemannianAdam
+
+    heads = find_symmetries(model).heads
+    pairs = PairsRiemannianAdam(heads, rate, betas=BETAS, weight_decay=protocol.weight_decay)
+    covered = {id(parameter) for parameter in pairs.parameters}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in covered]
+    return [pairs, _fused_adamw(others, settings["adamw_rate"], BETAS, protocol)]
+
+
+def _check_geoopt() -> None:
+    try:
+        importlib.import_module("quotientopt.geoopt")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f'geoopt-adam: {error.name} is not installed: pip install "quotientopt[geoopt]"'
+        ) from error
+
+
 OPTIMIZERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -116,6 +139,13 @@ OPTIMIZERS: dict[str, Entry] = {
             {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
             ({"adamw_rate": 8e-3}, {"adamw_rate": 4e-3}, {"adamw_rate": 1.6e-2}),
             check=_check_muon,
+        ),
+        Entry(
+            "geoopt-adam",
+            _geoopt_adam,
+            {"gpt": 2e-2, "llama": 5e-3, "vit": 1e-1},
+            ({"adamw_rate": 4e-3}, {"adamw_rate": 8e-3}, {"adamw_rate": 2e-3}),
+            check=_check_geoopt,
         ),
     )
 }

@@ -16,8 +16,15 @@ COLORS = {
     "quotient-adam": "#D55E00",
     "soap": "#0072B2",
     "muon": "#009E73",
+    "geoopt-adam": "#CC79A7",
 }
-STYLES = {"adamw": "-", "quotient-adam": "-", "soap": "--", "muon": "-."}
+STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
+    "adamw": "-",
+    "quotient-adam": "-",
+    "soap": "--",
+    "muon": "-.",
+    "geoopt-adam": (0, (1, 1)),
+}
 PANELS = ((0, "steps"), (1, "training seconds (without evaluations)"))
 
 
@@ -57,7 +64,8 @@ def _line(axes: Any, record: Record, row: Row, column: int) -> None:
     color, name = COLORS[row.optimizer], row.optimizer
     x = [point[column] for point in row.curve]
     label = f"{name} ({setting(row.rate, row.settings)}): {row.curve[-1][2]:.3f}"
-    axes.plot(x, [point[2] for point in row.curve], STYLES[name], color=color, label=label)
+    mean = [point[2] for point in row.curve]
+    axes.plot(x, mean, linestyle=STYLES[name], color=color, label=label)
     curves = [
         timed_curve(run, record.timings.get(name))
         for run in best_runs(record.runs, name)

@@ -153,6 +153,7 @@ def test_missing_images_name_the_install_command(tmp_path, monkeypatch):
         idx((40, 28, 28), torch.zeros(39, 28, 28, dtype=torch.uint8)),
         idx((40,), torch.zeros(40, dtype=torch.uint8)),
     ],
+    ids=["not gzip", "empty", "small images", "one short", "labels"],
 )
 def test_broken_fashion_mnist_is_refused(fashion, content):
     (fashion / "train-images-idx3-ubyte.gz").write_bytes(content)
@@ -168,7 +169,11 @@ def test_fashion_mnist_needs_a_label_for_every_image(fashion):
         load_images("fashion-mnist", 8)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"1,2,3"), gzip.compress(b"")])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"1,2,3"), gzip.compress(b"")],
+    ids=["not gzip", "short line", "empty"],
+)
 def test_broken_mnist_is_refused(mnist, content):
     mnist.write_bytes(content)
     with pytest.raises(UsageError, match="data 'mnist-5k' cannot be read"):

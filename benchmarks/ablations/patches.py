@@ -1,0 +1,271 @@
+"""Variants of QuotientAdam that are no options of it: patches, undone when their context ends.
+
+They reach into the optimizer's private parts and assume what the reference trainings give: every
+parameter has a gradient at every step, and one optimizer trains at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from quotientopt.groups import GL
+from quotientopt.manifolds import FactorQuotient
+from quotientopt.optim import bucket as bucket_module
+from quotientopt.optim import engine as engine_module
+from quotientopt.optim import polar as polar_module
+from quotientopt.optim.bucket import Bucket
+from quotientopt.optim.engine import Engine
+from quotientopt.optim.leaves import SIDES, Leaf
+from quotientopt.optim.polar import evening_factor, row_evening_factor
+from quotientopt.symmetries import HeadSymmetry
+
+Patch = Generator[None, None, None]
+WRITING = ("output", "down")
+
+
+@contextmanager
+def pooled_residual_frames(class_of: Callable[[Leaf], Hashable]) -> Patch:
+    """One residual frame for all leaves of a class: their covariances are summed for it."""
+    refresh, weights_grams = Engine._refresh, Engine._weights_grams
+
+    def pooled(buckets: Sequence[Bucket], stacks: Sequence[Tensor]) -> list[Tensor]:
+        totals: dict[Hashable, Tensor] = {}
+        classes = [[class_of(leaf) for leaf in bucket.leaves] for bucket in buckets]
+        for own, stack in zip(classes, stacks, strict=True):
+            for name, matrix in zip(own, stack, strict=True):
+                totals[name] = totals[name] + matrix if name in totals else matrix
+        return [torch.stack([totals[name] for name in own]) for own in classes]
+
+    def pooled_refresh(engine: Engine, *arguments: Any) -> list[Tensor]:
+        buckets = [bucket for bucket in engine.buckets if bucket.residual]
+        own = [bucket.state["residual_covariance"] for bucket in buckets]
+        for bucket, covariance in zip(buckets, pooled(buckets, own), strict=True):
+            bucket.state["residual_covariance"] = covariance
+        try:
+            return refresh(engine, *arguments)
+        finally:
+            for bucket, covariance in zip(buckets, own, strict=True):
+                bucket.state["residual_covariance"] = covariance
+
+    def pooled_grams(engine: Engine, *arguments: Any) -> tuple[dict[int, Tensor], Any]:
+        grams, streams = weights_grams(engine, *arguments)
+        buckets = [bucket for bucket in engine.buckets if id(bucket) in grams]
+        sums = pooled(buckets, [grams[id(bucket)] for bucket in buckets])
+        return {id(b): gram for b, gram in zip(buckets, sums, strict=True)}, streams
+
+    with mock.patch.multiple(Engine, _refresh=pooled_refresh, _weights_grams=pooled_grams):
+        yield
+
+
+def layer_and_direction(leaf: Leaf) -> Hashable:
+    """Layer of a leaf, and whether it reads the residual stream or writes to it.
+
+    Embeddings and head belong to no layer: each is a class of its own.
+    """
+    parts = leaf.name.split(".")
+    if parts[0] != "blocks":
+        return leaf.name
+    return parts[1], any(part in WRITING for part in parts)
+
+
+@contextmanager
+def decomposed_residual_frames() -> Patch:
+    """Residual frames by an eigen-decomposition every time, not by orthogonal iteration."""
+    refresh = Engine._refresh
+
+    def from_nothing(engine: Engine, *arguments: Any) -> list[Tensor]:
+        for bucket in engine.buckets:
+            bucket.oriented = [False] * len(bucket.leaves)
+        return refresh(engine, *arguments)
+
+    with mock.patch.object(Engine, "_refresh", from_nothing):
+        yield
+
+
+@contextmanager
+def unrotated_second_moment() -> Patch:
+    """Leave v as it is when the frames change; only m moves along."""
+    transport = Bucket.transport_
+
+    def without_square(bucket: Bucket, left: Tensor | None, right: Tensor | None) -> None:
+        kept = bucket.state["exp_avg_sq"].clone()
+        transport(bucket, left, right)
+        bucket.state["exp_avg_sq"].copy_(kept)
+
+    with mock.patch.object(Bucket, "transport_", without_square):
+        yield
+
+
+@contextmanager
+def covariances(every: int, beta: float) -> Patch:
+    """Covariances take every `every`-th gradient and decay by `beta` each time."""
+    with mock.patch.multiple(engine_module, COVARIANCE_EVERY=every, COVARIANCE_BETA=beta):
+        yield
+
+
+@contextmanager
+def reused_evening(every: int) -> Patch:
+    """Evening factors are made at every `every`-th step and with fresh frames, else reused.
+
+    A factor is kept in the coordinates of its update's frame, scaled to keep the norm of the update
+    that it was made from.
+    """
+    factors: dict[int, Tensor] = {}
+    steps = place = 0
+    fresh = True
+    step = Engine.step
+
+    def counted_step(engine: Engine, *arguments: Any) -> None:
+        nonlocal steps, place, fresh
+        dressings = arguments[2]
+        steps, place = steps + 1, 0
+        fresh = dressings is not None or steps % every == 0
+        step(engine, *arguments)
+
+    def kept(make: Callable[[], Tensor]) -> Tensor:
+        nonlocal place
+        if fresh:
+            factors[place] = make()
+        place += 1
+        return factors[place - 1]
+
+    def even_out(matrix: Tensor, right: Tensor | None) -> Tensor:
+        tall = matrix.size(1) >= matrix.size(2)
+
+        def make() -> Tensor:
+            factor, size = evening_factor(matrix if tall else matrix.mT)
+            evened = matrix @ factor if tall else factor @ matrix
+            tiny = torch.finfo(evened.dtype).tiny
+            return factor * (size / torch.linalg.matrix_norm(evened, keepdim=True).clamp_min(tiny))
+
+        factor = kept(make)
+        evened = matrix @ factor if tall else factor @ matrix
+        return evened if right is None else evened @ right
+
+    def row_factor(matrix: Tensor) -> Tensor:
+        return kept(lambda: row_evening_factor(matrix))
+
+    with (
+        mock.patch.object(Engine, "step", counted_step),
+        mock.patch.multiple(bucket_module, even_out=even_out, row_evening_factor=row_factor),
+    ):
+        yield
+
+
+@contextmanager
+def whole_matrix_evening() -> Patch:
+    """Even out the singular values of attention's matrices as a whole, not head by head."""
+    turn_back = Bucket._turn_back
+
+    def whole(bucket: Bucket, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
+        evened = turn_back(bucket, update, None, frame)
+        return evened if left is None else left @ evened
+
+    with mock.patch.object(Bucket, "_turn_back", whole):
+        yield
+
+
+@contextmanager
+def evening_polynomial(*coefficients: float) -> Patch:
+    """Even out singular values by another odd polynomial, of degree 9 at most."""
+    padded = (*coefficients, 0.0, 0.0, 0.0, 0.0)[: len(polar_module.COEFFICIENTS)]
+    with mock.patch.object(polar_module, "COEFFICIENTS", padded):
+        yield
+
+
+@contextmanager
+def horizontal_updates() -> Patch:
+    """Add only the horizontal component of the update of every head pair under GL(r).
+
+    In the preconditioned metric, at the weights before the step. Both factors of a pair are
+    needed, so the updates of all pairs are held back until the end of the step.
+    """
+    step, add = Engine.step, Bucket._add_to_parameters
+    held: list[tuple[Bucket, slice, Tensor, Mapping[str, Any], Tensor | None]] = []
+
+    def hold(
+        bucket: Bucket, rows: slice, update: Tensor, group: Mapping[str, Any], gate: Tensor | None
+    ) -> None:
+        if bucket.heads is None:
+            add(bucket, rows, update, group, gate)
+        else:
+            held.append((bucket, rows, update, group, gate))
+
+    def projected_step(engine: Engine, *arguments: Any) -> None:
+        step(engine, *arguments)
+        factors: dict[tuple[HeadSymmetry, str], list[Tensor]] = defaultdict(list)
+        for bucket, rows, update, _, _ in held:
+            for leaf, own in zip(bucket.leaves[rows], update, strict=True):
+                if leaf.symmetry is not None and isinstance(leaf.symmetry.group, GL):
+                    factors[leaf.symmetry, leaf.side] += own.unbind()
+        for symmetry in {symmetry: None for symmetry, _ in factors}:
+            project_(symmetry, [factors[symmetry, side] for side in SIDES])
+        for entry in held:
+            add(*entry)
+        held.clear()
+
+    with (
+        mock.patch.object(Engine, "step", projected_step),
+        mock.patch.object(Bucket, "_add_to_parameters", hold),
+    ):
+        yield
+
+
+def project_(symmetry: HeadSymmetry, updates: Sequence[Sequence[Tensor]]) -> None:
+    """Replace the updates of the blocks of both factors by their horizontal components."""
+    point = (torch.cat(symmetry.left, -1), torch.cat(symmetry.right, -1))
+    vector = (torch.cat(list(updates[0]), -1), torch.cat(list(updates[1]), -1))
+    manifold = FactorQuotient(symmetry.rank, *symmetry.columns, batch_shape=(symmetry.heads,))
+    projected = manifold.horizontal_component(point, vector)
+    for blocks, factor in zip(updates, projected, strict=True):
+        pieces = factor.split([block.size(-1) for block in blocks], dim=-1)
+        for block, piece in zip(blocks, pieces, strict=True):
+            block.copy_(piece)
+
+
+@contextmanager
+def fixed_update_size(size_of: Callable[[Leaf], float]) -> Patch:
+    """Scale every framed matrix's update to a given root mean square, in dressed coordinates."""
+    turn_back, direction = Bucket._turn_back, Bucket._direction
+    leaves: Sequence[Leaf] = ()
+
+    def remembered(bucket: Bucket, rows: slice, *arguments: Any) -> Tensor:
+        nonlocal leaves
+        leaves = bucket.leaves[rows]
+        return direction(bucket, rows, *arguments)
+
+    def scaled(bucket: Bucket, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
+        if not bucket.framed:
+            return turn_back(bucket, update, left, frame)
+        identity = None if left is None else torch.eye(left.size(-1)).to(left).expand_as(left)
+        dressed = turn_back(bucket, update, identity, frame)
+        present = dressed.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
+        wanted = torch.tensor([size_of(leaf) for leaf in leaves]).to(update)
+        scale = wanted.view(-1, 1, 1, 1, 1) / present.clamp_min(torch.finfo(update.dtype).tiny)
+        return (dressed if left is None else left @ dressed).mul_(scale)
+
+    with mock.patch.multiple(Bucket, _direction=remembered, _turn_back=scaled):
+        yield
+
+
+def constant_size(leaf: Leaf, size: float) -> float:
+    """The same root mean square for every matrix."""
+    return size
+
+
+def spectral_size(leaf: Leaf, size: float) -> float:
+    """Larger where a layer maps to more dimensions, ``size · √max(1, out/in)``, as in Muon.
+
+    Outside the layers, where Muon is not used, `size` itself.
+    """
+    if layer_and_direction(leaf) == leaf.name:
+        return size
+    rows, columns = leaf.parameter.shape
+    return size * max(1.0, rows / columns) ** 0.5

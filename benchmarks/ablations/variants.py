@@ -1,0 +1,236 @@
+"""The questions, and the variants of QuotientAdam that answer them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ablations.hidden import with_hidden_blocks
+from ablations.patches import (
+    constant_size,
+    covariances,
+    decomposed_residual_frames,
+    evening_polynomial,
+    fixed_update_size,
+    horizontal_updates,
+    layer_and_direction,
+    pooled_residual_frames,
+    reused_evening,
+    spectral_size,
+    unrotated_second_moment,
+    whole_matrix_evening,
+)
+from quotientopt.symmetries import SymmetryMap
+
+
+@dataclass(frozen=True)
+class Variant:
+    """QuotientAdam with something changed.
+
+    Attributes
+    ----------
+    name : str
+        Unique; what its runs are filed under.
+    options : mapping
+        Options of QuotientAdam that differ from the default.
+    patch : callable, optional
+        Makes the context in which to train, where no option does it.
+    symmetries : callable, optional
+        Model to the symmetries for QuotientAdam, where they are not those found.
+    rates : tuple of float, optional
+        Its own learning rates, where the default's are not expected to suit.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    patch: Callable[[], AbstractContextManager[None]] | None = None
+    symmetries: Callable[[nn.Module], SymmetryMap] | None = None
+    rates: tuple[float, ...] | None = None
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether it is no setting of QuotientAdam, so that its time is not a proper one."""
+        return self.patch is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What defines it, for the record."""
+        return {
+            "options": dict(self.options),
+            "patch": _spell(self.patch),
+            "symmetries": _spell(self.symmetries),
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """Variants to compare; one of them is the default.
+
+    Attributes
+    ----------
+    title : str
+    variants : mapping of str to Variant
+        By their labels in table and plot.
+    """
+
+    title: str
+    variants: Mapping[str, Variant]
+
+
+def _spell(call: Any) -> str | None:
+    """A partial function as one would write it."""
+    if not isinstance(call, functools.partial):
+        return None if call is None else call.__name__
+    parts = [_spell(value) if callable(value) else repr(value) for value in call.args]
+    parts += [
+        f"{name}={_spell(value) if callable(value) else repr(value)}"
+        for name, value in call.keywords.items()
+    ]
+    return f"{call.func.__name__}({', '.join(map(str, parts))})"
+
+
+def _hidden(rows: int) -> Variant:
+    call = functools.partial(with_hidden_blocks, rows=rows)
+    return Variant(f"MLP hidden frames of {rows}", symmetries=call)
+
+
+def _covariances(every: int, beta: float) -> Variant:
+    call = functools.partial(covariances, every, beta)
+    return Variant(f"covariances every {every}, decay {beta}", patch=call)
+
+
+def _evening(every: int) -> Variant:
+    return Variant(f"evening every {every}", patch=functools.partial(reused_evening, every))
+
+
+def _sized(name: str, size_of: Callable[..., float]) -> Variant:
+    call = functools.partial(fixed_update_size, functools.partial(size_of, size=ADAMW_SIZE))
+    return Variant(name, patch=call, rates=(2e-3, 4e-3, 8e-3))
+
+
+# Root mean square of AdamW's updates over its learning rate, as Liu et al. (arXiv 2502.16982) take
+# it to carry its learning rate over to Muon.
+ADAMW_SIZE = 0.2
+
+DEFAULT = Variant("default")
+QUESTIONS: dict[str, Question] = {
+    "residual-frame": Question(
+        "Residual frames",
+        {
+            "one per matrix": DEFAULT,
+            "two per layer (reading, writing)": Variant(
+                "residual frames per layer",
+                patch=functools.partial(pooled_residual_frames, layer_and_direction),
+            ),
+            "one for the model": Variant(
+                "shared residual frame", {"residual_frame": "shared"}, rates=(8e-3, 1.2e-2)
+            ),
+            "none": Variant("no residual frames", {"residual_frame": None}, rates=(4e-3, 8e-3)),
+        },
+    ),
+    "head-frame": Question(
+        "Head frames",
+        {
+            "balanced": DEFAULT,
+            "orthonormal": Variant("orthonormal head frames", {"head_frame": "orthonormal"}),
+            "svd": Variant("svd head frames", {"head_frame": "svd"}),
+            "none": Variant("no head frames", {"head_frame": None}),
+        },
+    ),
+    "refresh": Question(
+        "Fresh frames",
+        {
+            "every 5 steps": Variant("refresh every 5", {"refresh_every": 5}),
+            "every 10 steps": DEFAULT,
+            "every 20 steps": Variant("refresh every 20", {"refresh_every": 20}),
+            "every 50 steps": Variant("refresh every 50", {"refresh_every": 50}),
+            "every 10 steps, eigen-decomposed": Variant(
+                "residual frames by eigen-decomposition", patch=decomposed_residual_frames
+            ),
+        },
+    ),
+    "second-moment": Question(
+        "Second moment when frames change",
+        {
+            "rotated with the frames": DEFAULT,
+            "kept as it is": Variant("second moment kept", patch=unrotated_second_moment),
+        },
+    ),
+    "parts": Question(
+        "Nesterov momentum and evened singular values",
+        {
+            "both": DEFAULT,
+            "without Nesterov": Variant("without Nesterov", {"nesterov": False}),
+            "without evening": Variant("without polar", {"polar": False}, rates=(8e-3, 1.2e-2)),
+            "without both": Variant(
+                "without Nesterov and polar",
+                {"nesterov": False, "polar": False},
+                rates=(8e-3, 1.2e-2),
+            ),
+        },
+    ),
+    "evening": Question(
+        "Evening of singular values",
+        {
+            "head by head, at every step": DEFAULT,
+            "factors of every second step, reused": _evening(2),
+            "factors of every fifth step, reused": _evening(5),
+            "of whole attention matrices": Variant(
+                "evening whole matrices", patch=whole_matrix_evening
+            ),
+            "by a polynomial of degree 5": Variant(
+                "evening by degree 5",
+                patch=functools.partial(evening_polynomial, 5.6041, -13.8850, 9.7343),
+            ),
+        },
+    ),
+    "covariance": Question(
+        "Gradients that covariances take, and their decay each time",
+        {
+            "every gradient, 0.95": _covariances(1, 0.95),
+            "every gradient, 0.9": _covariances(1, 0.9),
+            "every second, 0.9": DEFAULT,
+            "every fifth, 0.8": _covariances(5, 0.8),
+        },
+    ),
+    "horizontal": Question(
+        "Updates of head pairs",
+        {
+            "as they are": DEFAULT,
+            "horizontal component": Variant("horizontal updates", patch=horizontal_updates),
+        },
+    ),
+    "hidden-frame": Question(
+        "Frames for the hidden axes of MLPs",
+        {
+            "none": DEFAULT,
+            "blocks of 32 rows": _hidden(32),
+            "blocks of 128 rows": _hidden(128),
+        },
+    ),
+    "update-size": Question(
+        "Size of updates (root mean square over learning rate)",
+        {
+            "as it comes": DEFAULT,
+            f"{ADAMW_SIZE} for every matrix": _sized("constant size", constant_size),
+            f"{ADAMW_SIZE} · √max(1, out/in)": _sized("spectral size", spectral_size),
+        },
+    ),
+    "betas": Question(
+        "Decay of the moments",
+        {
+            "0.9, 0.95": DEFAULT,
+            "0.9, 0.98": Variant("betas 0.9, 0.98", {"betas": (0.9, 0.98)}),
+            "0.95, 0.95": Variant("betas 0.95, 0.95", {"betas": (0.95, 0.95)}),
+        },
+    ),
+}
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for question in QUESTIONS.values()
+    for variant in question.variants.values()
+}

@@ -1,0 +1,263 @@
+"""Variants of QuotientAdam that the ablations patch: each does what it says, and is undone."""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import quotientopt as qo
+from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.trial import Trial
+from quotientopt.manifolds import FactorQuotient
+from quotientopt.optim import bucket, engine, polar
+from tests.optim.training import small_model, train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from ablations import patches, running, variants
+from ablations.hidden import with_hidden_blocks
+
+OPTIONS = {"lr": 8e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def losses(patch=nullcontext, steps=24, **options):
+    model = small_model()
+    with patch():
+        return train(model, qo.QuotientAdam(model, **OPTIONS | options), steps)
+
+
+def deviation(a, b):
+    return (a - b).abs().max().item()
+
+
+def test_every_variant_trains_and_is_not_the_default(text_file):
+    protocol = Protocol(
+        data=str(text_file), steps=12, batch=2, context=16, layers=1, width=32, evaluate_every=12
+    )
+    protocol = replace(protocol, validation_batches=2)
+    default = running.train_variant(Trial("default", 8e-3), protocol)
+    again = running.train_variant(Trial("default", 8e-3), protocol)
+    assert again.training_losses == default.training_losses
+    for name in set(variants.VARIANTS) - {"default", "MLP hidden frames of 128"}:
+        run = running.train_variant(Trial(name, 8e-3), protocol)
+        assert run.status == "finished", name
+        assert run.training_losses[0] == default.training_losses[0], name
+        assert run.final_loss != default.final_loss, name
+    assert set(running.OPTIMIZERS).isdisjoint(variants.VARIANTS)
+
+
+def test_patches_are_undone():
+    def parts():
+        watched = (engine.Engine, bucket.Bucket, engine, bucket, polar)
+        return [dict(vars(thing)) for thing in watched]
+
+    before = parts()
+    for variant in variants.VARIANTS.values():
+        if variant.patch is None:
+            continue
+        context = variant.patch()
+        context.__enter__()
+        assert parts() != before, variant.name
+        error = KeyError()
+        assert not context.__exit__(KeyError, error, None)
+        assert parts() == before, variant.name
+
+
+def test_frames_pooled_over_the_model_are_the_shared_frame():
+    shared = losses(residual_frame="shared")
+    pooled = losses(lambda: patches.pooled_residual_frames(lambda leaf: "all"))
+    assert deviation(pooled, shared) < 1e-10
+    per_layer = losses(lambda: patches.pooled_residual_frames(patches.layer_and_direction))
+    alone = losses(lambda: patches.pooled_residual_frames(lambda leaf: leaf.name))
+    assert deviation(alone, losses()) < 1e-10
+    assert deviation(per_layer, shared) > 1e-4
+    assert deviation(per_layer, alone) > 1e-4
+
+
+def test_classes_of_residual_frames():
+    optimizer = qo.QuotientAdam(small_model())
+    classes = {leaf.name: patches.layer_and_direction(leaf) for leaf in optimizer._leaves.framed}
+    assert classes["blocks.0.attention.query.weight"] == classes["blocks.0.mlp.up.weight"]
+    assert classes["blocks.0.attention.output.weight"] == classes["blocks.0.mlp.down.weight"]
+    assert len(set(classes.values())) == 2 * 2 + 3
+
+
+def test_evening_factors_made_at_every_step_are_the_default():
+    default = losses()
+    assert deviation(losses(lambda: patches.reused_evening(1)), default) < 1e-10
+    assert deviation(losses(lambda: patches.reused_evening(2)), default) > 1e-4
+
+
+def test_the_identity_as_evening_polynomial_is_none():
+    flat = losses(lambda: patches.evening_polynomial(1.0))
+    assert deviation(flat, losses(polar=False)) < 1e-10
+    assert deviation(flat, losses()) > 1e-4
+
+
+def test_whole_matrices_are_evened_out():
+    generator = torch.Generator().manual_seed(0)
+    optimizer = qo.QuotientAdam(small_model(), **OPTIONS)
+    bucket_of_heads = next(b for b in optimizer._current_engine().buckets if b.heads is not None)
+    update = torch.randn(1, 1, 4, 8, 64, generator=generator, dtype=torch.float64)
+
+    def spread(patch, select):
+        with patch():
+            evened = bucket_of_heads._turn_back(update, torch.eye(8).double(), None)
+        values = torch.linalg.svdvals(select(evened))
+        return (values.amax(-1) / values.amin(-1)).max().item()
+
+    # The polynomial's error is 0.26, rounded.
+    bound = 1.265 / 0.735
+    assert spread(patches.whole_matrix_evening, lambda x: x.flatten(1, -2)) < bound
+    assert spread(nullcontext, lambda x: x.flatten(1, -2)) > 1.3 * bound
+    assert spread(nullcontext, lambda x: x) < bound
+
+
+def test_second_moment_is_kept_when_frames_change():
+    model = small_model()
+    optimizer = qo.QuotientAdam(model, **OPTIONS)
+    train(model, optimizer, 15)
+
+    def moments():
+        return [
+            torch.cat([state[key].flatten() for state in optimizer.state.values()])
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
+
+    mean, square = moments()
+    with patches.unrotated_second_moment():
+        optimizer.refresh_frames()
+    assert deviation(moments()[0], mean) > 1e-6
+    assert torch.equal(moments()[1], square)
+    optimizer.refresh_frames()
+    assert deviation(moments()[1], square) > 1e-9
+
+
+def test_decomposed_frames_diagonalise_better_than_iterated_ones():
+    def off_diagonal(patch):
+        model = small_model()
+        optimizer = qo.QuotientAdam(model, **OPTIONS)
+        with patch():
+            train(model, optimizer, 30)
+        fractions = []
+        for state in optimizer.state.values():
+            Q, R = state["residual_frame"], state["residual_covariance"]
+            turned = Q.mT @ R @ Q
+            rest = turned - turned.diagonal(dim1=-2, dim2=-1).diag_embed()
+            fractions.append((rest.norm() / turned.norm()).item())
+        return max(fractions)
+
+    decomposed = off_diagonal(patches.decomposed_residual_frames)
+    assert decomposed < 0.02
+    assert decomposed < 0.5 * off_diagonal(nullcontext)
+
+
+def test_covariances_take_the_gradients_asked_for():
+    taken = []
+    accumulate = engine.Engine._accumulate
+
+    def counted(self, *arguments):
+        taken.append(self.buckets[0].steps[0])
+        return accumulate(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Engine, "_accumulate", counted)
+        losses(lambda: patches.covariances(5, 0.8), steps=12)
+    assert taken == [0, 4, 9]
+
+
+def steps_of(model, patch, steps=3):
+    """Parameters before and after the last of some steps without weight decay."""
+    optimizer = qo.QuotientAdam(model, **OPTIONS | {"weight_decay": 0.0})
+    with patch():
+        train(model, optimizer, steps - 1)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        train(model, optimizer, 1, seed=5)
+    return before, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def vertical_fraction(model, patch):
+    before, after = steps_of(model, patch)
+    fractions = []
+    for symmetry in qo.find_symmetries(model).heads:
+        (left,), (right,) = symmetry.left_blocks, symmetry.right_blocks
+        manifold = FactorQuotient(8, *symmetry.columns, batch_shape=(4,))
+        x = left.view(before[left.name]), right.view(before[right.name])
+        y = left.view(after[left.name]), right.view(after[right.name])
+        u = (y[0] - x[0], y[1] - x[1])
+        vertical = manifold.norm(x, manifold.vertical_component(x, u))
+        fractions.append((vertical / manifold.norm(x, u)).max().item())
+    return max(fractions)
+
+
+def test_updates_of_pairs_are_projected():
+    assert vertical_fraction(small_model(), patches.horizontal_updates) < 1e-12
+    assert vertical_fraction(small_model(), nullcontext) > 1e-2
+
+
+def test_projection_leaves_everything_else_alone():
+    default = steps_of(small_model(), nullcontext, 1)[1]
+    projected = steps_of(small_model(), patches.horizontal_updates, 1)[1]
+    for name, parameter in default.items():
+        assert torch.equal(parameter, projected[name]) == ("attention" not in name), name
+
+
+def test_grouped_queries_are_projected_side_by_side():
+    model = small_model("llama", heads=4, key_value_heads=2)
+    before, after = steps_of(model, patches.horizontal_updates)
+    symmetry = next(s for s in qo.find_symmetries(model).heads if s.name.endswith("vo"))
+
+    def factors(parameters):
+        left = [block.view(parameters[block.name]) for block in symmetry.left_blocks]
+        return torch.cat(left, -1), symmetry.right_blocks[0].view(
+            parameters[symmetry.right_blocks[0].name]
+        )
+
+    x, y = factors(before), factors(after)
+    manifold = FactorQuotient(8, 64, 32, batch_shape=(2,))
+    u = (y[0] - x[0], y[1] - x[1])
+    vertical = manifold.norm(x, manifold.vertical_component(x, u))
+    assert (vertical / manifold.norm(x, u)).max() < 1e-12
+
+
+def test_updates_get_the_size_asked_for():
+    def sizes(patch):
+        before, after = steps_of(small_model(), patch)
+        changes = {name: (after[name] - before[name]) / OPTIONS["lr"] for name in after}
+        return {name: change.square().mean().sqrt().item() for name, change in changes.items()}
+
+    # Matrices without a head frame are updated by a rotation of their dressed update.
+    constant = sizes(variants.VARIANTS["constant size"].patch)
+    assert constant["blocks.1.mlp.up.weight"] == pytest.approx(0.2)
+    assert constant["embedding.weight"] == pytest.approx(0.2)
+    spectral = sizes(variants.VARIANTS["spectral size"].patch)
+    assert spectral["blocks.1.mlp.up.weight"] == pytest.approx(0.4)
+    assert spectral["blocks.1.mlp.down.weight"] == pytest.approx(0.2)
+    assert spectral["head.weight"] == pytest.approx(0.2)
+    assert abs(sizes(nullcontext)["blocks.1.mlp.up.weight"] - 0.2) > 1e-3
+
+
+@pytest.mark.parametrize("rows", [32, 128])
+def test_hidden_blocks_are_frames_and_no_symmetries(rows):
+    model = small_model(width=128)
+    symmetries = with_hidden_blocks(model, rows)
+    hidden = [s for s in symmetries.heads if s.name.endswith("hidden")]
+    assert [(s.heads, s.group) for s in hidden] == [(512 // rows, qo.groups.O(rows))] * 2
+    found = symmetries.verify(model, torch.arange(16)[None] % 32)
+    for name, worst in found.items():
+        assert (worst > 1e-3) == name.endswith("hidden"), name
+    optimizer = qo.QuotientAdam(model, symmetries=symmetries)
+    train(model, optimizer, 2)
+    assert optimizer.state[model.blocks[0].mlp.down.weight]["head_frame"].shape[-1] == rows
+
+
+def test_hidden_blocks_of_llama_share_frames_of_gate_and_up():
+    symmetries = with_hidden_blocks(small_model("llama", hidden=64), 32)
+    (hidden,) = (s for s in symmetries.heads if s.name == "blocks.1.mlp.hidden")
+    assert hidden.columns == (64, 32)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp has 96 hidden rows, no multiple of 64"):
+        with_hidden_blocks(small_model("llama"), 64)
