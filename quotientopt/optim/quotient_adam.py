@@ -73,7 +73,7 @@ class QuotientAdam(Optimizer):
         groups at once).
     nesterov : bool
         Nesterov momentum for the framed parameters; others stay AdamW. The default follows the
-        ablation in ``benchmarks/results/ablation-parts-gpt.json``.
+        ablation in ``benchmarks/results/ablation``.
     polar : bool
         Even out the singular values of each head's update, and of each framed matrix's without
         heads, by one polynomial step towards its polar factor that keeps its norm. It commutes

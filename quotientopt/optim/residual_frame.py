@@ -1,8 +1,7 @@
 """Frames of the residual axis: eigenvectors of the covariance of dressed gradients.
 
 The first frame is an eigen-decomposition. Later ones follow the covariance by a step of orthogonal
-iteration from the last frame, which is cheaper, needs nothing to break ties, and trains as well
-(``benchmarks/results/ablation``).
+iteration from the last frame, which is cheaper and needs nothing to break ties.
 """
 
 from __future__ import annotations

@@ -240,7 +240,8 @@ def test_capturable_state_round_trips():
     assert torch.equal(losses, train(other, loaded, 8, seed=4))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run on a CUDA machine")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu on one")
 def test_a_cuda_graph_trains_like_direct_steps():
     model = small_model("gpt", dtype=torch.float32).cuda()
     tokens = next(batches(1)).cuda()
@@ -264,7 +265,8 @@ def test_a_cuda_graph_trains_like_direct_steps():
     assert (flat_parameters(model) - flat_parameters(other)).abs().max() < 1e-4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run on a CUDA machine")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu on one")
 def test_steps_on_cuda_wait_for_nothing_between_fresh_frames():
     model = small_model("gpt", dtype=torch.float32).cuda()
     optimizer = quotient_adam(model, refresh_every=1000)
