@@ -2,21 +2,28 @@
 
 from quotientopt.symmetries import adapters as _adapters  # noqa: F401 -- registers them
 from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.centred_stream import CentredStream
 from quotientopt.symmetries.find import find_symmetries
 from quotientopt.symmetries.fold import fold_norms_
 from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.map import SymmetryMap
+from quotientopt.symmetries.norm import Norm, Reader
+from quotientopt.symmetries.norm_kinds import register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
 from quotientopt.symmetries.residual import ResidualStream
 
 __all__ = [
     "Block",
+    "CentredStream",
     "Contribution",
     "HeadSymmetry",
+    "Norm",
     "NotUnderstoodError",
+    "Reader",
     "ResidualStream",
     "SymmetryMap",
     "find_symmetries",
     "fold_norms_",
     "register",
+    "register_norm",
 ]

@@ -120,6 +120,25 @@ def without_conflicts(
     return kept, [symmetry.name for symmetry in symmetries if symmetry.name not in names]
 
 
+def with_one_dtype(
+    symmetries: Sequence[HeadSymmetry],
+) -> tuple[list[HeadSymmetry], list[str]]:
+    """Separate the symmetries whose blocks share one dtype; returns them and the others' names."""
+    dtypes = {s.name: {block.parameter.dtype for block in s.blocks} for s in symmetries}
+    kept = [symmetry for symmetry in symmetries if len(dtypes[symmetry.name]) == 1]
+    return kept, [name for name, found in dtypes.items() if len(found) > 1]
+
+
+def half_trainable(symmetries: Iterable[HeadSymmetry]) -> list[str]:
+    """Names of the symmetries of which one factor is frozen and the other is not."""
+    return [
+        symmetry.name
+        for symmetry in symmetries
+        if any(block.parameter.requires_grad for block in symmetry.left_blocks)
+        != any(block.parameter.requires_grad for block in symmetry.right_blocks)
+    ]
+
+
 def _signature(symmetry: HeadSymmetry) -> object:
     left, right = (
         tuple((id(block.parameter), block.size, block.stride, block.offset) for block in side)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from quotientopt.symmetries.exactness import Ownership, without_conflicts
+from quotientopt.symmetries.centred_stream import CentredStream
+from quotientopt.symmetries.exactness import (
+    Ownership,
+    half_trainable,
+    with_one_dtype,
+    without_conflicts,
+)
 from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.map import SymmetryMap
 from quotientopt.symmetries.registry import (
@@ -17,6 +25,7 @@ from quotientopt.symmetries.registry import (
     lookup,
 )
 from quotientopt.symmetries.residual import ResidualStream
+from quotientopt.symmetries.stream import Stream, add_up, norm_breakers
 
 _ATTENTION_WORDS = ("attention", "attn", "multihead")
 
@@ -49,6 +58,13 @@ def find_symmetries(model: nn.Module) -> SymmetryMap:
     ValueError
         If a parameter has no plain floating-point values (meta device, uninitialised, quantised,
         sharded); the message names it.
+
+    Warns
+    -----
+    UserWarning
+        If the two sides of a pair have different dtypes: it is then left out and listed as
+        unrecognized. If only one side of a pair is trainable: it is kept, being exact, but acting
+        on it changes frozen parameters.
     """
     findings = collect(model)
     ownership = Ownership(model)
@@ -58,12 +74,18 @@ def find_symmetries(model: nn.Module) -> SymmetryMap:
         for symmetry in contribution.heads
     ]
     heads, conflicting = without_conflicts(claimed, ownership)
+    heads, mixed = with_one_dtype(heads)
+    _warn(mixed, "mixes dtypes, which no group element can move as one: left out")
+    _warn(
+        half_trainable(heads),
+        "is trainable on one side only: acting on it (act_, dress_) changes frozen parameters",
+    )
     residual, reason = merge_residual(model, findings, ownership)
     return SymmetryMap(
         [_named(symmetry, ownership) for symmetry in heads],
         residual,
         residual_reason=reason,
-        unrecognized=[*_unrecognized(model, findings), *conflicting],
+        unrecognized=[*_unrecognized(model, findings), *conflicting, *mixed],
     )
 
 
@@ -74,68 +96,63 @@ def collect(model: nn.Module) -> Findings:
     for name, parameter in model.named_parameters():
         _require_plain(name, parameter)
     findings = Findings()
+    opaque: list[str] = []
     for name, module in model.named_modules():
+        if any(_inside(name, root) for root in opaque):
+            continue
         try:
             adapter = lookup(module)
             if adapter is not None:
                 findings.contributions[name] = adapter(module, name)
         except NotUnderstoodError as error:
             findings.not_understood[name] = str(error)
+            if error.inside:
+                opaque.append(name)
     return findings
 
 
 def merge_residual(
     model: nn.Module, findings: Findings, ownership: Ownership
 ) -> tuple[ResidualStream | None, str]:
-    """Merge the residual axes of all contributions; None and the reason where there are none."""
+    """Merge what is known of the residual stream; None and the reason where there is none."""
+    stream, reason = find_stream(model, findings, ownership)
+    if stream is None:
+        return None, reason
+    centring = {f"centring of {norm.name}" for norm in stream.norms if norm.centres}
+    breakers = [
+        *stream.breakers,
+        *(breaker for norm in stream.norms for breaker in norm_breakers(norm, ownership)),
+    ]
+    kind = CentredStream if breakers and set(breakers) <= centring else ResidualStream
+    width = stream.widths.pop()
+    return kind(width, stream.axes, stream.parameters, tuple(breakers)), ""
+
+
+def find_stream(
+    model: nn.Module, findings: Findings, ownership: Ownership
+) -> tuple[Stream | None, str]:
+    """The stream that the contributions add up to; None and the reason where there is none."""
     recognised = {
         name: contribution
         for name, contribution in findings.contributions.items()
-        if contribution.residual_axes
+        if contribution.residual_axes or contribution.consumers
     }
     if not recognised:
-        problems = [
+        problems = (
             f"{name or 'model'}: {why}"
             for name, why in findings.not_understood.items()
             if not _looks_like_attention(model.get_submodule(name))
-        ]
-        return None, "; ".join(problems[:1]) or "no model or layer with a known residual stream"
-    axes: dict[str, int] = {}
-    breakers: dict[str, None] = {}
-    declared: set[str] = set()
-    for contribution in recognised.values():
-        breakers |= dict.fromkeys(contribution.residual_breakers)
-        for gain in contribution.gains:
-            declared.add(gain)
-            breakers |= dict.fromkeys(gain_breakers(gain, ownership.parameter(gain)))
-        for name, axis in contribution.residual_axes.items():
-            declared.add(name)
-            first = ownership.first_name(name)
-            if axes.setdefault(first, axis) != axis:
-                breakers[f"two different axes of {first}"] = None
-    parameters = {name: ownership.parameter(name) for name in axes}
-    widths = {parameters[name].shape[axis] for name, axis in axes.items()}
-    if len(widths) > 1:
-        return None, f"several streams, of widths {', '.join(map(str, sorted(widths)))}"
-    for name in ownership.used_elsewhere(parameters.values(), declared):
-        breakers[f"another use of {name}"] = None
-    outside = [
-        name
-        for name, _ in model.named_parameters()
-        if not any(not root or name.startswith(f"{root}.") for root in recognised)
+        )
+        return None, next(problems, "no model or layer with a known residual stream")
+    stream = add_up(model, recognised, ownership)
+    if len(stream.widths) > 1:
+        widths = ", ".join(map(str, sorted(stream.widths)))
+        return None, f"several streams, of widths {widths}"
+    stream.breakers += [
+        f"{name or 'model'}, which is not understood ({why})"
+        for name, why in findings.not_understood.items()
     ]
-    if outside:
-        breakers[f"parameters outside the recognised stream ({outside[0]}, …)"] = None
-    return ResidualStream(widths.pop(), axes, parameters, tuple(breakers)), ""
-
-
-def gain_breakers(name: str, gain: nn.Parameter) -> list[str]:
-    """How a gain with known readers breaks O(d); empty once it is one and stays one."""
-    if gain.requires_grad:
-        return [f"trainable gain {name}"]
-    if not bool((gain == 1).all()):
-        return [f"gain {name}, which is not one"]
-    return []
+    return stream, ""
 
 
 def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
@@ -176,6 +193,12 @@ def _named(symmetry: HeadSymmetry, ownership: Ownership) -> HeadSymmetry:
         for blocks in (symmetry.left_blocks, symmetry.right_blocks)
     )
     return HeadSymmetry(left, right, symmetry.group, symmetry.name)
+
+
+def _warn(names: Sequence[str], what: str) -> None:
+    if names:
+        others = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+        warnings.warn(f"symmetry {names[0]!r}{others} {what}", UserWarning, stacklevel=3)
 
 
 def _require_plain(name: str, parameter: nn.Parameter) -> None:

@@ -1,26 +1,45 @@
-"""Fold the gains of RMS norms into the matrices that read them, which makes O(d) exact."""
+"""Fold gains and centring of norms into the matrices around them, which makes O(d) exact."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quotientopt.symmetries.exactness import Ownership
-from quotientopt.symmetries.find import collect, find_symmetries, gain_breakers
+from quotientopt.symmetries.find import collect, find_stream, find_symmetries
 from quotientopt.symmetries.map import SymmetryMap
+from quotientopt.symmetries.norm import Norm
+from quotientopt.symmetries.stream import SHOWN, Stream, norm_breakers
+from quotientopt.symmetries.uncentred import UncentredLayerNorm
 
 
 @torch.no_grad()
-def fold_norms_(model: nn.Module) -> SymmetryMap:
-    """Fold RMS norms' gains into their readers, in place; the function stays the same.
+def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
+    """Fold the norms of the residual stream into the matrices around them, in place.
 
-    Every reading matrix becomes ``W diag(gain)``; the gains become one and stop training
-    (``requires_grad`` False). An optimizer created before has to be created anew.
+    The function stays the same and O(d) becomes exact:
+
+    - Gains γ and biases β go into what reads the norm's output: ``W (γ ∘ n + β) + c`` becomes
+      ``(W diag γ) n + (c + W β)``. Where a reader has no bias c, β becomes β / γ instead.
+      Gains then multiply by one and stop training (``requires_grad`` False).
+    - Centring goes into what writes to the stream: embeddings, output matrices and their biases
+      lose their mean over the residual axis. Every LayerNorm becomes an
+      :class:`~quotientopt.symmetries.uncentred.UncentredLayerNorm`, with the same parameters.
+
+    An optimizer created before has to be created anew.
 
     Parameters
     ----------
     model : Module
-        A model whose adapter knows every reader of every gain.
+        A model whose adapter knows everything that reads its norms.
+    untie : bool
+        Give a matrix that reads the stream its own copy where it is tied to an embedding, and set
+        ``model.config.tie_word_embeddings`` to False. Otherwise such a model is refused: one
+        matrix cannot take up a gain as a head and stay as it is as an embedding.
 
     Returns
     -------
@@ -30,51 +49,183 @@ def fold_norms_(model: nn.Module) -> SymmetryMap:
     Raises
     ------
     ValueError
-        If the model is not known, its norms centre (LayerNorm), something else than gains breaks
-        O(d), or a matrix is tied so that folding would change another use. Nothing is changed.
+        If the model is not known, a norm's output is read by a skip connection (post-norm) or by
+        something unknown, something else than norms breaks O(d), a bias would have to be divided
+        by a gain of zero, or a matrix is tied. Nothing is changed.
     """
-    findings = collect(model)
-    before = find_symmetries(model)
-    kind = type(model).__name__
-    if before.residual is None:
-        raise ValueError(f"folding is not available for {kind}: {before.residual_reason}")
-    ownership = Ownership(model)
-    # A gain may appear under several names, where modules are shared; so may its readers.
-    gain_names: dict[str, set[str]] = {}
-    readers: dict[str, dict[str, int]] = {}
-    reader_names: dict[str, set[str]] = {}
-    for contribution in findings.contributions.values():
-        for gain, reading in contribution.gains.items():
-            first = ownership.first_name(gain)
-            gain_names.setdefault(first, set()).add(gain)
-            for name, axis in reading:
-                readers.setdefault(first, {})[ownership.first_name(name)] = axis
-                reader_names.setdefault(first, set()).add(name)
-    foldable = {
-        breaker
-        for names in gain_names.values()
-        for gain in names
-        for breaker in gain_breakers(gain, ownership.parameter(gain))
-    }
-    breakers = [b for b in before.residual.broken_by if b not in foldable]
-    if breakers:
-        raise ValueError(f"folding is not available for {kind}: {'; '.join(breakers[:3])}")
-    folded: set[str] = set()
-    for gain, axes in readers.items():
-        tied = ownership.used_elsewhere([ownership.parameter(gain)], gain_names[gain])
-        tied += ownership.used_elsewhere(map(ownership.parameter, axes), reader_names[gain])
-        tied += sorted(folded & set(axes))
-        if tied:
-            raise ValueError(
-                f"folding is not available for {kind}: {tied[0]} is tied, folding {gain} would "
-                "change its other use"
-            )
-        folded |= set(axes)
-    for first, axes in readers.items():
-        gain_parameter = ownership.parameter(first)
-        for name, axis in axes.items():
-            ownership.parameter(name).movedim(axis, -1).mul_(gain_parameter)
-        gain_parameter.fill_(1)
-        gain_parameter.requires_grad_(False)
-        gain_parameter.grad = None
+    copies: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        if untie:
+            copies = _untie_(model, _Plan.of(*_known_stream(model)).shared)
+        stream, ownership = _known_stream(model)
+        plan = _Plan.of(stream, ownership)
+        if plan.tied:
+            way_out = "; fold_norms_(model, untie=True) unties embeddings" if plan.shared else ""
+            raise _refusal(model, plan.tied[0] + way_out)
+    except Exception:
+        for module, attribute, parameter in copies:
+            setattr(module, attribute, parameter)
+        raise
+    config: Any = getattr(model, "config", None)
+    if copies and hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = False
+    for norm in plan.norms:
+        _fold_gain_(norm, ownership)
+    if plan.centred:
+        for name in sorted(stream.writers):
+            vectors = ownership.parameter(name).movedim(stream.axes[name], -1)
+            vectors.sub_(_wide(vectors).mean(-1, keepdim=True))
+        for norm in plan.centred:
+            model.get_submodule(norm.name).__class__ = UncentredLayerNorm
     return find_symmetries(model)
+
+
+def _known_stream(model: nn.Module) -> tuple[Stream, Ownership]:
+    """The stream, if nothing but norms breaks its O(d)."""
+    findings = collect(model)
+    ownership = Ownership(model)
+    stream, reason = find_stream(model, findings, ownership)
+    if stream is None:
+        raise _refusal(model, reason)
+    unread = [norm for norm in stream.norms if norm.readers is None]
+    for norm in unread:
+        breakers = norm_breakers(norm, ownership)
+        if breakers:
+            stream.breakers.append(
+                f"{breakers[0]}, whose output is read by a skip connection or something unknown"
+            )
+    centred = [norm.name for norm in stream.norms if norm.centres]
+    stream.breakers += [
+        f"centring of {name}, which is no plain LayerNorm"
+        for name in centred
+        if not isinstance(model.get_submodule(name), nn.LayerNorm)
+    ]
+    if centred and stream.raw_readers:
+        stream.breakers.append(
+            f"centring of {centred[0]}, while {stream.raw_readers[0]} reads the stream as it is"
+        )
+    stream.breakers += [
+        f"gain {norm.gain} is zero where the bias {norm.bias} is not"
+        for norm in stream.norms
+        if _divides_by_zero(norm, ownership)
+    ]
+    if stream.breakers:
+        raise _refusal(model, "; ".join(stream.breakers[:SHOWN]))
+    return stream, ownership
+
+
+@dataclass
+class _Plan:
+    """What is to be folded, and what stands in the way because values are used twice.
+
+    Attributes
+    ----------
+    norms : list of Norm
+        Those with a gain that is not one, or is trainable.
+    centred : list of Norm
+        Those that subtract the mean.
+    tied : list of str
+        Lines that name a tied parameter and what it keeps from being folded.
+    shared : list of str
+        Names of matrices that read a norm's output and are tied to what writes to the stream.
+    """
+
+    norms: list[Norm] = field(default_factory=list)
+    centred: list[Norm] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, stream: Stream, ownership: Ownership) -> _Plan:
+        plan = cls(centred=[norm for norm in stream.norms if norm.centres])
+        uses: Counter[str] = Counter()
+        for norm in stream.norms:
+            uses.update({ownership.first_name(reader.weight) for reader in norm.readers or ()})
+        for norm in stream.norms:
+            breakers = norm_breakers(norm, ownership)
+            if not breakers:
+                continue
+            if norm.gain is not None:
+                plan.norms.append(norm)
+            names = [reader.weight for reader in norm.readers or ()]
+            shared = [name for name in names if ownership.first_name(name) in stream.writers]
+            moves = not _is_neutral(norm, ownership)
+            foreign: list[str] = []
+            if moves:
+                vectors = [norm.gain, norm.bias, *(reader.bias for reader in norm.readers or ())]
+                names += [name for name in vectors if name is not None]
+                foreign = ownership.used_elsewhere(map(ownership.parameter, names), names)
+                foreign += [first for first in map(ownership.first_name, names) if uses[first] > 1]
+            # Centring takes the mean from an embedding, which is felt where it is read as well.
+            if shared and (moves or norm.centres):
+                foreign = [ownership.first_name(shared[0]), *foreign]
+                plan.shared += shared
+            if foreign:
+                plan.tied.append(
+                    f"{breakers[0]} cannot be folded, {foreign[0]} is tied and its other use "
+                    "would change"
+                )
+        return plan
+
+
+def _untie_(model: nn.Module, names: list[str]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Give those matrices a copy of their values; returns what they had, to be put back."""
+    replaced = []
+    for name in dict.fromkeys(names):
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module.get_parameter(attribute)
+        replaced.append((module, attribute, parameter))
+        copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        setattr(module, attribute, copy)
+    return replaced
+
+
+def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
+    assert norm.gain is not None
+    gain = ownership.parameter(norm.gain)
+    if not _is_neutral(norm, ownership):
+        readers = {ownership.first_name(reader.weight): reader for reader in norm.readers or ()}
+        factor = _factor(norm, ownership)
+        bias = None if norm.bias is None else ownership.parameter(norm.bias)
+        if bias is not None and all(reader.bias is not None for reader in readers.values()):
+            for reader in readers.values():
+                rows = ownership.parameter(reader.weight).movedim(reader.axis, -1)
+                shift = ownership.parameter(reader.bias or "")
+                shift.add_((_wide(rows) @ _wide(bias)).to(shift.dtype))
+            bias.zero_()
+        elif bias is not None:
+            bias.copy_(torch.where(bias == 0, 0, _wide(bias) / factor))
+        for reader in readers.values():
+            rows = ownership.parameter(reader.weight).movedim(reader.axis, -1)
+            rows.copy_(_wide(rows) * factor)
+        gain.fill_(norm.neutral)
+    gain.requires_grad_(False)
+    gain.grad = None
+
+
+def _factor(norm: Norm, ownership: Ownership) -> Tensor:
+    """γ, from the gain's parameter."""
+    return _wide(ownership.parameter(norm.gain or "").detach()) + (1 - norm.neutral)
+
+
+def _is_neutral(norm: Norm, ownership: Ownership) -> bool:
+    return norm.gain is None or bool((ownership.parameter(norm.gain) == norm.neutral).all())
+
+
+def _divides_by_zero(norm: Norm, ownership: Ownership) -> bool:
+    if norm.gain is None or norm.bias is None or _is_neutral(norm, ownership):
+        return False
+    if all(reader.bias is not None for reader in norm.readers or ()):
+        return False
+    bias = ownership.parameter(norm.bias)
+    return bool(((_factor(norm, ownership) == 0) & (bias != 0)).any())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In at least float32, so that low precision is rounded once."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _refusal(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(f"folding is not available for {type(model).__name__}: {reason}")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt.groups import O
 from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.residual import ResidualStream
 from quotientopt.symmetries.verification import deviations
@@ -60,12 +59,12 @@ class SymmetryMap:
         -------
         dict
             ``"<name>"``: dimension of each symmetry's group (heads · dim G; d(d−1)/2 for an exact
-            residual stream), and ``"total"``, their sum: the number of directions in parameter
-            space along which the model computes the same.
+            residual stream, (d−1)(d−2)/2 for one that is centred), and ``"total"``, their sum: the
+            number of directions in parameter space along which the model computes the same.
         """
         counts = {symmetry.name: symmetry.heads * symmetry.group.dim for symmetry in self.heads}
-        if self.residual is not None and self.residual.exact:
-            counts[RESIDUAL] = O(self.residual.dimension).dim
+        if self.residual is not None and self.residual.group is not None:
+            counts[RESIDUAL] = self.residual.group.dim
         return counts | {"total": sum(counts.values())}
 
     def random_element(
@@ -84,10 +83,8 @@ class SymmetryMap:
             symmetry.name: symmetry.random_element(cond, generator=generator)
             for symmetry in self.heads
         }
-        if self.residual is not None and self.residual.exact:
-            element[RESIDUAL] = O(self.residual.dimension).random(
-                generator=generator, dtype=torch.float64
-            )
+        if self.residual is not None and self.residual.group is not None:
+            element[RESIDUAL] = self.residual.group.random(generator=generator, dtype=torch.float64)
         return element
 
     def act_(self, element: Mapping[str, Tensor]) -> None:
@@ -166,6 +163,8 @@ class SymmetryMap:
             state = f"broken by {', '.join(broken_by[:_BREAKERS_SHOWN])}" if broken_by else "exact"
             if len(broken_by) > _BREAKERS_SHOWN:
                 state += f" and {len(broken_by) - _BREAKERS_SHOWN} more"
+            if broken_by and self.residual.group is not None:
+                state += f"; {self.residual.group} exact"
             lines.append(
                 f"residual stream: d = {self.residual.dimension}, "
                 f"{len(self.residual.axes)} parameters, O({self.residual.dimension}) {state}"

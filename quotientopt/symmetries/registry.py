@@ -9,41 +9,63 @@ from typing import TypeVar
 from torch import nn
 
 from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.norm import Norm, Reader
 
 
 @dataclass
 class Contribution:
     """What an adapter knows about one module.
 
-    Parameter names are qualified by the module's name in the model (see :func:`qualified`).
+    Parameter and module names are qualified by the module's name in the model (see
+    :func:`qualified`).
 
     Attributes
     ----------
     heads : list of HeadSymmetry
-        Symmetries of attention heads.
+        Symmetries of attention heads, or of low-rank pairs.
     residual_axes : dict of str to int
         Parameter name to the axis that is the residual stream. Gains of norms do not belong here:
         they are diagonal maps of the stream, not vectors in it.
+    writers : set of str
+        Those of ``residual_axes`` whose values are added to the stream (embeddings, output
+        matrices and their biases). The others read it, or are biases of norms.
     residual_breakers : list of str
-        What singles out a basis of the stream, apart from ``gains``: ``"centring of
-        blocks.0.norm"``, ``"trainable gain blocks.0.norm.weight"``.
-    gains : dict of str to tuple of (str, int)
-        Gain of an RMS norm to *all* parameters that read the norm's output, each with the axis
-        that is the residual stream. Such gains break O(d) until :func:`quotientopt.fold_norms_`
-        folds them into their readers; do not list them as breakers.
+        What singles out a basis of the stream, apart from ``norms``: ``"activation conv2"``.
+    norms : list of Norm
+        Norms on the stream. Their gains and their centring break O(d) until
+        :func:`quotientopt.fold_norms_` folds them; do not list them as breakers.
+    outputs : dict of str to (str or None)
+        Name of a module that returns hidden states to the name of the norm they went through, None
+        where they are the stream itself. Breaks O(d) unless a consumer is known.
+    consumers : dict of str to tuple of Reader
+        Name of a module to *all* that reads the hidden states it returns.
     """
 
     heads: list[HeadSymmetry] = field(default_factory=list)
     residual_axes: dict[str, int] = field(default_factory=dict)
+    writers: set[str] = field(default_factory=set)
     residual_breakers: list[str] = field(default_factory=list)
-    gains: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    norms: list[Norm] = field(default_factory=list)
+    outputs: dict[str, str | None] = field(default_factory=dict)
+    consumers: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
 
 
 class NotUnderstoodError(Exception):
     """Raised by an adapter for a module that is not built the way the adapter assumes.
 
     The module then contributes nothing, and is listed as unrecognized if it is an attention.
+
+    Parameters
+    ----------
+    reason : str
+    inside : bool
+        Whether the module also changes what the modules inside it compute, so that none of them
+        may contribute either.
     """
+
+    def __init__(self, reason: str = "", *, inside: bool = False) -> None:
+        super().__init__(reason)
+        self.inside = inside
 
 
 Adapter = Callable[[nn.Module, str], Contribution]
@@ -97,7 +119,7 @@ def lookup(module: nn.Module) -> Adapter | None:
     NotUnderstoodError
         If there is one, but the module computes something else than the registered class.
     """
-    for name in _class_names(module):
+    for name in class_names(module):
         if name in _adapters:
             if not follows(module, name):
                 raise NotUnderstoodError(f"{type(module).__name__} changes the methods of {name}")
@@ -114,7 +136,7 @@ def follows(module: nn.Module, class_name: str) -> bool:
     # Accelerate replaces the forward of an instance only to move data between devices.
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return False
-    names = list(_class_names(module))
+    names = list(class_names(module))
     if class_name not in names:
         return False
     position = names.index(class_name)
@@ -123,7 +145,7 @@ def follows(module: nn.Module, class_name: str) -> bool:
         attribute
         for base in ancestors[position : ancestors.index(nn.Module)]
         for attribute, value in vars(base).items()
-        if callable(value) and not attribute.startswith("__")
+        if callable(value) and not isinstance(value, type) and not attribute.startswith("__")
     } | {"forward", "__call__"}
     overridden = {attribute for base in ancestors[:position] for attribute in vars(base)}
     return not (methods - _HARMLESS) & overridden
@@ -134,6 +156,7 @@ def qualified(prefix: str, *names: str) -> str:
     return ".".join(name for name in (prefix, *names) if name)
 
 
-def _class_names(module: nn.Module) -> Iterator[str]:
+def class_names(module: nn.Module) -> Iterator[str]:
+    """Qualified names of a module's class and of its bases, nearest first."""
     for base in type(module).__mro__:
         yield f"{base.__module__}.{base.__qualname__}"

@@ -42,6 +42,11 @@ class ResidualStream:
         """Whether all of O(d) is a symmetry of the model."""
         return not self.broken_by
 
+    @property
+    def group(self) -> O | None:
+        """The group that is a symmetry: O(d), or None where it is broken."""
+        return O(self.dimension) if self.exact else None
+
     def check_element(self, element: Tensor) -> None:
         """Refuse what is not a d×d orthogonal matrix, and any if O(d) is broken.
 

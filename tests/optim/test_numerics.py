@@ -18,6 +18,12 @@ from tests.optim.training import batches, loss_of, small_model, train, twin_of
 STEPS = 30
 
 
+def needs_gpu(test):
+    """Mark a test that needs a CUDA device; without one it says how to run it."""
+    reason = "needs a GPU: python -m pytest -m gpu on one"
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
+
+
 def quotient_adam(model, **options):
     options = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1} | options
     return qo.QuotientAdam(model, **options)
@@ -240,8 +246,7 @@ def test_capturable_state_round_trips():
     assert torch.equal(losses, train(other, loaded, 8, seed=4))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu on one")
+@needs_gpu
 def test_a_cuda_graph_trains_like_direct_steps():
     model = small_model("gpt", dtype=torch.float32).cuda()
     tokens = next(batches(1)).cuda()
@@ -265,8 +270,7 @@ def test_a_cuda_graph_trains_like_direct_steps():
     assert (flat_parameters(model) - flat_parameters(other)).abs().max() < 1e-4
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu on one")
+@needs_gpu
 def test_steps_on_cuda_wait_for_nothing_between_fresh_frames():
     model = small_model("gpt", dtype=torch.float32).cuda()
     optimizer = quotient_adam(model, refresh_every=1000)

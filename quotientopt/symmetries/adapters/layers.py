@@ -1,25 +1,81 @@
-"""What adapters share: checks of layers, blocks of their parameters, breakers from norms."""
+"""What adapters share: checks of layers, views of their heads, axes of the residual stream."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from quotientopt.groups import StructureGroup
+from quotientopt.groups import GL, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, follows, qualified
+from quotientopt.symmetries.norm import Norm, Reader
+from quotientopt.symmetries.norm_kinds import norm_kind
+from quotientopt.symmetries.registry import (
+    Adapter,
+    Contribution,
+    NotUnderstoodError,
+    follows,
+    qualified,
+    register,
+)
 
 LINEAR = "torch.nn.modules.linear.Linear"
 EMBEDDING = "torch.nn.modules.sparse.Embedding"
-LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
+# Conv1D of transformers stores (in, out), the transpose of a Linear.
+CONV1D = "transformers.pytorch_utils.Conv1D"
+CONV2D = "torch.nn.modules.conv.Conv2d"
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+_OUTPUT_AXIS = {LINEAR: 0, CONV1D: 1, CONV2D: 0, EMBEDDING: 1}
+
+Pick = Callable[[Tensor], Tensor]
 
 
-def require(module: Any, class_name: str) -> Any:
-    """Return the module if it computes what that class does, else raise NotUnderstoodError."""
-    if not follows(module, class_name):
-        raise NotUnderstoodError(f"{type(module).__name__} is not a plain {class_name}")
+class HeadView(NamedTuple):
+    """One head per entry of the first axis: a view ``(heads, r)`` or ``(heads, r, n)``."""
+
+    parameter: nn.Parameter
+    name: str
+    view: Tensor
+
+
+def understands(*class_names: str) -> Callable[[Adapter], Adapter]:
+    """Register an adapter whose class may be built differently in other versions of its package.
+
+    A missing attribute then means "not understood" instead of an error.
+    """
+
+    def decorator(adapter: Adapter) -> Adapter:
+        @functools.wraps(adapter)
+        def careful(module: nn.Module, name: str) -> Contribution:
+            try:
+                return adapter(module, name)
+            except AttributeError as error:
+                raise NotUnderstoodError(
+                    f"{type(module).__name__} is built differently: {error}"
+                ) from error
+
+        for class_name in class_names:
+            register(class_name)(careful)
+        return careful
+
+    return decorator
+
+
+def require(module: Any, *class_names: str) -> Any:
+    """Return the module if it computes what one of those classes does.
+
+    Raises
+    ------
+    NotUnderstoodError
+        Otherwise.
+    """
+    if not any(follows(module, class_name) for class_name in class_names):
+        found = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise NotUnderstoodError(f"a {found} in the place of a plain {class_names[0]}")
     return module
 
 
@@ -36,27 +92,99 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters[name]
 
 
-def weight_and_bias(
-    layer: nn.Module, class_name: str, shape: tuple[int, int]
-) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Return the parameters of a plain affine layer whose weight has that shape."""
-    require(layer, class_name)
-    weight = own_parameter(layer, "weight")
-    if weight is None or tuple(weight.shape) != shape:
-        found = None if weight is None else tuple(weight.shape)
-        raise NotUnderstoodError(f"{type(layer).__name__} has a weight {found}, expected {shape}")
-    return weight, own_parameter(layer, "bias")
+def present_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter of the module itself that must not be None."""
+    parameter = own_parameter(module, name)
+    if parameter is None:
+        raise NotUnderstoodError(f"{type(module).__name__} has no {name}")
+    return parameter
 
 
-def row_block(
-    parameter: nn.Parameter, name: str, heads: int, start: int, length: int, axis: int = 0
-) -> Block:
-    """Block of a matrix or vector whose ``axis`` holds the heads one after the other.
+def consecutive(heads: int, part: int = 0, parts: int = 1) -> Pick:
+    """Heads one after the other, in the given part of an axis cut into equal parts."""
 
-    ``length`` entries from ``start`` on become ``(heads, r)``, the other axis the columns.
+    def pick(axis_first: Tensor) -> Tensor:
+        return axis_first.chunk(parts)[part].unflatten(0, (heads, -1))
+
+    return pick
+
+
+def interleaved(heads: int, part: int, parts: int) -> Pick:
+    """Heads one after the other, each cut into equal parts of which one is taken."""
+    return lambda axis_first: axis_first.unflatten(0, (heads, parts, -1))[:, part]
+
+
+def narrowed(heads: int, start: int, length: int) -> Pick:
+    """Heads one after the other in a stretch of the axis."""
+    return lambda axis_first: axis_first.narrow(0, start, length).unflatten(0, (heads, -1))
+
+
+def output_heads(
+    layer: nn.Module, name: str, size: int, pick: Pick, kind: str = LINEAR
+) -> list[HeadView]:
+    """Heads along the outputs of an affine layer: its weight, and its bias if it has one.
+
+    Parameters
+    ----------
+    layer : Module
+        Must compute what the class ``kind`` does and have ``size`` outputs.
+    name : str
+        Its qualified name.
+    size : int
+    pick : callable
+        From a tensor whose first axis runs over the outputs to ``(heads, r, …)``, by views.
+    kind : str
+        ``LINEAR`` or ``CONV1D``.
     """
-    part = parameter.detach().movedim(axis, 0).narrow(0, start, length)
-    return Block.of(part.unflatten(0, (heads, -1)), parameter, name)
+    weight = _matrix(layer, kind, _OUTPUT_AXIS[kind], size)
+    weight_rows = weight.detach().movedim(_OUTPUT_AXIS[kind], 0)
+    views = [HeadView(weight, qualified(name, "weight"), pick(weight_rows))]
+    bias = own_parameter(layer, "bias")
+    if bias is not None:
+        views.append(HeadView(bias, qualified(name, "bias"), pick(bias.detach())))
+    return views
+
+
+def input_heads(
+    layer: nn.Module, name: str, size: int, pick: Pick, kind: str = LINEAR
+) -> list[HeadView]:
+    """Heads along the ``size`` inputs of an affine layer; see :func:`output_heads`."""
+    axis = 1 - _OUTPUT_AXIS[kind]
+    weight = _matrix(layer, kind, axis, size)
+    return [HeadView(weight, qualified(name, "weight"), pick(weight.detach().movedim(axis, 0)))]
+
+
+def add_attention(
+    contribution: Contribution,
+    name: str,
+    *,
+    query: Sequence[HeadView],
+    key: Sequence[HeadView],
+    value: Sequence[HeadView],
+    output: Sequence[HeadView],
+    qk_group: StructureGroup | None = None,
+    query_groups: int = 1,
+) -> None:
+    """Add the query-key and the value-output pair of an attention.
+
+    Parameters
+    ----------
+    contribution : Contribution
+    name : str
+        Qualified name of the attention.
+    query, key, value, output : sequence of HeadView
+        ``(heads, r, n)``; key and value have ``heads / query_groups`` heads.
+    qk_group : StructureGroup, optional
+        Group of the query-key pair; None leaves it alone.
+    query_groups : int
+        Query heads per key-value head, next to each other.
+    """
+    if qk_group is not None:
+        left, right = _blocks(query, query_groups), _blocks(key)
+        add_pair(contribution, qualified(name, "qk"), qk_group, left, right)
+    vo_group = GL(value[0].view.shape[1])
+    left, right = _blocks(output, query_groups), _blocks(value)
+    add_pair(contribution, qualified(name, "vo"), vo_group, left, right)
 
 
 def add_pair(
@@ -67,26 +195,162 @@ def add_pair(
     right: list[Block],
 ) -> None:
     """Add a head symmetry, unless a factor has too few columns to have full row rank."""
+    shapes = {block.size[:2] for block in (*left, *right)}
+    if len(shapes) != 1 or next(iter(shapes))[1] != group.r:
+        raise NotUnderstoodError(f"the heads of {name} have different shapes: {sorted(shapes)}")
     if min(sum(block.size[2] for block in side) for side in (left, right)) >= group.r:
         contribution.heads.append(HeadSymmetry(left, right, group, name))
 
 
-def add_residual(
-    contribution: Contribution, layer: nn.Module, name: str, axis: int, *, writes: bool = False
+def add_reader(
+    contribution: Contribution, layer: nn.Module, name: str, kind: str = LINEAR
+) -> Reader:
+    """Add a matrix that reads the stream."""
+    require(layer, kind)
+    present_parameter(layer, "weight")
+    axis = 1 - _OUTPUT_AXIS[kind]
+    reader = Reader(
+        qualified(name, "weight"),
+        axis,
+        None if own_parameter(layer, "bias") is None else qualified(name, "bias"),
+    )
+    contribution.residual_axes[reader.weight] = axis
+    return reader
+
+
+def add_writer(contribution: Contribution, layer: nn.Module, name: str, kind: str = LINEAR) -> None:
+    """Add a matrix, and its bias if it has one, whose output is added to the stream."""
+    require(layer, kind)
+    present_parameter(layer, "weight")
+    add_vectors(contribution, qualified(name, "weight"), _OUTPUT_AXIS[kind])
+    if kind != EMBEDDING and own_parameter(layer, "bias") is not None:
+        add_vectors(contribution, qualified(name, "bias"), 0)
+
+
+def add_embedding(contribution: Contribution, layer: Any, name: str, kind: str = EMBEDDING) -> None:
+    """Add an embedding whose rows are added to the stream."""
+    if layer.max_norm is not None:
+        raise NotUnderstoodError(f"{name} renormalises its rows when it is read")
+    require(layer, kind)
+    present_parameter(layer, "weight")
+    add_vectors(contribution, qualified(name, "weight"), 1)
+
+
+def add_vectors(contribution: Contribution, name: str, axis: int) -> None:
+    """Add a parameter that is itself added to the stream."""
+    contribution.residual_axes[name] = axis
+    contribution.writers.add(name)
+
+
+def add_norm(
+    contribution: Contribution,
+    norm: nn.Module,
+    name: str,
+    readers: Iterable[Reader] | None = None,
 ) -> None:
-    """Add a layer's weight and, if the layer writes into the stream, its bias."""
-    contribution.residual_axes[qualified(name, "weight")] = axis
-    if writes and own_parameter(layer, "bias") is not None:
-        contribution.residual_axes[qualified(name, "bias")] = 0
+    """Add a norm on the stream; without readers, its output is itself part of the stream."""
+    kind = norm_kind(norm)
+    if kind is None:
+        raise NotUnderstoodError(f"{name} is no known norm but a {type(norm).__name__}")
+    if len(getattr(norm, "normalized_shape", (0,))) != 1:
+        raise NotUnderstoodError(f"{name} normalises over several axes")
+    parameters = {}
+    for part in ("weight", "bias"):
+        parameter = norm._parameters.get(part)
+        if parameter is None and getattr(norm, part, None) is not None:
+            raise NotUnderstoodError(f"{part} of {name} is not a parameter")
+        if parameter is not None:
+            parameters[part] = qualified(name, part)
+    if "bias" in parameters:
+        contribution.residual_axes[parameters["bias"]] = 0
+        if readers is None:
+            contribution.writers.add(parameters["bias"])
+    contribution.norms.append(
+        Norm(
+            name,
+            kind.centres,
+            parameters.get("weight"),
+            parameters.get("bias"),
+            kind.neutral,
+            None if readers is None else tuple(readers),
+        )
+    )
 
 
-def add_layer_norm(contribution: Contribution, norm: nn.Module, name: str) -> None:
-    """Add the bias of a layer norm to the axes; its centring and its gain break O(d)."""
-    require(norm, LAYER_NORM)
-    contribution.residual_breakers.append(f"centring of {name}")
-    gain = own_parameter(norm, "weight")
-    if gain is not None:
-        kind = "trainable gain" if gain.requires_grad else "gain"
-        contribution.residual_breakers.append(f"{kind} {qualified(name, 'weight')}")
-    if own_parameter(norm, "bias") is not None:
-        contribution.residual_axes[qualified(name, "bias")] = 0
+def add_branch(
+    contribution: Contribution,
+    module: nn.Module,
+    name: str,
+    *,
+    readers: Sequence[str],
+    writers: Sequence[str],
+    norm: str | None = None,
+    kind: str = LINEAR,
+) -> None:
+    """Add one branch of a layer, ``x + f(x)``: what reads the stream and what writes to it.
+
+    Parameters
+    ----------
+    contribution : Contribution
+    module : Module
+        The layer.
+    name : str
+        Its qualified name.
+    readers, writers : sequence of str
+        Affine layers, by their path in ``module``.
+    norm : str, optional
+        Path of the norm in front of the readers, whose output is read by nothing else.
+    kind : str
+        Class of readers and writers.
+    """
+    read = [
+        add_reader(contribution, module.get_submodule(path), qualified(name, path), kind)
+        for path in readers
+    ]
+    for path in writers:
+        add_writer(contribution, module.get_submodule(path), qualified(name, path), kind)
+    if norm is not None:
+        add_norm(contribution, module.get_submodule(norm), qualified(name, norm), read)
+
+
+def add_consumer(
+    contribution: Contribution, module: nn.Module, name: str, source: str, *paths: str
+) -> None:
+    """Add affine layers that read all the hidden states that the module ``source`` returns.
+
+    Parameters
+    ----------
+    contribution : Contribution
+    module : Module
+        Around both.
+    name : str
+        Its qualified name.
+    source : str
+        Path of the module that returns hidden states.
+    *paths : str
+        Paths of the layers.
+    """
+    contribution.consumers[qualified(name, source)] = tuple(
+        add_reader(contribution, module.get_submodule(path), qualified(name, path))
+        for path in paths
+    )
+
+
+def _matrix(layer: nn.Module, kind: str, axis: int, size: int) -> nn.Parameter:
+    """The weight of a plain affine layer, checked along one axis."""
+    weight = present_parameter(require(layer, kind), "weight")
+    if weight.ndim != 2 or weight.shape[axis] != size:
+        raise NotUnderstoodError(
+            f"{type(layer).__name__} has a weight {tuple(weight.shape)}, expected {size} along "
+            f"axis {axis}"
+        )
+    return weight
+
+
+def _blocks(views: Sequence[HeadView], groups: int = 1) -> list[Block]:
+    """Blocks of all views; with groups, one for each member of a group of adjacent heads."""
+    return [
+        Block.of(view.unflatten(0, (-1, groups))[:, member], parameter, name)
+        for parameter, name, view in views
+        for member in range(groups)
+    ]

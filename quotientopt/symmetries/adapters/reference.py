@@ -10,12 +10,17 @@ from quotientopt.groups import GL, RotaryCommutant, StructureGroup
 from quotientopt.symmetries.adapters.layers import (
     EMBEDDING,
     LINEAR,
-    add_pair,
-    add_residual,
-    require,
-    weight_and_bias,
+    add_attention,
+    add_branch,
+    add_embedding,
+    add_norm,
+    add_reader,
+    add_writer,
+    consecutive,
+    input_heads,
+    output_heads,
 )
-from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.norm_kinds import register_norm
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
@@ -36,43 +41,34 @@ LLAMA_LAYERS = (
 )
 
 
+register_norm(f"{MODELS}.llama.RMSNorm")
+
+
 @register(ATTENTION)
 def attention(module: Any, name: str) -> Contribution:
     """One symmetry per pair; the query heads of a key-value head are blocks of one factor."""
-    shared, rank = module.key_value_heads, module.head_width
-    group = module.heads // shared
-    width = require(module.query, LINEAR).weight.shape[1]
-    weights = {}
-    for part, rows in (("query", module.heads), ("key", shared), ("value", shared)):
-        weights[part], bias = weight_and_bias(getattr(module, part), LINEAR, (rows * rank, width))
-        if bias is not None:
+    heads, shared, rank = module.heads, module.key_value_heads, module.head_width
+    for part in ("query", "key", "value"):
+        if getattr(getattr(module, part), "bias", None) is not None:
             raise NotUnderstoodError(f"{part} of {type(module).__name__} has a bias")
-    output, _ = weight_and_bias(module.output, LINEAR, (width, module.heads * rank))
-
-    def block(part: str, weight: nn.Parameter, view: Any) -> Block:
-        return Block.of(view, weight, qualified(name, part, "weight"))
-
-    queries = weights["query"].detach().unflatten(0, (shared, group, rank))
-    outputs = output.detach().unflatten(1, (shared, group, rank))
-    key, value = (
-        block(part, weights[part], weights[part].detach().unflatten(0, (shared, rank)))
-        for part in ("key", "value")
-    )
-    qk_group: StructureGroup = RotaryCommutant(rank, layout="half") if module.rotary else GL(rank)
+    group: StructureGroup = RotaryCommutant(rank, layout="half") if module.rotary else GL(rank)
+    views = {
+        part: output_heads(
+            getattr(module, part), qualified(name, part), count * rank, consecutive(count)
+        )
+        for part, count in (("query", heads), ("key", shared), ("value", shared))
+    }
+    output = input_heads(module.output, qualified(name, "output"), heads * rank, consecutive(heads))
     contribution = Contribution()
-    add_pair(
+    add_attention(
         contribution,
-        qualified(name, "qk"),
-        qk_group,
-        [block("query", weights["query"], queries[:, j]) for j in range(group)],
-        [key],
-    )
-    add_pair(
-        contribution,
-        qualified(name, "vo"),
-        GL(rank),
-        [block("output", output, outputs[:, :, j].permute(1, 2, 0)) for j in range(group)],
-        [value],
+        name,
+        query=views["query"],
+        key=views["key"],
+        value=views["value"],
+        output=output,
+        qk_group=group,
+        query_groups=heads // shared,
     )
     return contribution
 
@@ -83,8 +79,8 @@ def gpt(module: Any, name: str) -> Contribution:
     contribution = Contribution()
     _require_layers(module, GPT_LAYERS)
     for part in ("positions", "embedding"):
-        add_residual(contribution, getattr(module, part), qualified(name, part), 1)
-    _add_blocks_and_head(contribution, module, name, mlp_readers=("up",))
+        add_embedding(contribution, getattr(module, part), qualified(name, part))
+    _add_blocks_and_head(contribution, module, name, mlp_readers=("mlp.up",))
     return contribution
 
 
@@ -93,9 +89,9 @@ def vit(module: Any, name: str) -> Contribution:
     """All of O(d), as for GPT: pooling and head commute with it."""
     contribution = Contribution()
     _require_layers(module, VIT_LAYERS)
-    add_residual(contribution, module.patches, qualified(name, "patches"), 0, writes=True)
-    add_residual(contribution, module.positions, qualified(name, "positions"), 1)
-    _add_blocks_and_head(contribution, module, name, mlp_readers=("up",))
+    add_writer(contribution, module.patches, qualified(name, "patches"))
+    add_embedding(contribution, module.positions, qualified(name, "positions"))
+    _add_blocks_and_head(contribution, module, name, mlp_readers=("mlp.up",))
     return contribution
 
 
@@ -104,38 +100,35 @@ def llama(module: Any, name: str) -> Contribution:
     """O(d) once the gains of the norms are folded into the matrices that read them."""
     contribution = Contribution()
     _require_layers(module, LLAMA_LAYERS)
-    add_residual(contribution, module.embedding, qualified(name, "embedding"), 1)
-    _add_blocks_and_head(contribution, module, name, mlp_readers=("gate", "up"))
-    for index in range(len(module.blocks)):
-        block = qualified(name, "blocks", str(index))
-        for norm, readers in (
-            ("attention_norm", [f"attention.{part}" for part in ("query", "key", "value")]),
-            ("mlp_norm", ["mlp.gate", "mlp.up"]),
-        ):
-            contribution.gains[qualified(block, norm, "weight")] = tuple(
-                (qualified(block, reader, "weight"), 1) for reader in readers
-            )
-    contribution.gains[qualified(name, "norm.weight")] = ((qualified(name, "head.weight"), 1),)
+    add_embedding(contribution, module.embedding, qualified(name, "embedding"))
+    _add_blocks_and_head(
+        contribution,
+        module,
+        name,
+        mlp_readers=("mlp.gate", "mlp.up"),
+        norms=("attention_norm", "mlp_norm"),
+    )
     return contribution
 
 
 def _add_blocks_and_head(
-    contribution: Contribution, module: Any, name: str, mlp_readers: tuple[str, ...]
+    contribution: Contribution,
+    module: Any,
+    name: str,
+    mlp_readers: tuple[str, ...],
+    norms: tuple[str | None, str | None] = (None, None),
 ) -> None:
+    attention_readers = ("attention.query", "attention.key", "attention.value")
     for index, block in enumerate(module.blocks):
         prefix = qualified(name, "blocks", str(index))
-        for part in ("query", "key", "value"):
-            layer = getattr(block.attention, part)
-            add_residual(contribution, layer, qualified(prefix, "attention", part), 1)
-        for part in mlp_readers:
-            layer = getattr(block.mlp, part)
-            add_residual(contribution, layer, qualified(prefix, "mlp", part), 1)
-        for part, layer in (
-            ("attention.output", block.attention.output),
-            ("mlp.down", block.mlp.down),
+        for norm, readers, writer in (
+            (norms[0], attention_readers, "attention.output"),
+            (norms[1], mlp_readers, "mlp.down"),
         ):
-            add_residual(contribution, layer, qualified(prefix, part), 0, writes=True)
-    add_residual(contribution, module.head, qualified(name, "head"), 1)
+            add_branch(contribution, block, prefix, readers=readers, writers=(writer,), norm=norm)
+    head = add_reader(contribution, module.head, qualified(name, "head"))
+    if norms[0] is not None:
+        add_norm(contribution, module.norm, qualified(name, "norm"), [head])
 
 
 def _require_layers(module: nn.Module, class_names: tuple[str, ...]) -> None:
