@@ -1,0 +1,21 @@
+"""Our quotient manifolds in pymanopt's solvers: ``qo.pymanopt``.
+
+Imported on first use, since it needs pymanopt: ``pip install quotientopt[pymanopt]``. Inside this
+package ``pymanopt`` is pymanopt itself, by absolute import.
+"""
+
+try:
+    import pymanopt as _pymanopt  # noqa: F401 -- only to say what to install
+except ModuleNotFoundError as error:
+    if error.name != "pymanopt":
+        raise
+    raise ModuleNotFoundError(
+        "quotientopt.pymanopt needs pymanopt: pip install 'quotientopt[pymanopt]'", name="pymanopt"
+    ) from None
+
+from quotientopt.pymanopt.factor import FactorManifold
+from quotientopt.pymanopt.gram import GramManifold
+from quotientopt.pymanopt.pair import FactorPair
+from quotientopt.pymanopt.problem import problem
+
+__all__ = ["FactorManifold", "FactorPair", "GramManifold", "problem"]
