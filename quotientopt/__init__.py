@@ -10,6 +10,17 @@ from importlib.metadata import version
 from types import ModuleType
 
 from quotientopt import checks, groups, manifolds, sections
+from quotientopt.canonical import (
+    ChargeLog,
+    align_,
+    distance,
+    dress_,
+    invariants,
+    noether_charges,
+    plot_spectra,
+    redundancy,
+    spectra,
+)
 from quotientopt.optim import QuotientAdam, QuotientSGD, invariant_grad_norm
 from quotientopt.symmetries import (
     HeadSymmetry,
@@ -24,19 +35,28 @@ __version__ = version("quotientopt")
 ADAPTERS = ("geoopt", "pymanopt")
 
 __all__ = [
+    "ChargeLog",
     "HeadSymmetry",
     "QuotientAdam",
     "QuotientSGD",
     "ResidualStream",
     "SymmetryMap",
     "__version__",
+    "align_",
     "checks",
+    "distance",
+    "dress_",
     "find_symmetries",
     "fold_norms_",
     "groups",
     "invariant_grad_norm",
+    "invariants",
     "manifolds",
+    "noether_charges",
+    "plot_spectra",
+    "redundancy",
     "sections",
+    "spectra",
 ]
 
 

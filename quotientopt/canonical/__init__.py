@@ -1,0 +1,33 @@
+"""Canonical forms of models: dressed weights, invariants, distances, alignment, charges, pictures.
+
+Acts on models through their symmetries (:mod:`quotientopt.symmetries`); knows nothing of
+architectures, and of optimizers only that they may have a ``move_state_``.
+"""
+
+from quotientopt.canonical.align import Alignment, align_
+from quotientopt.canonical.distance import distance
+from quotientopt.canonical.dress import Dressing, dress_
+from quotientopt.canonical.invariants import FactoredInvariant, invariants
+from quotientopt.canonical.noether import ChargeLog, ChargeRecord, noether_charges
+from quotientopt.canonical.pictures import plot_spectra
+from quotientopt.canonical.redundancy import Count, Redundancy, redundancy
+from quotientopt.canonical.spectra import Spectrum, spectra
+
+__all__ = [
+    "Alignment",
+    "ChargeLog",
+    "ChargeRecord",
+    "Count",
+    "Dressing",
+    "FactoredInvariant",
+    "Redundancy",
+    "Spectrum",
+    "align_",
+    "distance",
+    "dress_",
+    "invariants",
+    "noether_charges",
+    "plot_spectra",
+    "redundancy",
+    "spectra",
+]

@@ -1,0 +1,136 @@
+"""How far two models are apart, whatever their gauges."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt._linalg import Pair
+from quotientopt.canonical.compact import compact_distance, compact_factor, is_compact
+from quotientopt.canonical.elements import manifold_of
+from quotientopt.canonical.matching import refuse_different
+from quotientopt.canonical.outside import Outside, outside_of
+from quotientopt.canonical.reading import BlockView, pair_of, rotated, stored, symmetries_of
+from quotientopt.canonical.residual import overlap_outside
+from quotientopt.groups import O
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+
+OTHER, TOTAL = "other", "total"
+
+
+@torch.no_grad()
+def distance(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    *,
+    symmetries: tuple[SymmetryMap, SymmetryMap] | None = None,
+    residual: bool = True,
+    relative: bool = False,
+) -> dict[str, float]:
+    """Distance of two models of one architecture, in invariants.
+
+    Head pairs by their invariants, ``‖A₁ᵀB₁ − A₂ᵀB₂‖_F`` under GL(r), the same plane by plane under
+    rotary commutants (:meth:`FactorQuotient.distance`), ``min_k ‖k [A₁ B₁] − [A₂ B₂]‖_F`` under
+    compact groups; without an n×m matrix and without cancellation; all other
+    parameters by the Frobenius norm of their difference. So two gauges of one model are at distance
+    zero up to rounding.
+
+    Parameters
+    ----------
+    model_a, model_b : Module
+        With parameters of the same names and shapes, and the same symmetries.
+    symmetries : pair of SymmetryMap, optional
+        Those of both models; found by default.
+    residual : bool
+        Where both models have O(d) or O(d − 1) on the residual stream, rotate the second one's to
+        where its parameters outside the head pairs are closest to the first one's (Procrustes).
+    relative : bool
+        Divide every distance by the root mean square of both norms: 0 for equal, √2 for unrelated,
+        2 for opposite ones.
+
+    Returns
+    -------
+    dict of str to float
+        Symmetry name to distance, ``"other"`` for all further parameters, and ``"total"``, the root
+        of the sum of squares.
+
+    Raises
+    ------
+    ValueError
+        If names, shapes or symmetries differ, or values are not finite; the first is named.
+
+    Notes
+    -----
+    The rotation does not look at the head pairs, whose gauges it must not depend on. So the result
+    is an upper bound of the distance modulo O(d); for two gauges of one model it is zero if the
+    matrices outside the head pairs span the residual stream, as embeddings do.
+    """
+    map_a, map_b = symmetries or (None, None)
+    map_a, map_b = symmetries_of(model_a, map_a), symmetries_of(model_b, map_b)
+    refuse_different(model_a, model_b, map_a, map_b)
+    outside_a, outside_b = outside_of(model_a, map_a), outside_of(model_b, map_b)
+    rotation: Tensor | None = None
+    view: BlockView = stored
+    stream, group = map_b.residual, common_residual_group(map_a, map_b)
+    if residual and stream is not None and group is not None:
+        overlap = overlap_outside(outside_b, outside_a, stream.dimension)
+        _refuse_nonfinite("the parameters on the residual stream", overlap)
+        rotation = compact_factor(group, overlap)
+        view = rotated(stream, rotation)
+    squares: dict[str, tuple[float, float]] = {}
+    others = {symmetry.name: symmetry for symmetry in map_b.heads}
+    for one in map_a.heads:
+        x, y = pair_of(one), pair_of(others[one.name], view)
+        y = (y[0].to(x[0].device), y[1].to(x[1].device))
+        between = _distance_of(one)
+        zero = (torch.zeros_like(x[0]), torch.zeros_like(x[1]))
+        norms = between(x, zero).square() + between(y, zero).square()
+        apart = between(x, y).square()
+        _refuse_nonfinite(f"symmetry {one.name!r}", apart)
+        squares[one.name] = apart.sum().item(), norms.sum().item() / 2
+    squares[OTHER] = _outside_squares(outside_a, outside_b, rotation)
+    squares[TOTAL] = tuple(map(sum, zip(*squares.values(), strict=True)))  # type: ignore[assignment]
+    if not relative:
+        return {name: math.sqrt(square) for name, (square, _) in squares.items()}
+    return {
+        name: math.sqrt(square / norm) if norm else 0.0 for name, (square, norm) in squares.items()
+    }
+
+
+def _distance_of(symmetry: HeadSymmetry) -> Callable[[Pair, Pair], Tensor]:
+    """The distance between orbits of a symmetry's pairs, one number per head."""
+    if is_compact(symmetry.group):
+        return functools.partial(compact_distance, symmetry.group)
+    return manifold_of(symmetry).distance
+
+
+def common_residual_group(first: SymmetryMap, second: SymmetryMap) -> O | None:
+    """The group of the residual stream, if both models have the same one on the same axes."""
+    one, two = first.residual, second.residual
+    if one is None or two is None or one.group != two.group or dict(one.axes) != dict(two.axes):
+        return None
+    return one.group
+
+
+def _outside_squares(
+    first: Mapping[str, Outside], second: Mapping[str, Outside], rotation: Tensor | None
+) -> tuple[float, float]:
+    """Sum of squared differences, and mean of the squared norms."""
+    apart = norms = 0.0
+    for name, one in first.items():
+        x = one.values()
+        y = second[name].values(rotation).to(x.device)
+        square = (x - y).square().sum()
+        _refuse_nonfinite(f"parameter {name!r}", square)
+        apart += square.item()
+        norms += (x.square().sum() + y.square().sum()).item() / 2
+    return apart, norms
+
+
+def _refuse_nonfinite(what: str, tensor: Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{what} of one of the models has non-finite entries")

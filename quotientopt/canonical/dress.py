@@ -1,0 +1,156 @@
+"""A canonical representative of a model's weights: every head pair, and the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt._linalg import gram
+from quotientopt.canonical.elements import Element, section_elements
+from quotientopt.canonical.moving import (
+    move_,
+    refuse_foreign_optimizer,
+    refuse_sparse_gradients,
+    refuse_uneven,
+)
+from quotientopt.canonical.reading import (
+    BlockView,
+    pair_of,
+    require_heads,
+    rotated,
+    stored,
+    symmetries_of,
+)
+from quotientopt.canonical.residual import canonical_rotation, require_group
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.map import RESIDUAL
+
+
+class Dressing(dict[str, Tensor]):
+    """The group element that dressed a model, symmetry name to tensor.
+
+    ``(heads, r, r)`` for every head symmetry and, under ``"residual"``, ``(d, d)``: what
+    :meth:`SymmetryMap.act_` takes.
+
+    Attributes
+    ----------
+    section : str
+    gaps : dict of str to Tensor
+        For the SVD section, name to the smallest difference of neighbouring singular values over
+        the largest, per head; infinite where there are fewer than two, as for rotary planes, which
+        are not ordered. The canonical rows are determined to about the precision of the parameters
+        divided by this gap. With ``residual=True`` also ``"residual"``, of shape (1,).
+    """
+
+    def __init__(
+        self, element: Mapping[str, Tensor], section: str, gaps: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(element)
+        self.section = section
+        self.gaps = dict(gaps)
+
+    def __str__(self) -> str:
+        lines = [f"dressed by the {self.section} section"]
+        for name, gap in self.gaps.items():
+            lines.append(f"{name}  smallest spectral gap {gap.min().item():.1e}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def dress_(
+    model: nn.Module,
+    section: str = "svd",
+    *,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+    optimizer: Any = None,
+    residual: bool = False,
+) -> Dressing:
+    """Move a model to the canonical representative of its orbit, in place.
+
+    Every head pair (A, B) goes to the given section of its orbit under its structure group, by
+    ``(g^{-T} A, g B)``. What the model computes stays the same up to rounding, and dressing again
+    changes nothing. Representatives that differ by head gauges are dressed to the same weights by
+    ``"svd"``, and to weights that differ by the section's residual group by the others;
+    representatives that differ by a rotation of the residual stream as well need ``residual=True``.
+
+    Parameters
+    ----------
+    model : Module
+    section : {"svd", "balanced", "orthonormal", "triangular"}
+        ``"svd"``: ``A Aᵀ = B Bᵀ = Σ``, the singular values of AᵀB in decreasing order (for a rotary
+        plane ``|a| = |b|``). Signs: in each row of the dressed B the entry of largest modulus is
+        positive. Rows of equal singular values: by a QR decomposition of B with column pivoting,
+        which is the same rule for one row. See :meth:`FactorQuotient.section` for the others, and
+        for ``"svd"`` and ``"polar"`` under O(r). Under compact groups (normalised queries and keys)
+        the rows of [A B] are dressed.
+    symmetries : SymmetryMap or sequence of HeadSymmetry, optional
+        What to dress; by default the optimizer's symmetries, or all that are found.
+    optimizer : optional
+        An optimizer with ``move_state_``, as :class:`quotientopt.QuotientAdam`: its state moves
+        along, so that training goes on as if nothing had happened. Gradients move along always.
+    residual : bool
+        Rotate the residual stream too, to the principal axes of all matrices on it: for models
+        with an exact O(d), or O(d − 1) where norms only centre.
+
+    Returns
+    -------
+    Dressing
+        The group element that was used, a mapping as of :meth:`SymmetryMap.random_element`, with
+        the spectral gaps.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no Module, or the optimizer's state cannot be moved.
+    ValueError
+        If nothing is known to dress, a group lacks the section, a pair is rank-deficient, not
+        finite, of mixed dtypes or half frozen, the dressed values do not fit the dtype, or
+        `residual` is asked for where O(d) is broken. Nothing is changed then.
+
+    Notes
+    -----
+    The dressing fields of François & Ravera, arXiv 2602.18948. Parameters stay in their memory, and
+    no more than one pair at a time is copied, in float64.
+    """
+    if symmetries is None and optimizer is not None:
+        symmetries = getattr(optimizer, "symmetries", None)
+    symmetries = symmetries_of(model, symmetries)
+    if not residual:
+        require_heads(model, symmetries)
+    refuse_uneven(symmetries.heads)
+    refuse_sparse_gradients(symmetries)
+    if optimizer is not None:
+        refuse_foreign_optimizer(optimizer, symmetries)
+    element: dict[str, Tensor] = {}
+    gaps: dict[str, Tensor] = {}
+    view: BlockView = stored
+    if residual:
+        stream, _ = require_group(symmetries)
+        element[RESIDUAL], gaps[RESIDUAL] = canonical_rotation(model, symmetries)
+        view = rotated(stream, element[RESIDUAL])
+    found = section_elements(symmetries.heads, section, view)
+    for symmetry in symmetries.heads:
+        _refuse_overflow(symmetry, found[symmetry.name])
+        element[symmetry.name] = found[symmetry.name].g
+        gap = found[symmetry.name].gap
+        if gap is not None:
+            gaps[symmetry.name] = gap
+    move_(symmetries, element, optimizer)
+    return Dressing(element, section, gaps)
+
+
+def _refuse_overflow(symmetry: HeadSymmetry, element: Element) -> None:
+    """Refuse dressed factors whose rows are too long for the parameters' dtype."""
+    dtype = symmetry.blocks[0].parameter.dtype
+    if torch.finfo(dtype).max > torch.finfo(torch.bfloat16).max / 2:
+        return
+    A, B = pair_of(symmetry)
+    for side, dressed in (("left", element.contragredient @ A), ("right", element.g @ B)):
+        if bool((gram(dressed).diagonal(dim1=-2, dim2=-1).sqrt() > torch.finfo(dtype).max).any()):
+            raise ValueError(
+                f"symmetry {symmetry.name!r}: the dressed {side} factor does not fit {dtype}; "
+                "convert the model to float32, or take the 'balanced' section"
+            )

@@ -1,0 +1,169 @@
+"""What a model's head pairs compute: the invariants of their orbits, kept as thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt._linalg import compute_dtype
+from quotientopt.canonical.compact import is_compact, joint
+from quotientopt.canonical.elements import section_elements
+from quotientopt.canonical.reading import factor, query_groups, symmetries_of
+from quotientopt.groups import O, RotaryCommutant, StructureGroup
+from quotientopt.manifolds import FactorQuotient, GramQuotient
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.rotary_phases import RotaryPhases
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredInvariant:
+    """AᵀB of every query head, as its factors in the SVD section.
+
+    With grouped queries several query heads read one key-value head: query head q belongs to the
+    right factor ``q // (query heads / heads)``, the order of torch's ``enable_gqa``. Biases are the
+    last columns.
+
+    Attributes
+    ----------
+    name : str
+    group : StructureGroup
+    left : Tensor
+        A, shape ``(query heads, r, n)``.
+    right : Tensor
+        B, shape ``(heads, r, m)``. Over the query heads of one key-value head, ``Σ A Aᵀ = B Bᵀ``:
+        diagonal under GL(r), of equal length row by row on rotary planes; not under compact groups.
+    """
+
+    name: str
+    group: StructureGroup
+    left: Tensor
+    right: Tensor
+
+    @property
+    def singular_values(self) -> Tensor:
+        """Those of AᵀB, ``(query heads, r)``, in decreasing order, from r×r matrices.
+
+        For a rotary commutant ``|a| |b|`` of every plane, in the order of the planes, then the
+        singular values of the passing rows; for compact groups those of [A B].
+        """
+        left, right = self.left, self._shared()
+        if is_compact(self.group):
+            return torch.linalg.svdvals(_triangular(joint((left, right))))
+        if not isinstance(self.group, RotaryCommutant):
+            return product_singular_values(left, right)
+        a, b = self.planes
+        values = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+        start = self.group.rotary_dim
+        passing = product_singular_values(left[:, start:], right[:, start:])
+        return torch.cat((values, passing), dim=-1)
+
+    @property
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """Complex rows a and b of the rotary planes, ``(query heads, planes, n)`` and m.
+
+        The invariant of a plane is the rank-one matrix ``aᴴ b``: its real part is the plane's share
+        of AᵀB, its imaginary part what a rotation by the relative position mixes in.
+
+        Raises
+        ------
+        ValueError
+            If no rows are rotated.
+        """
+        if not isinstance(self.group, RotaryCommutant):
+            raise ValueError(f"{self.name!r} has no rotary planes, its group is {self.group!r}")
+        return self.group.complex_rows(self.left), self.group.complex_rows(self._shared())
+
+    def dense(self) -> Tensor:
+        """The invariants written out, for inspection: n×m matrices for every query head.
+
+        Shapes as of :meth:`FactorQuotient.canonical_projection`: ``(query heads, n, m)`` for GL(r),
+        ``(query heads, K, n, m)`` for a rotary commutant (real parts of all planes, imaginary
+        parts, passing rows), ``(query heads, n + m, n + m)`` for O(r), with a further column under
+        its stabiliser of ones (:meth:`GramQuotient.canonical_projection`); for the phases of rotary
+        planes those of the commutant, of the pair ([A B], [A B]).
+        """
+        left, right = self.left, self._shared()
+        if isinstance(self.group, O):
+            X = joint((left, right)).mT
+            tokens = GramQuotient(
+                *X.shape[-2:], stabilizer=self.group, batch_shape=X.shape[:1], check=False
+            )
+            return tokens.canonical_projection(X)
+        group = self.group
+        if isinstance(group, RotaryPhases):
+            group, left = group.commutant, joint((left, right))
+            right = left
+        manifold = FactorQuotient(
+            self.group.r,
+            left.shape[-1],
+            right.shape[-1],
+            group=group,
+            batch_shape=left.shape[:1],
+            check=False,
+        )
+        return manifold.canonical_projection((left, right))
+
+    def _shared(self) -> Tensor:
+        """The right factor of every query head."""
+        return self.right.repeat_interleave(len(self.left) // len(self.right), dim=0)
+
+    def __repr__(self) -> str:
+        queries, _, n = self.left.shape
+        return (
+            f"FactoredInvariant({self.name!r}, {self.group!r}, query heads={queries}, "
+            f"n={n}, m={self.right.shape[-1]})"
+        )
+
+
+def product_singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Singular values of AᵀB, ``(*batch, r)``, from the triangular factors of both.
+
+    With ``Aᵀ = Q_A R_A`` and ``Bᵀ = Q_B R_B`` they are those of ``R_A R_Bᵀ``; a Gram matrix would
+    lose half the digits of the small ones. Any rank is fine.
+    """
+    return torch.linalg.svdvals(_triangular(A) @ _triangular(B).mT)
+
+
+def _triangular(X: Tensor) -> Tensor:
+    return torch.linalg.qr(X.mT, mode="r").R
+
+
+@torch.no_grad()
+def invariants(
+    model: nn.Module, *, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None
+) -> dict[str, FactoredInvariant]:
+    """The invariants of a model's head pairs: what of their weights the model can see.
+
+    Parameters
+    ----------
+    model : Module
+    symmetries : SymmetryMap or sequence of HeadSymmetry, optional
+        By default all that are found.
+
+    Returns
+    -------
+    dict of str to FactoredInvariant
+        By symmetry name; copies, in at least float32. Two gauges of one model have the same.
+
+    Raises
+    ------
+    ValueError
+        If a pair is rank-deficient or not finite; it is named.
+    """
+    symmetries = symmetries_of(model, symmetries)
+    elements = section_elements(symmetries.heads, "svd")
+    found = {}
+    for symmetry in symmetries.heads:
+        g, contragredient, _ = elements[symmetry.name]
+        dtype = compute_dtype(symmetry.blocks[0].parameter.dtype)
+        groups = [contragredient @ factor(blocks) for blocks in query_groups(symmetry)]
+        found[symmetry.name] = FactoredInvariant(
+            symmetry.name,
+            symmetry.group,
+            torch.stack(groups, dim=1).flatten(0, 1).to(dtype),
+            (g @ factor(symmetry.right_blocks)).to(dtype),
+        )
+    return found
