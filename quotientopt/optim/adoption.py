@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from quotientopt.optim.bucket import Bucket
     from quotientopt.optim.engine import Engine
 
-FRAME_KEYS = ("head_frame", "head_covariance", "residual_frame", "residual_covariance")
+FRAME_KEYS = (
+    "head_frame",
+    "head_covariance",
+    "residual_frame",
+    "residual_covariance",
+    "partner_coordinates",
+)
 
 
 def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -31,7 +37,8 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
         options on the same model. The engine is of no use then.
     """
     entries = list(engine.entries())
-    for leaf, key, tensor in entries:
+    of_pairs = [entry for pairs in engine.pairs for entry in pairs.entries()]
+    for leaf, key, tensor in [*entries, *of_pairs]:
         saved = state.get(leaf.parameter, {}).get(key + leaf.suffix)
         if saved is not None and saved.shape != tensor.shape:
             raise ValueError(
@@ -39,8 +46,8 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
                 f"expected {tuple(tensor.shape)}: it is not the state of a QuotientAdam with these "
                 "options on this model"
             )
-    filed = {(id(leaf), key) for leaf, key, _ in entries}
-    for leaf in {id(leaf): leaf for leaf, _, _ in entries}.values():
+    filed = {(id(leaf), key) for leaf, key, _ in [*entries, *of_pairs]}
+    for leaf in {id(leaf): leaf for leaf, _, _ in [*entries, *of_pairs]}.values():
         own = state.get(leaf.parameter, {})
         for key in FRAME_KEYS:
             if key + leaf.suffix in own and (id(leaf), key) not in filed:
@@ -53,6 +60,11 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
         saved = state.get(leaf.parameter, {}).get(key + leaf.suffix)
         if saved is not None and (key not in FRAME_KEYS or bool(saved.any())):
             tensor.copy_(saved)
+    for leaf, key, tensor in of_pairs:
+        if key in state.get(leaf.parameter, {}):
+            tensor.copy_(state[leaf.parameter][key])
+    for pairs in engine.pairs:
+        pairs.adopted()
     for bucket in engine.buckets:
         bucket.steps = [steps_of(leaf, state) for leaf in bucket.leaves]
         if bucket.device_steps is not None:

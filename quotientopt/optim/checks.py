@@ -11,11 +11,12 @@ from torch import Tensor
 
 from quotientopt.optim.errors import GradientError
 from quotientopt.optim.head_dressing import HEAD_FRAMES
-from quotientopt.optim.leaves import SIDES, Leaves
+from quotientopt.optim.leaves import SIDES, TRANSPORTED, Leaves
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
 
 RESIDUAL_FRAMES = ("per_matrix", "shared")
+LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
 
 
 def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
@@ -41,7 +42,11 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
     ):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for name, known in (("head_frame", HEAD_FRAMES), ("residual_frame", RESIDUAL_FRAMES)):
+    for name, known in (
+        ("head_frame", HEAD_FRAMES),
+        ("residual_frame", RESIDUAL_FRAMES),
+        ("lora_frame", LORA_FRAMES),
+    ):
         if options[name] is not None and options[name] not in known:
             choices = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices} or None, got {options[name]!r}")
@@ -54,6 +59,7 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
     for name in (
         "nesterov",
         "polar",
+        "lora_polar",
         "master_weights",
         "stochastic_rounding",
         "maximize",

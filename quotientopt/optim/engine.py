@@ -13,7 +13,8 @@ from quotientopt._linalg import compute_dtype
 from quotientopt.optim.adoption import adopt
 from quotientopt.optim.bucket import Bucket, stream_of
 from quotientopt.optim.head_frames import FreshDressing, HeadFrames
-from quotientopt.optim.leaves import Leaf, Leaves
+from quotientopt.optim.leaves import Leaf, Leaves, frame_kind
+from quotientopt.optim.low_rank_pairs import LowRankPairs, Prepared, stack_pairs
 from quotientopt.optim.residual_frame import SharedResidualFrame, rotate_
 from quotientopt.symmetries.map import RESIDUAL
 
@@ -53,6 +54,7 @@ class Engine:
         self.heads: list[HeadFrames] = []
         self.shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
         self.buckets: list[Bucket] = []
+        self.pairs = stack_pairs(leaves.transported, param_groups)
         frames = self._head_frames(leaves.framed)
         grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
         # Left sides first: the leaves of a bucket then lie in the order of their frames.
@@ -86,7 +88,7 @@ class Engine:
         grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
         for leaf in leaves:
             if leaf.symmetry is not None:
-                kind = self.param_groups[leaf.group_index]["head_frame"]
+                kind = frame_kind(self.param_groups[leaf.group_index], leaf.symmetry) or ""
                 key = (kind, leaf.symmetry.group, leaf.symmetry.heads)
                 grouped[*key, leaf.parameter.dtype, leaf.parameter.device].append(leaf)
         frames: dict[int, HeadFrames] = {}
@@ -140,6 +142,10 @@ class Engine:
                 else:
                     own.setdefault("step", torch.zeros((), dtype=torch.float32))
                     self._steps_on_host[leaf.parameter] = own["step"]
+        for leaf, key, tensor in (entry for pairs in self.pairs for entry in pairs.entries()):
+            state[leaf.parameter][key] = tensor
+            if key == "exp_avg":
+                self._watched.append((leaf.parameter, key, tensor))
 
     def holds(self, state: State) -> bool:
         """Whether the optimizer's state is still the one kept here, not replaced or cleared."""
@@ -157,16 +163,28 @@ class Engine:
                 found.append((bucket, rows))
         return found
 
+    def prepare_pairs(self, capturing: bool = False) -> list[tuple[LowRankPairs, Prepared]]:
+        """Coordinates and dressed gradients of the low-rank pairs that have a gradient."""
+        prepared = [(pairs, pairs.prepare(capturing)) for pairs in self.pairs]
+        return [(pairs, own) for pairs, own in prepared if own is not None]
+
+    def step_pairs(
+        self, prepared: Sequence[tuple[LowRankPairs, Prepared]], gate: Tensor | None
+    ) -> None:
+        """Update low-rank pairs."""
+        for pairs, own in prepared:
+            pairs.step(own, self.param_groups[pairs.group_index], gate)
+
     def refresh_due(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether frames are made afresh in this step: every K steps, or for a new leaf."""
         steps = [bucket.steps[i] for bucket, rows in active for i in rows]
         every = self.param_groups[0]["refresh_every"]
         return min(steps) == 0 or (max(steps) + 1) % every == 0
 
-    @staticmethod
-    def is_new(active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+    def is_new(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether a leaf has no frame yet."""
-        return any(bucket.steps[i] == 0 for bucket, rows in active for i in rows)
+        framed = (bucket.steps[i] for bucket, rows in active for i in rows)
+        return any(steps == 0 for steps in (*framed, *(pairs.ticks for pairs in self.pairs)))
 
     def fresh_dressings(self) -> Dressings:
         """Dressing fields of all heads, by ``id`` of their frames; changes nothing."""
@@ -218,6 +236,8 @@ class Engine:
 
     def refresh(self, dressings: Dressings) -> None:
         """Make frames afresh from the covariances and the parameters as they are now."""
+        for pairs in self.pairs:
+            pairs.refresh()
         self._refresh([], [], dressings, self._begin_refresh(dressings))
 
     def _begin_refresh(self, dressings: Dressings) -> dict[int, Tensor]:
@@ -314,6 +334,8 @@ class Engine:
         """
         for heads in self.heads:
             heads.move_(element)
+        for pairs in self.pairs:
+            pairs.move_(element)
         rotation = element.get(RESIDUAL)
         if rotation is not None:
             for bucket in self.buckets:

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
 
 SIDES = ("left", "right")
+
+# Coordinates of LoRA pairs that follow the factors at every step.
+TRANSPORTED = "transported"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +60,22 @@ class Leaf:
 
 @dataclass(eq=False)
 class Leaves:
-    """All leaves of an optimizer's parameters, and the parameters that have none."""
+    """All leaves of an optimizer's parameters, and the parameters that have none.
+
+    Those in ``transported`` are factors of LoRA pairs whose coordinates follow at every step.
+    """
 
     framed: list[Leaf] = field(default_factory=list)
+    transported: list[Leaf] = field(default_factory=list)
     plain: list[list[Tensor]] = field(default_factory=list)
+
+
+def frame_kind(group: Mapping[str, Any], symmetry: HeadSymmetry) -> str | None:
+    """What frames the options of a param group ask for; without a word on LoRA, as for heads."""
+    kind: str | None = group["head_frame"]
+    if "lora_frame" in group and is_lora_pair(symmetry):
+        kind = group["lora_frame"]
+    return kind
 
 
 def parameter_name(
@@ -85,7 +101,7 @@ def find_leaves(
     Parameters
     ----------
     param_groups : sequence of dict
-        With ``params``, ``head_frame`` and ``residual_frame``.
+        With ``params``, ``head_frame``, ``residual_frame`` and, if it differs, ``lora_frame``.
     symmetries : SymmetryMap
     names : mapping of int to str
         ``id(parameter)`` to name.
@@ -109,6 +125,7 @@ def find_leaves(
     def name_of(parameter: Tensor) -> str:
         return parameter_name(parameter, names, param_groups)
 
+    found = Leaves(plain=[[] for _ in param_groups])
     leaves: dict[int, list[Leaf]] = defaultdict(list)
     for symmetry in symmetries.heads:
         _refuse_split(symmetry, owners, name_of)
@@ -118,25 +135,30 @@ def find_leaves(
                 if id(parameter) not in owners:
                     continue
                 group = param_groups[owners[id(parameter)]]
-                if group["head_frame"] is None:
+                kind = frame_kind(group, symmetry)
+                if kind is None:
                     continue
                 axis = axes.get(id(parameter))
                 framed = group["residual_frame"] is not None and axis is not None
-                leaves[id(parameter)].append(
-                    Leaf(
-                        parameter,
-                        name_of(parameter),
-                        owners[id(parameter)],
-                        members,
-                        symmetry,
-                        side,
-                        residual=framed and members[0].column_axis == axis,
-                    )
+                leaf = Leaf(
+                    parameter,
+                    name_of(parameter),
+                    owners[id(parameter)],
+                    members,
+                    symmetry,
+                    side,
+                    residual=framed and members[0].column_axis == axis,
                 )
-    found = Leaves(plain=[[] for _ in param_groups])
+                if kind == TRANSPORTED:
+                    found.transported.append(leaf)
+                else:
+                    leaves[id(parameter)].append(leaf)
+    transported = {id(leaf.parameter) for leaf in found.transported}
     for i, group in enumerate(param_groups):
         for parameter in group["params"]:
             own = leaves.get(id(parameter), [])
+            if id(parameter) in transported:
+                continue
             if own:
                 found.framed += _with_suffixes([*own, *_rest(own)])
             elif (

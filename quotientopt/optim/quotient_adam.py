@@ -25,7 +25,14 @@ from quotientopt.optim.plain import keeps_wide, plain_step
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
 
 # Options on which leaves, buckets and the tensors of the state depend.
-PLANNED = ("head_frame", "residual_frame", "foreach", "master_weights", "capturable")
+PLANNED = (
+    "head_frame",
+    "residual_frame",
+    "lora_frame",
+    "foreach",
+    "master_weights",
+    "capturable",
+)
 
 
 class QuotientAdam(Optimizer):
@@ -61,9 +68,10 @@ class QuotientAdam(Optimizer):
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
     head_frame : {"balanced", "orthonormal", "svd"} or None
-        ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe of the dressed
-        covariance. ``"orthonormal"``: each factor seen through orthonormal coordinates of its
-        partner, likewise turned. ``"svd"``: the singular vectors of AᵀB alone, not turned.
+        Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
+        of the dressed covariance. ``"orthonormal"``: each factor seen through orthonormal
+        coordinates of its partner, likewise turned. ``"svd"``: the singular vectors of AᵀB alone,
+        not turned.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     refresh_every : int
@@ -79,6 +87,13 @@ class QuotientAdam(Optimizer):
         heads, by one polynomial step towards its polar factor that keeps its norm. It commutes
         with rotations, so that nothing is lost of the equivariance. False: Adam's direction as it
         is.
+    lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
+        Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
+        coordinates of its partner as it is at every step, moments carried along by the overlap of
+        old and new coordinates; defined where a factor is zero. Else as ``head_frame``; None is
+        AdamW.
+    lora_polar : bool
+        ``polar`` for LoRA pairs with ``lora_frame="transported"``, which do not heed ``polar``.
     maximize : bool
         Maximize the objective.
     foreach : bool, optional
@@ -98,8 +113,9 @@ class QuotientAdam(Optimizer):
     ------
     ValueError
         For an unknown option, a hyperparameter out of range, a pair split over param groups, a
-        parameter covered partly by symmetries; in :meth:`step` for a rank-deficient factor and
-        for gradients that are NaN or infinite. Parameters and state stay as they were.
+        parameter covered partly by symmetries; in :meth:`step` for a rank-deficient factor (of a
+        LoRA pair: for two that are zero) and for gradients that are NaN or infinite. Parameters
+        and state stay as they were.
 
     Notes
     -----
@@ -109,7 +125,10 @@ class QuotientAdam(Optimizer):
     ``residual_frame``, ``residual_covariance`` of shape ``(d, d)``. Where several blocks share a
     fused parameter, keys end in ``.0``, ``.1``, …. Only frames change with the gauge: u to
     ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``. State is kept in
-    at least float32.
+    at least float32. A factor of a LoRA pair has ``exp_avg`` and ``exp_avg_sq`` of shape
+    ``(r, n)``, ``head_frame`` and ``head_covariance`` of shape ``(r, r)`` and
+    ``partner_coordinates``, of the shape ``(r, m)`` of its partner, which do not change with the
+    gauge either.
 
     Sources: François & Ravera, arXiv 2602.18948 (dressing fields); Kingma & Ba 2015; Loshchilov &
     Hutter 2019; Vyas et al., arXiv 2409.11321 (Adam in an eigenbasis).
@@ -134,6 +153,8 @@ class QuotientAdam(Optimizer):
         max_grad_norm: float | None = None,
         nesterov: bool = True,
         polar: bool = True,
+        lora_frame: str | None = "transported",
+        lora_polar: bool = False,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         maximize: bool = False,
@@ -151,6 +172,8 @@ class QuotientAdam(Optimizer):
             "max_grad_norm": max_grad_norm,
             "nesterov": nesterov,
             "polar": polar,
+            "lora_frame": lora_frame,
+            "lora_polar": lora_polar,
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
@@ -276,23 +299,29 @@ class QuotientAdam(Optimizer):
         engine = self._current_engine()
         active = engine.active()
         dressings = None
-        if active and not self._capturing(engine, active) and engine.refresh_due(active):
+        capturing = self._capturing(engine, active)
+        if active and not capturing and engine.refresh_due(active):
             self._refuse_earlier_nonfinite()
             dressings = engine.fresh_dressings()
+        pairs = engine.prepare_pairs(capturing)
+        if dressings is None and any(own.turns for _, own in pairs):
+            self._refuse_earlier_nonfinite()
         dressed = engine.dressed_gradients(active, dressings)
+        of_pairs = [stack for _, own in pairs for stack in own.dressed]
         plain = [p.grad for own in self._leaves.plain for p in own if p.grad is not None]
-        norms = norms_of([*dressed, *plain])
+        norms = norms_of([*dressed, *of_pairs, *plain])
         gate = None
         if self._defers_checks(norms):
-            gate = self._gate(norms, dressed)
+            gate = self._gate(norms, [*dressed, *of_pairs])
         else:
             refuse_nonfinite(norms, gradients, self._name)
         scale = self._clip_scale(norms)
         if scale is not None:
-            for stack in dressed:
+            for stack in (*dressed, *of_pairs):
                 stack.mul_(scale)
         if active:
             engine.step(active, dressed, dressings, gate)
+        engine.step_pairs(pairs, gate)
         for group, own in zip(self.param_groups, self._leaves.plain, strict=True):
             plain_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         return loss
@@ -428,7 +457,7 @@ class QuotientAdam(Optimizer):
         All tensors are copied: torch keeps the given ones, which another optimizer may use on.
         """
         self._plan()
-        wide = {id(leaf.parameter) for leaf in self._leaves.framed}
+        wide = {id(leaf.parameter) for leaf in (*self._leaves.framed, *self._leaves.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
         saved_order = [i for group in loaded["param_groups"] for i in group["params"]]

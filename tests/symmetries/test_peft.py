@@ -243,3 +243,92 @@ def test_learned_keys_and_values_break_every_pair(peft):
     assert len(symmetries.heads) == 4
     assert "parameters outside the recognised stream" in str(symmetries.residual.broken_by)
     assert max(verify(symmetries, model).values()) <= TOLERANCE
+
+
+# ---- a quantised base ---------------------------------------------------------------------------
+
+
+class Quantised(nn.Linear):
+    """A layer that keeps its weight as whole numbers from 0 to 255, and computes with others."""
+
+    def __init__(self, layer):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        weight = (40 * layer.weight + 128).clamp(0, 255).to(torch.uint8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        weight = (self.weight.to(x.dtype) - 128) / 40
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def quantised(names, layer=0):
+    model = FAMILIES["llama"].model().requires_grad_(False)
+    attention, mlp = model.model.layers[layer].self_attn, model.model.layers[layer].mlp
+    for name in names:
+        parent = attention if hasattr(attention, name) else mlp
+        setattr(parent, name, Quantised(getattr(parent, name)))
+    return model
+
+
+EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_a_quantised_base(peft):
+    base = quantised(EVERYTHING)
+    settings = {"r": RANK, "target_modules": ["q_proj", "v_proj"]}
+    model = randomize_factors_(peft.get_peft_model(base, peft.LoraConfig(**settings)).eval())
+    symmetries = find_symmetries(model)
+    assert [short(symmetry) for symmetry in symmetries.heads] == [
+        f"model.layers.{layer}.self_attn.{name}"
+        for layer in (0, 1)
+        for name in ("q_proj", "v_proj")
+    ]
+    assert "base_model.model.model.layers.0.self_attn" in symmetries.unrecognized
+    assert not symmetries.residual.exact
+    assert max(verify(symmetries, model).values()) <= TOLERANCE
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    symmetries.act_(symmetries.random_element(cond=10.0))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
+
+
+def test_a_quantised_matrix_beside_adapters_belongs_to_no_pair(peft):
+    """Plain layers with whole numbers in them, which find nothing to act on."""
+    base = FAMILIES["llama"].model().requires_grad_(False)
+    for module in (base.model.layers[0].self_attn.k_proj, base.model.layers[1].mlp.down_proj):
+        module.weight = nn.Parameter((40 * module.weight).to(torch.int8), requires_grad=False)
+    settings = {"r": RANK, "target_modules": ["gate_proj"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    symmetries = find_symmetries(model)
+    names = [
+        symmetry.name.removeprefix("base_model.model.model.layers.")
+        for symmetry in symmetries.heads
+    ]
+    assert names == [
+        "0.mlp.gate_proj.lora.default",
+        "1.self_attn.qk",
+        "1.self_attn.vo",
+        "1.mlp.gate_proj.lora.default",
+    ]
+    assert symmetries.unrecognized == ("base_model.model.model.layers.0.self_attn",)
+    assert any("int8" in breaker for breaker in symmetries.residual.broken_by)
+
+
+def test_a_quantised_model_without_adapters_is_refused():
+    model = quantised(["k_proj"], layer=1)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj\.weight.*uint8"):
+        find_symmetries(model)
+
+
+def test_layers_of_bitsandbytes(peft):
+    """Under their names, on a stand-in: the layers themselves need that package."""
+    layer = type("Linear4bit", (nn.Module,), {"__module__": "peft.tuners.lora.bnb"})()
+    base = Quantised(nn.Linear(6, 5))
+    config = peft.LoraConfig(r=RANK, init_lora_weights=False)
+    plain = peft.tuners.lora.layer.Linear(base, "default", config=config, r=RANK)
+    layer.base_layer, layer.lora_A, layer.lora_B = plain.base_layer, plain.lora_A, plain.lora_B
+    layer.r, layer.lora_variant = plain.r, plain.lora_variant
+    (pair,) = find_symmetries(layer).heads
+    assert (pair.name, pair.group, pair.columns) == ("lora.default", GL(RANK), (5, 6))
