@@ -293,10 +293,8 @@ def _squared_difference(
     moving: Mapping[str, Outside], fixed: Mapping[str, Outside], rotation: Tensor | None
 ) -> float:
     """What lies between the parameters outside the head pairs."""
-    return sum(
-        (fixed[name].values().to(part.parameter.device) - part.values(rotation))
-        .square()
-        .sum()
-        .item()
+    differences = (
+        fixed[name].values().to(part.parameter.device) - part.values(rotation)
         for name, part in moving.items()
     )
+    return sum(torch.linalg.vector_norm(part).square().item() for part in differences)

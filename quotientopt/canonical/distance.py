@@ -124,10 +124,11 @@ def _outside_squares(
     for name, one in first.items():
         x = one.values()
         y = second[name].values(rotation).to(x.device)
-        square = (x - y).square().sum()
+        # Norms need no further copies of what may be a large embedding.
+        square = torch.linalg.vector_norm(x - y).square()
         _refuse_nonfinite(f"parameter {name!r}", square)
         apart += square.item()
-        norms += (x.square().sum() + y.square().sum()).item() / 2
+        norms += sum(torch.linalg.vector_norm(z).square().item() for z in (x, y)) / 2
     return apart, norms
 
 

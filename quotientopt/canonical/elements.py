@@ -147,9 +147,9 @@ def _summary(
         leading = pair_of(symmetry, view)[0][..., : symmetry.rank]
         leading = leading if dressing is None else dressing[1] @ leading
         return leading, leading
-    SA, SB = grams_of(symmetry)
+    # Gram matrices do not see a rotation of the residual stream: no view is needed.
     if dressing is None:
-        return SA, SB
+        return grams_of(symmetry)
     A, B = pair_of(symmetry)
     g, contragredient = dressing
     return gram(contragredient @ A), gram(g @ B)

@@ -18,6 +18,7 @@ from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 TITLES = {"qk": "$G_{QK}$", "vo": "$G_{VO}$"}
 FLOOR = 1e-4
+MOST_LABELS = 32
 
 
 def plot_spectra(
@@ -114,9 +115,11 @@ def _draw_kind(figure: Any, row: Sequence[Any], title: str, layers: dict[str, Sp
     row[0].set_title(f"singular values of {title}, over each head's largest")
     row[0].set_xlabel("number of the singular value")
     row[0].set_ylabel("layer (one line per head)")
-    row[0].set_yticks([start + (n - 1) / 2 for start, n in zip(starts, heads, strict=True)], labels)
+    every = -(-len(labels) // MOST_LABELS)
+    middles = [start + (n - 1) / 2 for start, n in zip(starts, heads, strict=True)]
+    row[0].set_yticks(middles[::every], labels[::every])
     for start in starts[1:]:
-        row[0].axhline(start - 0.5, color="white", linewidth=0.6)
+        row[0].axhline(start - 0.5, color="white", linewidth=0.6 / every)
     figure.colorbar(image, ax=row[0])
 
     positive = torch.cat([gap[gap.isfinite() & (gap > 0)] for gap in gaps])
@@ -130,7 +133,7 @@ def _draw_kind(figure: Any, row: Sequence[Any], title: str, layers: dict[str, Sp
         image = axes.imshow(_grid(data), aspect="auto", interpolation="nearest", **limits)
         axes.set_title(f"{name}, {title}")
         axes.set_xlabel("head" if len(data[0]) == heads[0] else "key-value head")
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels))[::every], labels[::every])
         axes.set_xticks(_ticks(max(len(d) for d in data)))
         figure.colorbar(image, ax=axes)
 

@@ -108,7 +108,7 @@ def symmetries_of(
     TypeError
         If the model is no Module.
     ValueError
-        If a symmetry acts on a tensor that is no parameter of the model.
+        If a symmetry acts on a tensor that is no parameter of the model, or on a quantised one.
     """
     if symmetries is None:
         return find_symmetries(model)
@@ -125,6 +125,11 @@ def symmetries_of(
             raise ValueError(
                 f"symmetry {name!r} acts on a tensor that is no parameter of this "
                 f"{type(model).__name__}; find the symmetries of this very model"
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"symmetry {name!r} acts on a parameter of dtype {parameter.dtype} (quantised); "
+                "dequantise it, or leave the symmetry out with symmetries="
             )
     return symmetries
 

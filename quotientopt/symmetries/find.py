@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
 from quotientopt.symmetries.centred_stream import CentredStream
 from quotientopt.symmetries.exactness import (
     Ownership,
@@ -57,7 +58,8 @@ def find_symmetries(model: nn.Module) -> SymmetryMap:
         If ``model`` is not a Module.
     ValueError
         If a parameter has no plain floating-point values (meta device, uninitialised, quantised,
-        sharded); the message names it.
+        sharded); the message names it. A quantised base under low-rank adapters is listed as not
+        understood instead.
 
     Warns
     -----
@@ -93,8 +95,11 @@ def collect(model: nn.Module) -> Findings:
     """Ask the adapter of every distinct module; see :func:`find_symmetries`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    quantised: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         _require_plain(name, parameter)
+        if _is_quantised(parameter):
+            quantised[id(parameter)] = f"parameter {name!r} has dtype {parameter.dtype} (quantised)"
     findings = Findings()
     opaque: list[str] = []
     for name, module in model.named_modules():
@@ -103,11 +108,16 @@ def collect(model: nn.Module) -> Findings:
         try:
             adapter = lookup(module)
             if adapter is not None:
-                findings.contributions[name] = adapter(module, name)
+                contribution = adapter(module, name)
+                _require_floating(model, contribution, quantised)
+                findings.contributions[name] = contribution
         except NotUnderstoodError as error:
             findings.not_understood[name] = str(error)
             if error.inside:
                 opaque.append(name)
+    if quantised and not any(map(_is_low_rank, findings.contributions.values())):
+        first = next(iter(quantised.values()))
+        raise ValueError(f"{first}; a group can only act on floating-point values")
     return findings
 
 
@@ -158,6 +168,8 @@ def find_stream(
 def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
     """Outermost modules that look like attention and that no adapter covers."""
     covered = [name for name, contribution in findings.contributions.items() if contribution.heads]
+    # Adapters beside quantised matrices are no pairs of those matrices.
+    whole = [name for name in covered if not _is_low_rank(findings.contributions[name])]
     attentions = [name for name, module in model.named_modules() if _looks_like_attention(module)]
     # A model changed in one attention is not itself the attention that is not understood.
     suspects = attentions + [
@@ -170,7 +182,10 @@ def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
         if (
             name in suspects
             and next(module.parameters(), None) is not None
-            and not any(_inside(name, other) or _inside(other, name) for other in covered)
+            and not any(
+                _inside(name, other) or _inside(other, name)
+                for other in (whole if any(map(_is_quantised, module.parameters())) else covered)
+            )
             and not any(_inside(name, other) for other in names)
         ):
             names.append(name)
@@ -214,8 +229,24 @@ def _require_plain(name: str, parameter: nn.Parameter) -> None:
             f"parameter {name!r} is a {type(parameter).__name__} (sharded or quantised); only "
             "plain tensors can be viewed per head"
         )
-    if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
-        raise ValueError(
-            f"parameter {name!r} has dtype {parameter.dtype} (quantised); a group can only act "
-            "on floating-point values"
-        )
+
+
+def _is_low_rank(contribution: Contribution) -> bool:
+    return any(map(is_lora_pair, contribution.heads))
+
+
+def _is_quantised(parameter: nn.Parameter) -> bool:
+    return not parameter.dtype.is_floating_point and not parameter.dtype.is_complex
+
+
+def _require_floating(
+    model: nn.Module, contribution: Contribution, quantised: Mapping[int, str]
+) -> None:
+    """Nothing is claimed of a module whose part in a pair or in the stream is quantised."""
+    if not quantised:
+        return
+    touched = [b.parameter for symmetry in contribution.heads for b in symmetry.blocks]
+    touched += [model.get_parameter(name) for name in contribution.residual_axes]
+    for parameter in touched:
+        if id(parameter) in quantised:
+            raise NotUnderstoodError(quantised[id(parameter)])

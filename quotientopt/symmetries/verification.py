@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +76,13 @@ def deviations(
                     f"output {key!r} of {type(model).__name__} is not finite; no deviation can be "
                     "measured on this input"
                 )
+        touched = _touched(symmetries)
+        moved: Sequence[Tensor] = ()
         for name, element in symmetries.random_element(cond, generator=generator).items():
-            restore()
+            restore(moved)
+            moved = touched[name]
             symmetries.act_({name: element})
-            result[name] = _deviation(_run(model, inputs, kwargs), reference)
+            result[name] = largest_deviation(_run(model, inputs, kwargs), reference)
     return result
 
 
@@ -103,13 +106,7 @@ class _KeepFloat64(TorchFunctionMode):
 
 def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
-    touched = {
-        symmetry.name: [block.parameter for block in symmetry.blocks]
-        for symmetry in symmetries.heads
-    }
-    if symmetries.residual is not None:
-        touched["residual"] = list(symmetries.residual.parameters.values())
-    for name, parameters in touched.items():
+    for name, parameters in _touched(symmetries).items():
         if any(id(parameter) not in own for parameter in parameters):
             raise ValueError(
                 f"symmetry {name!r} acts on a tensor that is no parameter of this "
@@ -117,20 +114,38 @@ def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
             )
 
 
+def _touched(symmetries: SymmetryMap) -> dict[str, list[Tensor]]:
+    """Parameters that each symmetry acts on."""
+    touched: dict[str, list[Tensor]] = {
+        symmetry.name: [block.parameter for block in symmetry.blocks]
+        for symmetry in symmetries.heads
+    }
+    if symmetries.residual is not None:
+        touched["residual"] = list(symmetries.residual.parameters.values())
+    return touched
+
+
 @contextmanager
-def _float64_evaluation(model: nn.Module) -> Iterator[Any]:
-    """Swap in float64 copies and evaluation mode; yields a function that resets the copies."""
+def _float64_evaluation(model: nn.Module) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    """Swap in float64 copies and evaluation mode.
+
+    Yields a function that resets the buffers, and the copies of the given parameters.
+    """
     training = {module: module.training for module in model.modules()}
     # A forward may register or replace buffers, so the dictionaries are kept as well.
     buffers = {module: dict(module._buffers) for module in model.modules()}
+    parameters = {id(parameter): parameter.data for parameter in model.parameters()}
     originals = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
 
-    def reset() -> None:
+    def reset(moved: Sequence[Tensor]) -> None:
         for module, values in buffers.items():
             module._buffers.clear()
             module._buffers.update(values)
         for tensor, original in originals:
-            tensor.data.copy_(original)
+            if id(tensor) not in parameters:
+                tensor.data.copy_(original)
+        for tensor in moved:
+            tensor.data.copy_(parameters[id(tensor)])
 
     try:
         for tensor, original in originals:
@@ -165,7 +180,7 @@ def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     # The generators' state is put back after every run, so that all runs draw the same numbers.
     with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False), _KeepFloat64():
         output = model(*inputs, **kwargs)
-    return dict(_floating_tensors(output, "output"))
+    return dict(floating_tensors(output, "output"))
 
 
 def _fresh(leaf: Any) -> Any:
@@ -175,20 +190,22 @@ def _fresh(leaf: Any) -> Any:
     return copy.deepcopy(leaf)
 
 
-def _floating_tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def floating_tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """All floating-point tensors in a model's output, but caches, with the way to each."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex():
             yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if key not in _NOT_COMPARED:
-                yield from _floating_tensors(item, f"{path}.{key}")
+                yield from floating_tensors(item, f"{path}.{key}")
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from _floating_tensors(item, f"{path}[{index}]")
+            yield from floating_tensors(item, f"{path}[{index}]")
 
 
-def _deviation(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+def largest_deviation(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Largest difference over all tensors, each relative to the largest entry of its reference."""
     largest = 0.0
     for key, expected in reference.items():
         if expected.numel() == 0:

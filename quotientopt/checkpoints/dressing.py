@@ -1,0 +1,224 @@
+"""Dress a checkpoint: files in, files out, the model's outputs unchanged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt.canonical import dress_
+from quotientopt.canonical.dress import Dressing
+from quotientopt.checkpoints.errors import CheckpointError
+from quotientopt.checkpoints.loading import Loaded, load_checkpoint
+from quotientopt.checkpoints.matching import Place, fingerprints, places_of
+from quotientopt.checkpoints.outputs import outputs_of
+from quotientopt.checkpoints.source import find_checkpoint
+from quotientopt.checkpoints.writing import refuse_target, written
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries.verification import largest_deviation
+
+# Rounding errors of original and dressed weights differ, and the largest output is one number.
+ROUNDINGS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What dressing a checkpoint did.
+
+    Attributes
+    ----------
+    dressing : Dressing
+    changed : tuple of str
+        Tensors in the files that have new values.
+    unrecognized : tuple of str
+        Attention modules that were left as they are.
+    missing : tuple of str
+        Parameters that the files do not hold.
+    deviation, allowed : float
+        Largest change of an output on random inputs, relative to the largest output, and what was
+        allowed: the root of the precision in which the weights are stored, or four times what
+        rounding errors in the original weights do, where that is more.
+    """
+
+    dressing: Dressing
+    changed: tuple[str, ...]
+    unrecognized: tuple[str, ...]
+    missing: tuple[str, ...]
+    deviation: float
+    allowed: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.dressing.section} section: {len(self.changed)} tensors have new values",
+            f"outputs on random inputs differ by {self.deviation:.1e} of the largest, "
+            f"{self.allowed:.1e} allowed",
+        ]
+        gaps = {name: gap.min().item() for name, gap in self.dressing.gaps.items()}
+        if gaps:
+            name = min(gaps, key=gaps.__getitem__)
+            lines.append(f"smallest spectral gap {gaps[name]:.1e} ({name})")
+        if self.unrecognized:
+            lines.append(f"not understood, left as they are: {', '.join(self.unrecognized)}")
+        if self.missing:
+            lines.append(f"not in the files, nor in the copy: {', '.join(self.missing)}")
+        return "\n".join(lines)
+
+
+def dress_checkpoint(
+    path: str | Path,
+    out: str | Path,
+    section: str = "svd",
+    *,
+    config: str | Path | None = None,
+    residual: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Write a copy of a checkpoint with dressed weights (:func:`quotientopt.dress_`).
+
+    Only the values of dressed tensors change: names, dtypes, metadata, shards, tied copies and all
+    other files stay. The copy gets its name when it is complete and has been loaded again, so that
+    `out` is never half written.
+
+    Parameters
+    ----------
+    path, config : path
+        See :func:`find_checkpoint`.
+    out : path
+        Where the copy goes, a folder or a file as `path`.
+    section, residual
+        See :func:`quotientopt.dress_`.
+    overwrite : bool
+        Whether `out` may be there already.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read, dressed or written, or if its outputs would change by more
+        than rounding explains (:class:`Report`). Nothing is written then.
+
+    Notes
+    -----
+    The model is loaded, dressed and run in float32 (float64 if stored so), and then rounded.
+    """
+    checkpoint, out = find_checkpoint(path, config), Path(out)
+    refuse_target(checkpoint, out, overwrite=overwrite)
+    loaded = load_checkpoint(checkpoint, at_least_float32=True)
+    model = loaded.model
+    before, outputs = fingerprints(model), outputs_of(model)
+    try:
+        symmetries = find_symmetries(model)
+        originals = _copies(model, symmetries, residual=residual)
+        dressing = dress_(model, section, symmetries=symmetries, residual=residual)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    changed = [name for name, mark in fingerprints(model).items() if mark != before[name]]
+    places = places_of(checkpoint, model, before, changed)
+    _refuse_mixed_dtypes(symmetries.heads, model, places)
+    values = _stored_values(model, places)
+    deviation = largest_deviation(outputs_of(model), outputs)
+    precisions = {name: _precision(found) for name, found in places.items()}
+    allowed = max(precisions.values(), default=0.0) ** 0.5
+    if deviation > allowed:
+        with _rounding_errors(model, {name: originals[name] for name in changed}, precisions):
+            allowed = max(allowed, ROUNDINGS * largest_deviation(outputs_of(model), outputs))
+    if deviation > allowed:
+        raise CheckpointError(
+            f"dressing would change the outputs of {checkpoint.path} by {deviation:.1e}, more "
+            f"than {allowed:.1e}: convert it to a wider dtype first, or take another section"
+        )
+    try:
+        with written(checkpoint, values, out) as temporary:
+            copied = find_checkpoint(temporary, config)
+            _require_equal(load_checkpoint(copied, at_least_float32=True), loaded)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
+    names = tuple(place.name for found in places.values() for place in found)
+    return Report(dressing, names, symmetries.unrecognized, loaded.missing, deviation, allowed)
+
+
+def _copies(model: nn.Module, symmetries: SymmetryMap, *, residual: bool) -> dict[str, Tensor]:
+    """Copies of all parameters that dressing may change, by first name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moved = [block.parameter for symmetry in symmetries.heads for block in symmetry.blocks]
+    if residual and symmetries.residual is not None:
+        moved += symmetries.residual.parameters.values()
+    return {names[id(parameter)]: parameter.detach().clone() for parameter in moved}
+
+
+def _precision(places: Sequence[Place]) -> float:
+    return max(torch.finfo(place.stored.dtype).eps for place in places if place.stored.dtype)
+
+
+@contextmanager
+def _rounding_errors(
+    model: nn.Module, originals: Mapping[str, Tensor], precisions: Mapping[str, float]
+) -> Iterator[None]:
+    """Within it, the model has its original weights, each with a random rounding error."""
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    dressed = {name: parameters[name].detach().clone() for name in originals}
+    try:
+        with torch.no_grad():
+            for name, original in originals.items():
+                noise = torch.rand(original.shape, generator=generator, dtype=original.dtype) - 0.5
+                parameters[name].copy_(original * (1 + precisions[name] * noise))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in dressed.items():
+                parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def _stored_values(
+    model: nn.Module, places: Mapping[str, Sequence[Place]]
+) -> dict[int, dict[str, Tensor]]:
+    """New values by file, as they are stored; the model's parameters are rounded alike."""
+    parameters = dict(model.named_parameters())
+    values: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, found in places.items():
+        for place in found:
+            rounded = parameters[name].to(place.stored.dtype)
+            if not bool(rounded.isfinite().all()):
+                raise CheckpointError(
+                    f"the dressed {name!r} does not fit {place.stored.dtype}: convert the "
+                    "checkpoint to a wider dtype first, or take the 'balanced' section"
+                )
+            parameters[name].copy_(rounded)
+            values[place.file][place.name] = rounded
+    return values
+
+
+def _refuse_mixed_dtypes(
+    symmetries: Sequence[HeadSymmetry], model: nn.Module, places: Mapping[str, Sequence[Place]]
+) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for symmetry in symmetries:
+        dtypes = {
+            place.stored.dtype: place.name
+            for block in symmetry.blocks
+            for place in places.get(names[id(block.parameter)], ())
+        }
+        if len(dtypes) > 1:
+            (one, first), (other, second) = list(dtypes.items())[:2]
+            raise CheckpointError(
+                f"symmetry {symmetry.name!r}: {first!r} is stored in {one} and {second!r} in "
+                f"{other}; convert the checkpoint to one dtype first"
+            )
+
+
+def _require_equal(again: Loaded, loaded: Loaded) -> None:
+    """Refuse a copy whose parameters are not, bit for bit, those of the dressed model."""
+    expected, found = fingerprints(loaded.model), fingerprints(again.model)
+    for name in expected.keys() - set(loaded.missing):
+        if expected[name] != found[name]:
+            raise CheckpointError(f"{name!r} does not come back from the files as it was written")

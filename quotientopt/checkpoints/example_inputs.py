@@ -1,0 +1,102 @@
+"""Random inputs for a model of transformers, made from its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt.checkpoints.errors import CheckpointError
+
+TOKENS, DECODER_TOKENS = 16, 8
+
+
+def example_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of a call: random tokens, pixels or audio features, as the model takes.
+
+    Encoder-decoders get tokens for their decoder as well.
+
+    Parameters
+    ----------
+    model : Module
+        Of transformers.
+    seed : int
+
+    Returns
+    -------
+    dict
+        A batch of one, on the device of the model, without special tokens but the last (the end
+        of a text, whose state some models read).
+
+    Raises
+    ------
+    CheckpointError
+        If the model takes something else.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    accepted = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    inputs: dict[str, Any] = {}
+    wanted = {str(getattr(model, "main_input_name", "input_ids"))}
+    if _has(config, "vision_config") and "pixel_values" in accepted:
+        wanted.add("pixel_values")
+    if "input_ids" in wanted:
+        inputs["input_ids"] = _tokens(config.get_text_config(), TOKENS, generator)
+    if "pixel_values" in wanted:
+        inputs["pixel_values"] = _pixels(getattr(config, "vision_config", config), generator)
+        if "input_ids" in accepted and _has(config, "text_config"):
+            inputs["input_ids"] = _tokens(config.text_config, TOKENS, generator)
+    if "input_features" in wanted:
+        if not (_has(config, "num_mel_bins") and _has(config, "max_source_positions")):
+            raise _unknown(model, wanted)
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
+    if not wanted <= inputs.keys():
+        raise _unknown(model, wanted)
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = _tokens(config, DECODER_TOKENS, generator)
+    dtype, device = next(
+        (p.dtype, p.device) for p in model.parameters() if p.dtype.is_floating_point
+    )
+    inputs = {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _has(config: Any, name: str) -> bool:
+    return getattr(config, name, None) is not None
+
+
+def _unknown(model: nn.Module, wanted: set[str]) -> CheckpointError:
+    return CheckpointError(
+        f"no inputs can be made for {type(model).__name__}, which takes {', '.join(sorted(wanted))}"
+    )
+
+
+def _tokens(config: Any, length: int, generator: torch.Generator) -> Tensor:
+    """Random tokens, no special ones, then the end of a text if there is one."""
+    positions = getattr(config, "max_position_embeddings", None) or 2 * length
+    length = max(2, min(length, positions // 2))
+    special = {
+        value
+        for name, value in vars(config).items()
+        if name.endswith("_token_id") and isinstance(value, int)
+    }
+    ordinary = torch.tensor([i for i in range(config.vocab_size) if i not in special])
+    ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < config.vocab_size:
+        ids[:, -1] = end
+    return ids
+
+
+def _pixels(config: Any, generator: torch.Generator) -> Tensor:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.randn(1, config.num_channels, height, width, generator=generator)

@@ -1,0 +1,24 @@
+"""The package that builds the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quotientopt.checkpoints.errors import CheckpointError
+
+
+def require_transformers() -> Any:
+    """The package transformers, which brings safetensors along.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the command that installs it.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            "transformers is not installed: pip install 'quotientopt[transformers]'"
+        ) from None
+    return transformers
