@@ -1,0 +1,244 @@
+"""Dressed tokens: token matrices in axes of their own, ``X ↦ X V``, the same for X and X Q."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from quotientopt._linalg import (
+    check_finite,
+    check_floating,
+    compute_dtype,
+    locate_first,
+    row_signs,
+    wide,
+)
+from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt.groups import O
+from quotientopt.sections.derivatives import default_tolerance, principal_axes, symmetric_root
+
+SECTIONS = ("svd", "polar")
+
+
+class DressedTokens(NamedTuple):
+    """Dressed tokens and how well they are determined.
+
+    Attributes
+    ----------
+    tokens : Tensor, shape (*batch, N, d)
+        The dressed tokens.
+    gap : Tensor, shape (*batch)
+        ``"svd"``: the smallest difference of neighbouring singular values, of those that do not
+        vanish, over the largest one. Infinite where there are not two of them.
+        ``"polar"``: smallest over largest singular value of the leading block. In at least float32,
+        no part of the graph.
+    """
+
+    tokens: Tensor
+    gap: Tensor
+
+
+@overload
+def dress_tokens(
+    X: Tensor,
+    section: str = ...,
+    *,
+    stabilizer: O | None = ...,
+    tolerance: float | None = ...,
+    strict: bool = ...,
+    return_gap: Literal[False] = ...,
+    check: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def dress_tokens(
+    X: Tensor,
+    section: str = ...,
+    *,
+    stabilizer: O | None = ...,
+    tolerance: float | None = ...,
+    strict: bool = ...,
+    return_gap: Literal[True],
+    check: bool = ...,
+) -> DressedTokens: ...
+
+
+def dress_tokens(
+    X: Tensor,
+    section: str = "svd",
+    *,
+    stabilizer: O | None = None,
+    tolerance: float | None = None,
+    strict: bool = False,
+    return_gap: bool = False,
+    check: bool = True,
+) -> Tensor | DressedTokens:
+    """Tokens in axes that they define themselves: equal for X and X Q, Q ∈ O(d), differentiable.
+
+    A dressing field of token matrices (François & Ravera, arXiv 2602.18948): a function of the
+    Gram matrix ``X Xᵀ`` that has its shape and its inner products.
+
+    - ``"svd"``: ``X V = U Σ`` with the right singular vectors V of X. Columns are orthogonal, in
+      decreasing length; in each the entry of largest modulus is positive (of several equal ones
+      the first). Any rank: columns past the rank are zero, N < d included.
+    - ``"polar"``: the leading k×k block, ``k = min(N, d)``, is symmetric positive definite; with
+      N ≤ d tokens the result is ``[(X Xᵀ)^{1/2}, 0]``. The leading k tokens must be linearly
+      independent.
+
+    Parameters
+    ----------
+    X : Tensor, shape (*batch, N, d)
+        Tokens as rows. Computed in float64 where the device has it, returned in the dtype of X.
+    section : {"svd", "polar"}
+    stabilizer : StabilizerOfOnes or O, optional
+        The group divided by, O(d) by default. Under the stabiliser of the all-ones vector, for
+        streams that LayerNorm centres, only the part of the rows orthogonal to 1 is dressed, as
+        coordinates in that hyperplane; the rest stays.
+    tolerance : float, optional
+        Relative gap τ below which the derivative of ``"svd"`` is regularised: √ε by default, 1.5e-8
+        for float64 and 3.5e-4 for every other dtype.
+    strict : bool
+        Raise where the gap is not above the tolerance. For ``"svd"`` it waits for the device.
+    return_gap : bool
+        Return :class:`DressedTokens`, tokens and gap.
+    check : bool
+        Whether to look for non-finite entries and, for ``"polar"``, dependent tokens, which waits
+        for the device.
+
+    Returns
+    -------
+    Tensor, shape (*batch, N, d), or DressedTokens
+
+    Raises
+    ------
+    ValueError
+        On an unknown section, a wrong shape or `stabilizer`, the meta device, a tolerance that is
+        not in (0, 1), non-finite entries, dependent leading tokens (``"polar"``), or, with
+        `strict`, a gap below the tolerance.
+    TypeError
+        If the dtype is not real floating-point.
+
+    Notes
+    -----
+    With ``P = Vᵀ d(XᵀX) V`` the axes turn by ``dV = V K``, ``K_ij = P_ij / (σ_j² − σ_i²)``: the
+    gaps enter here and nowhere else. Where ``|σ_j − σ_i| ≤ τ σ_1``, ``1/(σ_j − σ_i)`` is replaced
+    by ``(σ_j − σ_i)/(τ σ_1)²``, which is continuous at the tolerance and zero at equality. The
+    derivative is then finite always, never NaN, and for a function of the dressed tokens that does
+    not depend on the choice of axes among equal singular values it is exact at every gap. Of other
+    functions it leaves out the turning of these axes, which has no limit. ``"polar"`` has no gaps.
+
+    Columns past the rank (singular values of at most ``max(N, d) ε σ_1``, ε that of float64 for
+    float64, else that of float32) are constants: like the length of a vector at zero they have no
+    derivative, and it is taken to be zero. Differentiable by autograd twice and more; inside the
+    tolerance only the first derivative means anything.
+
+    Examples
+    --------
+    >>> X = torch.randn(4, 16, 8, dtype=torch.float64)
+    >>> Q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    >>> torch.allclose(dress_tokens(X), dress_tokens(X @ Q))
+    True
+    """
+    if section not in SECTIONS:
+        raise ValueError(f"section must be one of {SECTIONS}, got {section!r}")
+    group = _check_tokens(X, stabilizer)
+    if tolerance is None:
+        tolerance = default_tolerance(X.dtype)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
+    if check:
+        check_finite("token matrix X", X)
+    tokens = wide(X)
+    moving = group.moving_part(tokens)
+    floor = max(moving.shape[-2:]) * torch.finfo(compute_dtype(X.dtype)).eps
+    if section == "svd":
+        dressed, gap = _svd(moving, tolerance, floor)
+    else:
+        dressed, gap = _polar(moving, floor, check)
+    if strict and bool((gap <= tolerance).any()):
+        raise ValueError(
+            f"the relative gap of X is {gap.min().item():.1e}{locate_first(gap <= tolerance)}, not "
+            f"above the tolerance {tolerance:.1e}: use section='polar' or strict=False"
+        )
+    if moving.shape[-1] < tokens.shape[-1]:
+        fixed = tokens - group.from_moving_part(moving)
+        dressed = fixed + group.from_moving_part(dressed)
+    dressed = dressed.to(X.dtype)
+    return DressedTokens(dressed, gap.to(compute_dtype(X.dtype))) if return_gap else dressed
+
+
+def _svd(X: Tensor, tolerance: float, floor: float) -> tuple[Tensor, Tensor]:
+    """``U Σ``, from a decomposition of the size of the smaller side, and the gap."""
+    tall = X.shape[-2] >= X.shape[-1]
+    Y = X if tall else X.mT
+    with torch.no_grad():
+        # A QR decomposition does not square the condition number, as the Gram matrix would.
+        _, R = torch.linalg.qr(Y, mode="r")
+        _, values, Wt = torch.linalg.svd(R)
+        present = values > floor * values[..., :1]
+    S = Y.mT @ Y
+    _, W = principal_axes(S, torch.where(present, values, 0), Wt.mT, tolerance)
+    if tall:
+        dressed = X @ W
+    else:
+        # Σ as a function of X: where axes are held still it does not stay diagonal.
+        middle = W.mT @ S @ W
+        tiny = torch.where(values[..., :1] > 0, floor * values[..., :1], 1)
+        roots = torch.where(present, values, tiny)
+        identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
+        dressed = W @ symmetric_root((middle + middle.mT) / 2, roots, identity)
+    signs = row_signs(dressed.detach().mT).mT
+    dressed = torch.where(present.unsqueeze(-2), signs * dressed, 0)
+    return _padded(dressed, X.shape[-1]), _smallest_gap(torch.where(present, values, 0))
+
+
+def _polar(X: Tensor, floor: float, check: bool) -> tuple[Tensor, Tensor]:
+    """``X gᵀ`` with the polar factor g of the leading block, and its smallest singular value."""
+    size = min(X.shape[-2:])
+    leading = X[..., :size, :]
+    if X.shape[-2] < X.shape[-1]:
+        with torch.no_grad():
+            _, R = torch.linalg.qr(X.mT, mode="r")
+            _, values, Wt = torch.linalg.svd(R)
+    else:
+        values = torch.linalg.svdvals(leading.detach())
+    least, most = values[..., -1], values[..., 0]
+    if check and bool((least <= floor * most).any()):
+        raise ValueError(
+            f"the leading {size} tokens of X are linearly dependent"
+            f"{locate_first(least <= floor * most)}: the polar section is undefined, use 'svd'"
+        )
+    gap = least / torch.where(most > 0, most, 1)
+    if X.shape[-2] < X.shape[-1]:
+        return _padded(symmetric_root(X @ X.mT, values, Wt.mT), X.shape[-1]), gap
+    return X @ orthogonal_polar_factor(leading).mT, gap
+
+
+def _padded(tokens: Tensor, width: int) -> Tensor:
+    """With columns of zeros up to `width`."""
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[-1]))
+
+
+def _smallest_gap(values: Tensor) -> Tensor:
+    """Smallest step between neighbours, none of which vanishes, over the largest value."""
+    most = torch.where(values[..., :1] > 0, values[..., :1], 1)
+    steps = (values[..., :-1] - values[..., 1:]) / most
+    steps = torch.where(values[..., 1:] > 0, steps, torch.inf)
+    return torch.nn.functional.pad(steps, (0, 1), value=torch.inf).amin(dim=-1)
+
+
+def _check_tokens(X: Tensor, stabilizer: O | None) -> O:
+    check_floating("token matrix X", X)
+    if X.ndim < 2 or X.shape[-1] == 0 or X.shape[-2] == 0:
+        raise ValueError(
+            f"X must have shape (*batch, N, d) with N and d at least 1, got {tuple(X.shape)}"
+        )
+    if X.device.type == "meta":
+        raise ValueError("X is on the meta device and has no values; move it to a real device")
+    group = O(X.shape[-1]) if stabilizer is None else stabilizer
+    if not isinstance(group, O) or group.r != X.shape[-1]:
+        raise ValueError(f"stabilizer {group!r} does not act on X of shape {tuple(X.shape)}")
+    return group
