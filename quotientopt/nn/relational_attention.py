@@ -1,0 +1,245 @@
+"""Attention from Gram matrices to Gram matrices, O(d)-invariant by construction."""
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt._linalg import check_floating
+from quotientopt.nn.relational_arithmetic import chunks, full_precision, raised, recomputed
+from quotientopt.nn.relational_invariants import check_gram, congruence, gram_of_tokens
+from quotientopt.nn.relational_masks import AttentionMask
+from quotientopt.nn.relational_scores import InvariantScores
+
+
+class RelationalAttention(nn.Module):
+    """Multi-head attention ``G ↦ (I + P) G (I + P)ᵀ`` on Gram matrices of tokens.
+
+    ``P = Σ_h a_h softmax(s_h)``, with scores s_h that are learned functions of O(d)-invariants
+    (:class:`InvariantScores`) and learned numbers a_h that mix the heads. It is the attention
+    ``X ↦ (I + P(XXᵀ)) X`` on tokens (:meth:`lifted`) seen through ``X ↦ XXᵀ``: both commute, the
+    result is positive semidefinite, of rank at most d, and the same for X and XQᵀ. A value matrix
+    would act on the axis d; only multiples of the identity commute with O(d): the a_h are these.
+
+    Without `chunk_size` it holds the pairs (i, j) once per hidden unit and once per head, ``N² max(
+    hidden, heads)`` numbers; with it, that many for `chunk_size` queries at a time, and N² for P,
+    also in training, where the scores of a chunk are computed again in the backward pass. d never
+    appears.
+
+    Parameters
+    ----------
+    heads : int
+    hidden : int
+        Width of the hidden layer of the scores.
+    features : int
+        Number of invariant features of every token that the scores read too (types, charges).
+    scale : float
+        The scores read the invariants of ``√scale X``; 1/d where tokens have norm √d.
+    causal : bool
+        Whether tokens attend to themselves and earlier ones only. Then the leading block
+        ``G[:t, :t]`` of the result depends on that of the argument only.
+    max_relative_position : int, optional
+        Adds a learned bias b_h(j − i), clipped at this distance; by default nothing knows the order
+        of the tokens, and the layer is permutation-equivariant.
+    check : bool
+        Whether to look at the entries of Gram matrices (finite, symmetric, diagonal not negative),
+        which waits for the device. Shapes and dtypes are always checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a Gram matrix is not square, not symmetric beyond rounding or not finite; if masks or
+        features do not fit.
+
+    Notes
+    -----
+    Source: François and Ravera, arXiv 2602.18948 (relational representations). Inputs are computed
+    with in at least float32, outside autocast, and results returned in the dtype of the input.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        *,
+        hidden: int = 16,
+        features: int = 0,
+        scale: float = 1.0,
+        causal: bool = False,
+        max_relative_position: int | None = None,
+        check: bool = True,
+    ) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        self.heads, self.scale, self.causal, self.check = heads, scale, causal, check
+        self.scores = InvariantScores(heads, hidden, features, max_relative_position)
+        self.head_weights = nn.Parameter(torch.full((heads,), 1 / heads))
+
+    def forward(
+        self,
+        gram: Tensor,
+        features: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """``(I + P) G (I + P)ᵀ``.
+
+        Parameters
+        ----------
+        gram : Tensor, shape (*batch, N, N)
+        features : Tensor, optional, shape (*batch, N, features)
+            Invariant features of the tokens.
+        mask : Tensor, optional, broadcastable to (*batch, N, N)
+            Boolean (true: may attend) or real (added to the scores).
+        key_padding_mask : Tensor of bool, optional, broadcastable to (*batch, N)
+            True for padding, to which nobody attends.
+        chunk_size : int, optional
+            Number of queries at a time.
+
+        Returns
+        -------
+        Tensor, shape (*batch, N, N)
+            Symmetric to the last bit.
+        """
+        P = self.mixing(
+            gram, features, mask=mask, key_padding_mask=key_padding_mask, chunk_size=chunk_size
+        )
+        with full_precision(gram):
+            return congruence(with_identity(P), raised(gram)).to(gram.dtype)
+
+    def lifted(
+        self,
+        X: Tensor,
+        features: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """``X + P(XXᵀ) X``, the same map on tokens X (*batch, N, d)."""
+        check_tokens(X)
+        with full_precision(X):
+            tokens = raised(X)
+            P = self.mixing(
+                gram_of_tokens(tokens),
+                features,
+                mask=mask,
+                key_padding_mask=key_padding_mask,
+                chunk_size=chunk_size,
+            )
+            return (tokens + P @ tokens).to(X.dtype)
+
+    def mixing(
+        self,
+        gram: Tensor,
+        features: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """P, shape (*batch, N, N), in at least float32; its rows sum to ``Σ_h a_h``."""
+        check_gram(gram, values=self.check)
+        masks = AttentionMask(gram, mask, key_padding_mask, self.causal)
+        return self.attend(gram, features, masks, chunk_size=chunk_size)[0]
+
+    def weights(
+        self,
+        gram: Tensor,
+        features: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The softmax of every head, shape (*batch, heads, N, N), in at least float32."""
+        check_gram(gram, values=self.check)
+        masks = AttentionMask(gram, mask, key_padding_mask, self.causal)
+        check_features(gram, features, self.scores.units.features)
+        with full_precision(gram):
+            return self._weights(raised(gram), _raised_or_none(features), masks, slice(None))
+
+    def attend(
+        self,
+        gram: Tensor,
+        features: Tensor | None,
+        masks: AttentionMask,
+        values: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """P, and the heads' weighted means of `values`, in chunks of queries.
+
+        Parameters
+        ----------
+        gram, features
+            As for :meth:`forward`.
+        masks : AttentionMask
+        values : Tensor, optional, shape (*batch, heads, N, k)
+            Invariant values of the heads.
+        chunk_size : int, optional
+            Number of queries at a time.
+
+        Returns
+        -------
+        mixing : Tensor, shape (*batch, N, N)
+        means : Tensor, shape (*batch, heads, N, k), or None
+        """
+        check_features(gram, features, self.scores.units.features)
+        inputs = (raised(gram), _raised_or_none(features), masks, values)
+        with full_precision(gram):
+            if chunk_size is None:
+                return self._rows(*inputs, slice(None))
+            parts = [
+                recomputed(self._rows, *inputs, rows) for rows in chunks(gram.shape[-1], chunk_size)
+            ]
+        mixing = torch.cat([part[0] for part in parts], dim=-2)
+        means = [part[1] for part in parts if part[1] is not None]
+        return mixing, torch.cat(means, dim=-2) if means else None
+
+    def _weights(
+        self, gram: Tensor, features: Tensor | None, masks: AttentionMask, rows: slice
+    ) -> Tensor:
+        return masks.weights(self.scores(self.scale * gram, features, rows), rows)
+
+    def _rows(
+        self,
+        gram: Tensor,
+        features: Tensor | None,
+        masks: AttentionMask,
+        values: Tensor | None,
+        rows: slice,
+    ) -> tuple[Tensor, Tensor | None]:
+        weights = self._weights(gram, features, masks, rows)
+        mixed = torch.einsum("h,...hij->...ij", self.head_weights.to(weights.dtype), weights)
+        return mixed, None if values is None else weights @ values
+
+
+def with_identity(P: Tensor) -> Tensor:
+    """``I + P``."""
+    return P + torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+
+
+def check_tokens(X: Tensor) -> None:
+    """Raise unless X is a floating-point tensor of shape (*batch, N, d)."""
+    check_floating("X", X)
+    if X.ndim < 2 or 0 in X.shape[-2:]:
+        raise ValueError(f"X must have shape (*batch, N, d), got {tuple(X.shape)}")
+
+
+def check_features(gram: Tensor, features: Tensor | None, size: int) -> None:
+    """Raise unless `features` are there exactly if `size` > 0 and have shape (*batch, N, size)."""
+    wanted = (*gram.shape[:-1], size)
+    if features is None:
+        if size:
+            raise ValueError(f"features of shape {wanted} are missing")
+        return
+    check_floating("features", features)
+    if not size:
+        raise ValueError(
+            f"features were given, of shape {tuple(features.shape)}, but none are read"
+        )
+    if tuple(features.shape) != wanted:
+        raise ValueError(f"features must have shape {wanted}, got {tuple(features.shape)}")
+
+
+def _raised_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else raised(tensor)

@@ -1,0 +1,35 @@
+"""The examples of docs/relational.md run."""
+
+import re
+from pathlib import Path
+
+import quotientopt.nn
+from quotientopt.nn import (
+    relational_attention,
+    relational_embedding,
+    relational_feed_forward,
+    relational_norms,
+    relational_readout,
+    relational_transformer,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "relational.md"
+PUBLIC = {
+    relational_attention: ("RelationalAttention",),
+    relational_embedding: ("RelationalEmbedding", "embed_tokens", "tokens_of_gram"),
+    relational_feed_forward: ("RelationalFeedForward",),
+    relational_norms: ("RelationalLayerNorm", "RelationalRMSNorm"),
+    relational_readout: ("PairReadout", "PooledReadout", "TokenReadout"),
+    relational_transformer: ("RelationalTransformer", "Relations"),
+}
+
+
+def test_examples_run(monkeypatch):
+    text = PAGE.read_text(encoding="utf-8")
+    for module, names in PUBLIC.items():
+        for name in names:
+            assert name in text
+            monkeypatch.setattr(quotientopt.nn, name, getattr(module, name), raising=False)
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) >= 6
+    exec("\n".join(examples), {})
