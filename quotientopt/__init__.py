@@ -1,15 +1,15 @@
 """Riemannian optimization on the quotient manifolds of Transformer symmetries, for PyTorch.
 
 ``import quotientopt as qo``; what most people need is :class:`QuotientAdam`, which takes the place
-of ``torch.optim.AdamW``, and :func:`find_symmetries`. ``qo.geoopt`` and ``qo.pymanopt`` are
-imported on first use and need those packages.
+of ``torch.optim.AdamW``, and :func:`find_symmetries`. ``qo.geoopt``, ``qo.peft`` and
+``qo.pymanopt`` are imported on first use; the first and the last need those packages.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 
-from quotientopt import checks, groups, manifolds, sections
+from quotientopt import checks, flow, groups, manifolds, nn, sections
 from quotientopt.canonical import (
     ChargeLog,
     align_,
@@ -21,6 +21,7 @@ from quotientopt.canonical import (
     redundancy,
     spectra,
 )
+from quotientopt.nn import dress_tokens
 from quotientopt.optim import QuotientAdam, QuotientSGD, invariant_grad_norm
 from quotientopt.symmetries import (
     HeadSymmetry,
@@ -32,7 +33,7 @@ from quotientopt.symmetries import (
 
 __version__ = version("quotientopt")
 
-ADAPTERS = ("geoopt", "pymanopt")
+ADAPTERS = ("geoopt", "peft", "pymanopt")
 
 __all__ = [
     "ChargeLog",
@@ -46,12 +47,15 @@ __all__ = [
     "checks",
     "distance",
     "dress_",
+    "dress_tokens",
     "find_symmetries",
+    "flow",
     "fold_norms_",
     "groups",
     "invariant_grad_norm",
     "invariants",
     "manifolds",
+    "nn",
     "noether_charges",
     "plot_spectra",
     "redundancy",

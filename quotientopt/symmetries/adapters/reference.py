@@ -31,7 +31,14 @@ from quotientopt.symmetries.registry import (
 
 MODELS = "quotientopt.models"
 ATTENTION = f"{MODELS}.attention.Attention"
-LAYERS = (LINEAR, EMBEDDING, "torch.nn.modules.container.ModuleList", ATTENTION)
+INVARIANT_ATTENTION = "quotientopt.nn.invariant_attention.InvariantAttention"
+LAYERS = (
+    LINEAR,
+    EMBEDDING,
+    "torch.nn.modules.container.ModuleList",
+    ATTENTION,
+    INVARIANT_ATTENTION,
+)
 BLOCK_LAYERS = (*LAYERS, *(f"{MODELS}.gpt.{part}" for part in ("GPTBlock", "GELUMLP")))
 GPT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.gpt.GPT")
 VIT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.vit.ViT")

@@ -1,0 +1,28 @@
+"""Layers that hold or read invariants in place of gauges: ``qo.nn``."""
+
+from quotientopt.nn.invariant_attention import InvariantAttention
+from quotientopt.nn.relational_attention import RelationalAttention
+from quotientopt.nn.relational_embedding import RelationalEmbedding, embed_tokens, tokens_of_gram
+from quotientopt.nn.relational_feed_forward import RelationalFeedForward
+from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
+from quotientopt.nn.relational_readout import PairReadout, PooledReadout, TokenReadout
+from quotientopt.nn.relational_transformer import RelationalTransformer, Relations
+from quotientopt.nn.tokens import DressedTokens, dress_tokens
+
+__all__ = [
+    "DressedTokens",
+    "InvariantAttention",
+    "PairReadout",
+    "PooledReadout",
+    "RelationalAttention",
+    "RelationalEmbedding",
+    "RelationalFeedForward",
+    "RelationalLayerNorm",
+    "RelationalRMSNorm",
+    "RelationalTransformer",
+    "Relations",
+    "TokenReadout",
+    "dress_tokens",
+    "embed_tokens",
+    "tokens_of_gram",
+]
