@@ -265,7 +265,7 @@ class Engine:
         places: dict[int, list[int]] = defaultdict(list)
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
             part = self._part(bucket, rows)
-            if bucket.heads is not None and bucket.heads.kind != "svd":
+            if bucket.heads is not None and bucket.heads.turns:
                 samples[id(bucket.heads)].append(part.head_covariance(gradients))
                 places[id(bucket.heads)] += part.places
             part.accumulate_residual(gradients, beta, gate)

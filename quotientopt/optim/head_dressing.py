@@ -16,8 +16,14 @@ from torch import Tensor
 from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
 from quotientopt.optim.averages import break_ties
 from quotientopt.sections.factor import svd_element, triangular_element
+from quotientopt.symmetries.rotary_phases import RotaryPhases
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
+
+
+def is_compact(group: StructureGroup) -> bool:
+    """Whether all elements are rotations, which no section reduces and every eigenframe follows."""
+    return isinstance(group, O | RotaryPhases)
 
 
 class Dressing(NamedTuple):
@@ -46,8 +52,8 @@ def head_dressing(
     Parameters
     ----------
     kind : {"balanced", "orthonormal", "svd"}
-    group : GL, RotaryCommutant or O
-        O(r) needs no reduction: identity fields. The rotated planes of a RotaryCommutant are
+    group : GL, RotaryCommutant, O or RotaryPhases
+        Rotations need no reduction: identity fields. The rotated planes of a RotaryCommutant are
         scaled, plane by plane.
     left_gram, right_gram : Tensor
         Shape ``(…, r, r)``, positive definite.
@@ -57,7 +63,7 @@ def head_dressing(
     TypeError
         If frames for this group are not known.
     """
-    if isinstance(group, O):
+    if is_compact(group):
         identity = torch.eye(group.r, dtype=left_gram.dtype, device=left_gram.device)
         identity = identity.expand_as(left_gram)
         return Dressing(identity, identity, identity, identity)

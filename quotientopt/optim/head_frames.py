@@ -9,10 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt.groups import O, RotaryCommutant
+from quotientopt.groups import RotaryCommutant
 from quotientopt.optim.averages import ema_
 from quotientopt.optim.errors import RankError
-from quotientopt.optim.head_dressing import head_dressing, head_eigenframe, plane_partners
+from quotientopt.optim.head_dressing import (
+    head_dressing,
+    head_eigenframe,
+    is_compact,
+    plane_partners,
+)
 from quotientopt.optim.leaves import Leaf
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -69,6 +74,11 @@ class HeadFrames:
         self.precision = torch.finfo(self.symmetries[0].blocks[0].parameter.dtype).eps
         self.gram_dtype = dtype if device.type == "mps" else torch.float64
 
+    @property
+    def turns(self) -> bool:
+        """Whether frames are turned to eigenvectors; singular vectors leave nothing to turn."""
+        return self.kind != "svd" or is_compact(self.group)
+
     def place(self, leaf: Leaf) -> int:
         """Entry of a leaf's side in the stack."""
         place = self._places[id(leaf.symmetry)]
@@ -117,7 +127,7 @@ class HeadFrames:
         of the partner, and the replacement moves with the group as the Gram itself does. Also
         returns which heads this was done for, on both sides.
         """
-        if isinstance(self.group, O):
+        if is_compact(self.group):
             return grams, None
         if isinstance(self.group, RotaryCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
@@ -207,7 +217,7 @@ class HeadFrames:
     def end_refresh(self, dressing: FreshDressing) -> Tensor:
         """Turn the field into the eigenframe of the covariance, u = O · field; returns O."""
         field = dressing.field
-        if self.kind == "svd":
+        if not self.turns:
             self.frame.copy_(field)
             identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
             return identity.expand_as(field)

@@ -71,7 +71,7 @@ class QuotientAdam(Optimizer):
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
         of the dressed covariance. ``"orthonormal"``: each factor seen through orthonormal
         coordinates of its partner, likewise turned. ``"svd"``: the singular vectors of AᵀB alone,
-        not turned.
+        not turned. Under a group of rotations all three are eigenframes.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     refresh_every : int
