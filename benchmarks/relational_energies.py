@@ -36,7 +36,7 @@ from quotientopt.sections import gram_svd
 
 RESULTS = Path(__file__).parent / "results" / "relational-energies"
 SEEDS = (0, 1, 2)
-RATES = (2e-3, 5e-3)
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 TUNING_SEED, TEST_SEED = 100, 1000
 PARTICLES, CHARGES = 5, (1.0, 1.0, 1.0, -1.0, -1.0)
 BOX, CLOSEST, DEPTH = (2.5, 1.6, 1.0), 1.0, 0.25
@@ -215,7 +215,7 @@ def chosen(record: dict[str, Any], model: str) -> list[dict[str, Any]]:
 def table(record: dict[str, Any]) -> str:
     """Everything as Markdown."""
     settings, environment = record["settings"], record["environment"]
-    rates = " and ".join(f"{rate:g}" for rate in settings["rates_tried"])
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
     deviation = record["rows"][0]["standard_deviation_of_energies"]
     lines = [
         "# Energies of five charges in one orientation and in all",
@@ -226,7 +226,7 @@ def table(record: dict[str, Any]) -> str:
         f"{settings['test']} configurations. All models were trained on {settings['training']} "
         f"configurations along their principal axes ({settings['steps']} steps of AdamW with "
         f"{settings['batch']} of them, float32), the last one on randomly rotated ones, and tested "
-        f"in float64; each at the better rate of {rates} for one further seed. Change: largest "
+        f"in float64; each at the best rate of {rates} for one further seed. Change: largest "
         "relative change of the error by the rotation, over seeds. "
         "Dressed: rotated test data, turned to their principal axes before the model reads them. "
         "Processor seconds: of one training.",

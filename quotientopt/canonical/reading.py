@@ -140,9 +140,14 @@ def require_heads(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
     Raises
     ------
     ValueError
-        Naming what was not understood.
+        Naming what was not understood, or has no gauge.
     """
     if not symmetries.heads:
+        if symmetries.gauge_free and not symmetries.unrecognized:
+            raise ValueError(
+                f"{type(model).__name__} has no head symmetry to divide out: the heads of "
+                f"{', '.join(symmetries.gauge_free)} hold or read invariants"
+            )
         unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
         raise ValueError(
             f"no head symmetry of {type(model).__name__} is known (not understood: {unknown}); "

@@ -68,6 +68,8 @@ class Subject(ABC):
                 raise ValueError("the loss does not depend on the point, or was detached from it")
             total = value.sum()
             partials = torch.autograd.grad(total, self._inputs(), allow_unused=True)
+        if all(partial is None for partial in partials):
+            raise ValueError("the loss depends on other tensors, and not on the point")
         found = [
             torch.zeros_like(tensor) if partial is None else partial
             for tensor, partial in zip(tensors, partials, strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quotientopt._linalg import wide
 from quotientopt.flow.fibres import Decomposition
 from quotientopt.flow.result import FlowResult
 from quotientopt.flow.subject import ManifoldSubject, ModelSubject, Subject
@@ -118,13 +119,16 @@ def vertical_motion(
     ------
     TypeError, ValueError
         On something else than a manifold or a model, fewer than two points, points of another
-        structure, or a metric that is not there for a group.
+        structure, points of a model that were not copied, or a metric that is not there for a
+        group.
     """
     points = list(_points(trajectory))
     if len(points) < 2:
         raise ValueError(f"a trajectory needs at least two points, got {len(points)}")
     subject = _subject(manifold_or_model, points[0], symmetries, metric)
     tensors = [_checked(subject, manifold_or_model, point) for point in points]
+    if isinstance(manifold_or_model, nn.Module):
+        _refuse_aliases(tensors)
     parts = [_step(subject, x, y) for x, y in pairwise(tensors)]
     return _motion(parts, subject.fibres.isotropic_shares(tensors[0]))
 
@@ -157,8 +161,8 @@ class VerticalLog:
     TypeError
         If the optimizer has no such hooks.
     ValueError
-        If `every` is no positive integer, the model has no head symmetry, or the metric is not
-        there for a group.
+        If `every` is no positive integer, the model has no head symmetry, the optimizer none of
+        its parameters, or the metric is not there for a group.
 
     Examples
     --------
@@ -187,6 +191,13 @@ class VerticalLog:
                 "register_step_post_hook; pass a torch optimizer"
             )
         self._subject = ModelSubject(model, symmetries, metric)
+        own = {id(parameter) for parameter in model.parameters()}
+        groups = getattr(optimizer, "param_groups", None)
+        if groups is not None and not any(id(p) in own for g in groups for p in g["params"]):
+            raise ValueError(
+                f"this {type(optimizer).__name__} trains no parameter of this "
+                f"{type(model).__name__}; pass the optimizer of the model"
+            )
         self._every = every
         self._count = 0
         self._before: list[Tensor] | None = None
@@ -241,14 +252,14 @@ class VerticalLog:
 
 @torch.no_grad()
 def _step(subject: Subject, x: Sequence[Tensor], y: Sequence[Tensor]) -> Decomposition:
-    difference = [b.to(torch.float64) - a.to(torch.float64) for a, b in zip(x, y, strict=True)]
+    difference = [wide(b) - wide(a) for a, b in zip(x, y, strict=True)]
     return subject.fibres.decompose(x, difference)
 
 
 def _motion(parts: Sequence[Decomposition], shares: dict[str, float]) -> VerticalMotion:
     def lengths(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {
-            name: torch.stack([record[name].double().cpu() for record in records]).sqrt()
+            name: torch.stack([record[name].cpu().double() for record in records]).sqrt()
             for name in records[0]
         }
 
@@ -296,6 +307,16 @@ def _checked(subject: Subject, manifold_or_model: Any, point: Any) -> list[Tenso
     if isinstance(manifold_or_model, QuotientManifold):
         manifold_or_model.check_point(point)
     return subject.flat(point)
+
+
+def _refuse_aliases(points: Sequence[Sequence[Tensor]]) -> None:
+    """A ``state_dict()`` follows the model: points that share memory all are its last one."""
+    for k, (x, y) in enumerate(pairwise(points)):
+        if all(a.data_ptr() == b.data_ptr() for a, b in zip(x, y, strict=True)):
+            raise ValueError(
+                f"points {k} and {k + 1} of the trajectory share their memory, so that nothing "
+                "moves between them; copy every state_dict(), as copy.deepcopy does"
+            )
 
 
 def _over_pairs(lengths: dict[str, Tensor], like: Tensor) -> Tensor:

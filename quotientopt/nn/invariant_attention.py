@@ -89,8 +89,8 @@ class InvariantAttention(InvariantPoints):
 
     Raises
     ------
-    ValueError
-        On sizes that do not fit, or an unknown option.
+    TypeError, ValueError
+        On sizes that are no integers or do not fit, or an unknown option.
 
     Notes
     -----
@@ -272,8 +272,10 @@ class InvariantAttention(InvariantPoints):
 
         Raises
         ------
+        TypeError
+            If a mask is neither boolean nor floating-point.
         ValueError
-            If a shape does not fit.
+            If a shape does not fit, of inputs, masks or the cache.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -285,6 +287,8 @@ class InvariantAttention(InvariantPoints):
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             if key_padding_mask is not None and key_padding_mask.ndim == 1:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
+        if cache is not None:
+            self._check_cache(cache, len(query))
         queries = self._split(self.query(query))
         keys, values = self._split(self.key(key)), self._split(self.value(value))
         if self.shape.rotary:
@@ -328,6 +332,30 @@ class InvariantAttention(InvariantPoints):
                     f"{name} must have two or three axes like the others, the last of size "
                     f"{width}, got {tuple(x.shape)}"
                 )
+        # The kernel broadcasts batches, and reads past the end of values that are too few.
+        batch = 0 if self.shape.batch_first else 1
+        length = 0 if query.ndim == 2 else 1 - batch
+        one_batch = query.ndim == 2 or query.shape[batch] == key.shape[batch] == value.shape[batch]
+        if not one_batch or key.shape[length] != value.shape[length]:
+            raise ValueError(
+                "query, key and value must have one batch size, and as many values as keys, got "
+                f"{', '.join(str(tuple(x.shape)) for x in (query, key, value))}"
+            )
+
+    def _check_cache(self, cache: Cache, batch: int) -> None:
+        wanted = (batch, self.shape.key_value_heads, self.shape.head_width)
+        parts = cache if isinstance(cache, (tuple, list)) else ()
+        shapes = [tuple(x.shape) for x in parts if isinstance(x, Tensor)]
+        if (
+            not len(parts) == len(shapes) == 2
+            or shapes[0] != shapes[1]
+            or len(shapes[0]) != 4
+            or (*shapes[0][:2], shapes[0][3]) != wanted
+        ):
+            raise ValueError(
+                f"cache must be keys and values of shape {(*wanted[:2], 'S', wanted[2])} each, as "
+                f"returned before, got {shapes}"
+            )
 
     def extra_repr(self) -> str:
         shape = self.shape

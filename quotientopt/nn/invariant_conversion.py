@@ -74,10 +74,13 @@ class Shape:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             Naming the argument.
         """
         key_value_heads = heads if key_value_heads is None else key_value_heads
+        for size in (width, heads, key_value_heads, head_width, key_width, value_width):
+            if size is not None and not isinstance(size, int):
+                raise TypeError(f"widths and numbers of heads must be int, got {size!r}")
         if min(width, heads, key_value_heads) < 1 or heads % key_value_heads:
             raise ValueError(
                 "width, heads and key_value_heads must be positive, heads a multiple of "

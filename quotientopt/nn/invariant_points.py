@@ -230,8 +230,15 @@ class InvariantPoints(nn.Module):
         ----------
         columns : mapping of str to Tensor, optional
             As for :meth:`from_attention`.
+
+        Raises
+        ------
+        ValueError
+            Without a chart, for unknown names, or columns that make none. Nothing is changed then.
         """
         self._chart_layers("rechart_")
+        if unknown := sorted(set(columns or {}) - set(self.manifolds())):
+            raise ValueError(f"no point called {unknown[0]!r}; there are 'qk' and 'vo'")
         self._set_points(self._read(), columns)
 
     # ---- reading and writing the parameters ----------------------------------------------------

@@ -1,5 +1,6 @@
 """Precision shared by the relational layers: computed in at least float32, outside autocast."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -60,6 +61,12 @@ def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
     if torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)
+
+
+def check_scale(scale: float) -> None:
+    """Raise ``ValueError`` unless `scale` is a positive number."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}")
 
 
 def check_size(name: str, value: object, least: int = 1) -> int:

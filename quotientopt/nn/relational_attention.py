@@ -4,7 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import check_floating
-from quotientopt.nn.relational_arithmetic import chunks, full_precision, raised, recomputed
+from quotientopt.nn.relational_arithmetic import (
+    check_scale,
+    chunks,
+    full_precision,
+    raised,
+    recomputed,
+)
 from quotientopt.nn.relational_invariants import check_gram, congruence, gram_of_tokens
 from quotientopt.nn.relational_masks import AttentionMask
 from quotientopt.nn.relational_scores import InvariantScores
@@ -67,8 +73,7 @@ class RelationalAttention(nn.Module):
         check: bool = True,
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        check_scale(scale)
         self.heads, self.scale, self.causal, self.check = heads, scale, causal, check
         self.scores = InvariantScores(heads, hidden, features, max_relative_position)
         self.head_weights = nn.Parameter(torch.full((heads,), 1 / heads))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quotientopt._linalg import compute_dtype, row_signs, wide
 from quotientopt.nn.relational_arithmetic import check_size, full_precision, raised
@@ -98,10 +99,20 @@ class RelationalEmbedding(nn.Module):
     max_positions : int, optional
         Number of position vectors; by default there are none, and order enters through the position
         bias of the attention, if at all.
+    check : bool
+        Whether to look at the token numbers, which waits for the device.
     """
 
-    def __init__(self, vocabulary: int, width: int, max_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        max_positions: int | None = None,
+        *,
+        check: bool = True,
+    ) -> None:
         super().__init__()
+        self.check = check
         self.vocabulary, self.width = (
             check_size("vocabulary", vocabulary),
             check_size("width", width),
@@ -122,12 +133,16 @@ class RelationalEmbedding(nn.Module):
             raise TypeError(f"token numbers must be integers, got {ids.dtype}")
         if ids.ndim == 0 or ids.shape[-1] == 0:
             raise ValueError(f"token numbers must have shape (*batch, N), got {tuple(ids.shape)}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+        if (
+            self.check
+            and ids.numel()
+            and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary
+        ):
             raise ValueError(
                 f"token numbers must lie in 0 … {self.vocabulary - 1}, "
                 f"got {int(ids.min())} … {int(ids.max())}"
             )
-        X = self.tokens[ids]
+        X = functional.embedding(ids.long(), self.tokens)
         if self.positions is None:
             return X
         if ids.shape[-1] > len(self.positions):

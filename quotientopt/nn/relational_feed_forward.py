@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from quotientopt.nn.relational_arithmetic import check_size, full_precision, perceptron, raised
+from quotientopt.nn.relational_arithmetic import (
+    check_scale,
+    check_size,
+    full_precision,
+    perceptron,
+    raised,
+)
 from quotientopt.nn.relational_attention import check_features, check_tokens
 from quotientopt.nn.relational_invariants import check_gram, gram_of_tokens, token_invariants
 from quotientopt.nn.relational_norms import scaled
@@ -32,6 +38,7 @@ class RelationalFeedForward(nn.Module):
         self, hidden: int = 16, features: int = 0, *, scale: float = 1.0, check: bool = True
     ) -> None:
         super().__init__()
+        check_scale(scale)
         self.features, self.scale, self.check = features, scale, check
         check_size("features", features, least=0)
         self.gate = perceptron(1 + features, check_size("hidden", hidden), 1)

@@ -48,7 +48,7 @@ class AttentionMask:
         parts = []
         if self._mask is not None:
             part = self._mask[..., rows, :]
-            parts.append(part if part.dtype == torch.bool else part > -torch.inf)
+            parts.append(part if part.dtype == torch.bool else part != -torch.inf)
         if self._padding is not None:
             parts.append(~self._padding.unsqueeze(-2))
         if self._causal:

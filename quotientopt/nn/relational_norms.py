@@ -67,6 +67,8 @@ class RelationalRMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5, *, check: bool = True) -> None:
         super().__init__()
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
         self.width, self.eps, self.check = check_size("width", width), eps, check
         self.gain = nn.Parameter(torch.ones(()))
 
@@ -133,6 +135,7 @@ class RelationalLayerNorm(nn.Module):
 
     def lifted(self, X: Tensor) -> Tensor:
         """The same on tokens X (*batch, N, width)."""
+        _check_width(X, self.rms.width)
         x = raised(X)
         return self.rms.lifted(x - x.mean(dim=-1, keepdim=True)).to(X.dtype)
 

@@ -116,6 +116,8 @@ class RelationalTransformer(nn.Module):
             raise ValueError(f"norm {norm!r} needs width, the d of the tokens")
         if norm is None and width is not None:
             raise ValueError("width is read by a norm only: pass norm='rms' or 'layer' too")
+        if readout is None and out != 1:
+            raise ValueError("out is read by a readout only: pass readout='tokens', 'sum', 'mean'")
         self.norm, self.width, self.check = norm, width, check
         self.token_features, self.causal = token_features, causal
         self.scale = 1.0 if width is None else 1 / check_size("width", width)

@@ -176,7 +176,7 @@ def _svd(X: Tensor, tolerance: float, floor: float) -> tuple[Tensor, Tensor]:
     Y = X if tall else X.mT
     with torch.no_grad():
         # A QR decomposition does not square the condition number, as the Gram matrix would.
-        _, R = torch.linalg.qr(Y, mode="r")
+        _, R = torch.linalg.qr(Y.detach(), mode="r")
         _, values, Wt = torch.linalg.svd(R)
         present = values > floor * values[..., :1]
     S = Y.mT @ Y
@@ -201,7 +201,7 @@ def _polar(X: Tensor, floor: float, check: bool) -> tuple[Tensor, Tensor]:
     leading = X[..., :size, :]
     if X.shape[-2] < X.shape[-1]:
         with torch.no_grad():
-            _, R = torch.linalg.qr(X.mT, mode="r")
+            _, R = torch.linalg.qr(X.detach().mT, mode="r")
             _, values, Wt = torch.linalg.svd(R)
     else:
         values = torch.linalg.svdvals(leading.detach())

@@ -57,17 +57,12 @@ def _roots(SA: Tensor, SB: Tensor, check: bool) -> Pair:
 def _svd_pair(SA: Tensor, SB: Tensor, check: bool) -> Pair:
     LA, LB = _roots(SA, SB, check)
     W = LA.mT @ LB
-    if torch.is_grad_enabled():
-        U, values, V = svd(W)
-        # Σ as a function of W: where axes are held still it does not stay diagonal.
-        middle = U.mT @ W @ V
-        identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device).expand_as(W)
-        root = symmetric_root((middle + middle.mT) / 2, values.sqrt(), identity)
-        rows_A, rows_B = root @ U.mT, root @ V.mT
-    else:
-        U, values, Vt = torch.linalg.svd(W)
-        scale = values.sqrt().unsqueeze(-1)
-        rows_A, rows_B = scale * U.mT, scale * Vt
+    U, values, V = svd(W)
+    # Σ as a function of W: where axes are held still it does not stay diagonal.
+    middle = U.mT @ W @ V
+    identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device).expand_as(W)
+    root = symmetric_root((middle + middle.mT) / 2, values.sqrt(), identity)
+    rows_A, rows_B = root @ U.mT, root @ V.mT
     g = torch.linalg.solve_triangular(LB, rows_B, upper=False, left=False)
     return g, torch.linalg.solve_triangular(LA, rows_A, upper=False, left=False)
 

@@ -88,6 +88,7 @@ def find_symmetries(model: nn.Module) -> SymmetryMap:
         residual,
         residual_reason=reason,
         unrecognized=[*_unrecognized(model, findings), *conflicting, *mixed],
+        gauge_free=_gauge_free(model, findings),
     )
 
 
@@ -167,7 +168,11 @@ def find_stream(
 
 def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
     """Outermost modules that look like attention and that no adapter covers."""
-    covered = [name for name, contribution in findings.contributions.items() if contribution.heads]
+    covered = [
+        name
+        for name, contribution in findings.contributions.items()
+        if contribution.heads or contribution.gauge_free
+    ]
     # Adapters beside quantised matrices are no pairs of those matrices.
     whole = [name for name in covered if not _is_low_rank(findings.contributions[name])]
     attentions = [name for name, module in model.named_modules() if _looks_like_attention(module)]
@@ -190,6 +195,12 @@ def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
         ):
             names.append(name)
     return [name or type(model).__name__ for name in names]
+
+
+def _gauge_free(model: nn.Module, findings: Findings) -> list[str]:
+    """Attentions that are understood and have no gauge."""
+    contributions = findings.contributions.items()
+    return [name or type(model).__name__ for name, found in contributions if found.gauge_free]
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

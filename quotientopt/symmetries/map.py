@@ -29,6 +29,8 @@ class SymmetryMap:
         Why ``residual`` is None.
     unrecognized : sequence of str
         Names of attention modules that are not understood. They are left to plain Adam.
+    gauge_free : sequence of str
+        Names of attention modules that hold or read invariants: no group acts on their heads.
 
     Notes
     -----
@@ -43,11 +45,13 @@ class SymmetryMap:
         *,
         residual_reason: str = "",
         unrecognized: Sequence[str] = (),
+        gauge_free: Sequence[str] = (),
     ) -> None:
         self.heads = tuple(heads)
         self.residual = residual
         self.residual_reason = residual_reason
         self.unrecognized = tuple(unrecognized)
+        self.gauge_free = tuple(gauge_free)
         names = [symmetry.name for symmetry in self.heads]
         if len(set(names)) != len(names):
             raise ValueError(f"two head symmetries share a name: {sorted(names)}")
@@ -169,6 +173,8 @@ class SymmetryMap:
                 f"residual stream: d = {self.residual.dimension}, "
                 f"{len(self.residual.axes)} parameters, O({self.residual.dimension}) {state}"
             )
+        if self.gauge_free:
+            lines.append("heads without a gauge, plain Adam: " + ", ".join(self.gauge_free))
         if self.unrecognized:
             lines.append("not understood, left to plain Adam: " + ", ".join(self.unrecognized))
         return "\n".join(lines)

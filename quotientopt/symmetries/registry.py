@@ -39,6 +39,8 @@ class Contribution:
         where they are the stream itself. Breaks O(d) unless a consumer is known.
     consumers : dict of str to tuple of Reader
         Name of a module to *all* that reads the hidden states it returns.
+    gauge_free : bool
+        Whether the module is an attention that holds or reads invariants: no group acts on it.
     """
 
     heads: list[HeadSymmetry] = field(default_factory=list)
@@ -48,6 +50,7 @@ class Contribution:
     norms: list[Norm] = field(default_factory=list)
     outputs: dict[str, str | None] = field(default_factory=dict)
     consumers: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
+    gauge_free: bool = False
 
 
 class NotUnderstoodError(Exception):

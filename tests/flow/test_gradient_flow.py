@@ -374,6 +374,11 @@ M = FactorQuotient(2, 5, 4)
         (lambda: flow_of_factors(on="sphere"), TypeError, "str"),
         (lambda: flow_of_factors(loss=lambda x: 1.0), TypeError, "float"),
         (lambda: flow_of_factors(loss=lambda x: x[0].detach().sum()), ValueError, "depend"),
+        (
+            lambda: flow_of_factors(loss=lambda x: torch.ones(2, requires_grad=True).sum()),
+            ValueError,
+            "not on the point",
+        ),
         (lambda: flow_of_factors(loss=lambda x: x[0].sum() / 0), ValueError, "at the start"),
         (
             lambda: projected_gradient_flow(

@@ -283,15 +283,19 @@ def test_low_precision(dtype):
     assert found.total_share > 0.05
 
 
+def not_copied():
+    """A model and its state dicts, which all follow it."""
+    model = attention()
+    return model, [model.state_dict(), model.state_dict()]
+
+
 def frozen():
     return attention().requires_grad_(False)
 
 
 def log_of(model=None, optimizer=None, **options):
     model = attention() if model is None else model
-    optimizer = (
-        torch.optim.SGD(attention().parameters(), lr=0.1) if optimizer is None else optimizer
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
     return VerticalLog(model, optimizer, **options)
 
 
@@ -302,6 +306,11 @@ def log_of(model=None, optimizer=None, **options):
         (lambda: log_of(every=True), ValueError, "every"),
         (lambda: log_of(optimizer=object()), TypeError, "register_step_pre_hook"),
         (lambda: log_of(nn.Linear(2, 2)), ValueError, "no head symmetry"),
+        (
+            lambda: log_of(optimizer=torch.optim.SGD(attention().parameters(), lr=0.1)),
+            ValueError,
+            "trains no parameter",
+        ),
         (lambda: log_of(frozen()), ValueError, "trainable"),
         (lambda: log_of(metric="fisher"), ValueError, "metric"),
         (lambda: log_of().motion, ValueError, "no step"),
@@ -309,6 +318,7 @@ def log_of(model=None, optimizer=None, **options):
         (lambda: vertical_motion(attention(), []), ValueError, "two points"),
         (lambda: vertical_motion(attention(), [1, 2]), TypeError, "dict"),
         (lambda: vertical_motion(attention(), [{}, {}]), ValueError, "missing"),
+        (lambda: vertical_motion(*not_copied()), ValueError, "copy every state_dict()"),
         (
             lambda: vertical_motion(
                 attention(), [attention().state_dict(), attention(width=8).state_dict()]

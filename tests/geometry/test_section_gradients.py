@@ -233,3 +233,20 @@ def test_values_do_not_depend_on_the_graph():
         graph = sections.section(kind, *x)
         for one, two in zip(leaves_of(plain), leaves_of(graph), strict=True):
             assert (one - two).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", FACTOR_KINDS)
+def test_forward_mode_is_finite_where_no_graph_is_kept(kind):
+    """`torch.no_grad` leaves forward mode alone, which met the gaps of torch's own SVD here."""
+    rows = [torch.linalg.qr(randn(n, 3, seed=n))[0].mT for n in (5, 4)]  # equal singular values
+    direction = randn(3, 5, seed=2)
+
+    def representative(A):
+        return sections.section(kind, A, rows[1], check=False)[0]
+
+    with torch.no_grad():
+        _, derivative = torch.func.jvp(representative, (rows[0],), (direction,))
+    _, expected = torch.func.jvp(representative, (rows[0],), (direction,))
+    for one, two in zip(derivative, expected, strict=True):
+        assert torch.isfinite(one).all()
+        assert (one - two).abs().max() < 1e-12

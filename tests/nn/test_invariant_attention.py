@@ -181,6 +181,23 @@ def test_bad_masks_are_refused(masks, error, message):
         attention(torch.randn(BATCH, LENGTH, WIDTH), **masks)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_lengths_and_batches_must_agree(batch_first):
+    """The fused kernel would read past the end of the values, and repeat a batch of one."""
+    attention = InvariantAttention(WIDTH, HEADS, batch_first=batch_first)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+
+    def attend(*tensors):
+        return attention(*(t if batch_first else t.transpose(0, 1) for t in tensors))
+
+    for tensors in ((x, x, x[:, :-1]), (x, x[:1], x[:1]), (x[:1], x, x), (x, x, x[:1])):
+        with pytest.raises(ValueError, match="one batch size, and as many values as keys"):
+            attend(*tensors)
+    with pytest.raises(ValueError, match="as many values as keys"):
+        attention(x[0], x[0], x[0, :-1])
+    assert attend(x, x[:, :-1], x[:, :-1]).numel() == x.numel()
+
+
 # ---- cache --------------------------------------------------------------------------------------
 
 
@@ -198,6 +215,28 @@ def test_cache_gives_what_the_whole_sequence_gives(parametrization, shared, rota
     assert deviation(torch.cat(outputs, dim=1), module(x)) < 1e-10
     rank = WIDTH // HEADS
     assert [entry.shape for entry in cache] == [(BATCH, shared, LENGTH, rank)] * 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda keys, values: (keys[:1], values[:1]),
+        lambda keys, values: (keys[:, :1], values[:, :1]),
+        lambda keys, values: (keys, values[:, :, :-1]),
+        lambda keys, values: (keys[..., :-1], values[..., :-1]),
+        lambda keys, values: [keys, values, values],
+        lambda keys, values: (keys, None),
+    ],
+)
+def test_bad_caches_are_refused(spoil):
+    attention = InvariantAttention(WIDTH, HEADS, causal=True)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    _, cache = attention(x[:, :-1], use_cache=True)
+    for bad in (spoil(*cache), cache[0], 3):
+        with pytest.raises(ValueError, match="cache must be keys and values of shape"):
+            attention(x[:, -1:], cache=bad)
+    output, _ = attention(x[:, -1:], cache=cache)
+    assert deviation(output, attention(x)[:, -1:]) < 1e-5
 
 
 def test_cache_with_padding():

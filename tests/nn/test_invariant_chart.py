@@ -273,4 +273,6 @@ def test_bad_columns_are_refused():
     before = chart.key.free.detach().clone()
     with pytest.raises(ValueError, match="from 0 to 23"):
         chart.rechart_({"vo": good + 20})
+    with pytest.raises(ValueError, match="no point called 'key'"):
+        chart.rechart_({"key": good})
     assert torch.equal(chart.key.free, before)

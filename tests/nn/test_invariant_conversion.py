@@ -94,6 +94,8 @@ def test_bad_arguments(options, message):
 
 
 def test_width_that_heads_do_not_divide():
+    with pytest.raises(TypeError, match=r"numbers of heads must be int, got 4\.0"):
+        InvariantAttention(WIDTH, 4.0)
     with pytest.raises(ValueError, match="not a multiple of heads 5; give head_width"):
         InvariantAttention(WIDTH, 5)
     attention = InvariantAttention(WIDTH, 5, head_width=3, bias=True)

@@ -106,3 +106,21 @@ def test_bad_token_numbers_are_refused():
         layer(torch.arange(9))
     with pytest.raises(ValueError, match=r"shape \(\*batch, N\)"):
         layer(torch.tensor(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_token_numbers_of_every_integer_dtype(dtype):
+    """Also as many bytes as there are tokens, which indexing would take for a mask."""
+    layer = RelationalEmbedding(11, 4)
+    ids = torch.randint(11, (11,))
+    assert torch.equal(layer.lifted(ids.to(dtype)), layer.tokens[ids])
+
+
+def test_without_looking_at_the_numbers():
+    layer = RelationalEmbedding(11, 4, check=False)
+    ids = torch.randint(11, (3, 6))
+    assert torch.equal(torch.func.vmap(layer)(ids), RelationalEmbedding.forward(layer, ids))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids), layer(ids))
+    with pytest.raises(IndexError):
+        layer(ids - 11)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quotientopt.nn.relational_attention import RelationalAttention
-from quotientopt.nn.relational_norms import RelationalRMSNorm
+from quotientopt.nn.relational_feed_forward import RelationalFeedForward
+from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
 from tests.nn.relational_cases import N, attention, tokens
 
 BAD_INPUT = {
@@ -77,11 +78,29 @@ def test_rounding_is_no_asymmetry():
         assert torch.isfinite(result).all()
 
 
+def test_layer_norm_of_tokens_reads_numbers_of_its_width():
+    norm = RelationalLayerNorm(4)
+    with pytest.raises(TypeError, match="floating-point"):
+        norm.lifted(torch.arange(12).reshape(3, 4))
+    with pytest.raises(ValueError, match=r"shape \(\*batch, N, 4\)"):
+        norm.lifted(torch.ones(3, 1))
+    with pytest.raises(TypeError, match=r"torch\.Tensor, got list"):
+        norm.lifted([[1.0, 2.0, 3.0, 4.0]])
+
+
+def scaled_feed_forward(scale):
+    return RelationalFeedForward(2, scale=scale)
+
+
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="heads must be at least 1"):
         RelationalAttention(0)
-    with pytest.raises(ValueError, match="scale must be positive"):
-        RelationalAttention(1, scale=0.0)
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        for layer in (lambda s: RelationalAttention(1, scale=s), scaled_feed_forward):
+            with pytest.raises(ValueError, match="scale must be a positive number"):
+                layer(scale)
+    with pytest.raises(ValueError, match="eps must not be negative"):
+        RelationalRMSNorm(4, eps=-1e-5)
     with pytest.raises(ValueError, match="max_relative_position"):
         RelationalAttention(1, max_relative_position=0)
     with pytest.raises(TypeError, match="width must be an int"):

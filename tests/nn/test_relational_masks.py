@@ -63,6 +63,16 @@ def test_a_token_that_may_attend_to_nobody_stays():
     assert torch.isfinite(X.grad).all()
 
 
+def test_a_mask_that_is_no_number_is_seen():
+    """It is not taken for −∞, which would hide it."""
+    layer, X = attention(), tokens()
+    mask = torch.zeros(N, N, dtype=torch.float64)
+    mask[2, 3] = torch.nan
+    moved = layer.lifted(X, mask=mask)
+    assert moved[2].isnan().all()
+    assert torch.isfinite(moved[:2]).all()
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
 @pytest.mark.parametrize("training", [False, True])
 def test_chunks_change_nothing(size, training):

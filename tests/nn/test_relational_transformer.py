@@ -99,7 +99,7 @@ def test_a_layer_is_the_formula(norm):
 @pytest.mark.parametrize("readout", [None, "tokens", "sum", "mean"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_invariant(norm, readout, batch):
-    model, X = transformer(norm, readout=readout, out=4), tokens(*batch)
+    model, X = transformer(norm, readout=readout, out=4 if readout else 1), tokens(*batch)
     Y = X @ rotation(batch, norm).mT
     assert not close(Y, X, 1e-1)
     one, two = apply(model, X), apply(model, Y)
@@ -180,7 +180,7 @@ def test_padding_is_not_read(readout):
     X = tokens(2)
     padding = torch.zeros(2, N, dtype=torch.bool)
     padding[0, 4:] = True
-    model = transformer("rms", readout=readout, out=3)
+    model = transformer("rms", readout=readout, out=3 if readout else 1)
     padded = apply(model, X, key_padding_mask=padding)
     for row, length in ((0, 4), (1, N)):
         alone = apply(model, X[row, :length])
@@ -197,7 +197,7 @@ def test_padding_is_not_read(readout):
 def test_chunks_change_nothing(norm, readout):
     X = tokens(2)
     mask = torch.ones(N, N, dtype=torch.bool).tril()
-    model = transformer(norm, readout=readout, out=3)
+    model = transformer(norm, readout=readout, out=3 if readout else 1)
     plain = apply(model, X, mask=mask)
     for size in (1, 4, 9):
         chunked = apply(model, X, mask=mask, chunk_size=size)
@@ -315,6 +315,7 @@ BAD_OPTIONS = {
     "layers must be at least 1": {"layers": 0},
     "features must be at least 2": {"features": 1},
     "out must be at least 1": {"readout": "sum", "out": 0},
+    "out is read by a readout only": {"out": 5},
 }
 
 

@@ -159,6 +159,29 @@ def test_functions_that_see_an_equal_block_as_a_whole():
     assert (gradient * direction).sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@kinds
+@shapes
+def test_forward_mode(kind, shape):
+    """Jacobians, and Hessians forward over reverse, are those of reverse mode."""
+    X = randn(*shape)
+
+    def dressed(X):
+        return dress_tokens(X, kind, check=False)
+
+    forward, reverse = torch.func.jacfwd(dressed)(X), torch.func.jacrev(dressed)(X)
+    assert (forward - reverse).abs().max() < 1e-10 * reverse.abs().max()
+
+    def number(X):
+        return dressed(X).pow(3).sum()
+
+    hessian = torch.func.hessian(number)(X)
+    expected = torch.autograd.functional.hessian(number, X)
+    assert expected.abs().max() > 1e-2
+    assert (hessian - expected).abs().max() < 1e-9 * expected.abs().max()
+    batch = torch.stack((X, 2 * X))
+    assert (torch.func.vmap(dressed)(batch) - dressed(batch)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("gap", [0.0, 1e-15])
 def test_the_derivative_of_torch_fails_there(gap):
     X = with_values((2.0, 1.0 + gap, 1.0), 6, 3)

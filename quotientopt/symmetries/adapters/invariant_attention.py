@@ -18,9 +18,9 @@ INVARIANT_ATTENTION = "quotientopt.nn.invariant_attention.InvariantAttention"
 @register(INVARIANT_ATTENTION)
 def invariant_attention(module: Any, name: str) -> Contribution:
     """GL(r) on both pairs of every key-value head; less on rotary queries and keys."""
-    contribution = Contribution()
     if module.parametrization != "fixed-rank":
-        return contribution
+        return Contribution(gauge_free=True)
+    contribution = Contribution()
     shape = module.shape
     heads, shared, rank = shape.heads, shape.key_value_heads, shape.head_width
     query, key, value = (
