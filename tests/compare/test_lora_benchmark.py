@@ -435,7 +435,9 @@ def test_the_report_tells_of_runs_of_fewer_steps_next_to_it(script, command, tmp
     assert "fewer steps" not in (folder / "lora.md").read_text()
     shorter = tmp_path.with_name(f"{tmp_path.name}-4")
     script("lora").main([*arguments, "--steps", "4", "--out", str(shorter)])
+    (folder / "notes.md").write_text("## Left out\n")
     command("--report")
+    assert (folder / "lora.md").read_text().endswith("\n## Left out\n")
     assert "| AdamW | 2 | 0.01 | 4 | 67 | 1 |" in (folder / "lora.md").read_text()
     (row,) = json.loads((folder / "lora.json").read_text())["fewer steps"]
     losses = [

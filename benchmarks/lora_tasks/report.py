@@ -1,0 +1,264 @@
+"""Tables of all ranks in a folder, and everything they are made of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_tasks.contenders import CONTENDERS
+from lora_tasks.pictures import draw_curves, draw_rates
+from lora_tasks.planning import TOLERANCE
+from lora_tasks.summary import Figures, RateRange, ShorterBudget, figures, shorter_budgets
+from lora_tasks.tasks import Recipe
+from quotientopt.compare.errors import UsageError
+from quotientopt.compare.record import FILE_NAME, write_atomically
+from quotientopt.compare.summary import BASELINE
+from quotientopt.compare.trial import Run
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What was measured at one rank, and the figures made of it."""
+
+    rank: int
+    document: dict[str, Any]
+    runs: list[Run]
+    rows: list[Figures]
+
+
+def read_ranks(folder: Path) -> list[Rank]:
+    """The records in ``rank-*``, by rank.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    ranks = []
+    for path in folder.glob(f"rank-*/{FILE_NAME}"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        order = list(CONTENDERS)
+        runs = [Run.from_dict(run) for run in document["runs"]]
+        runs.sort(key=lambda run: order.index(run.trial.optimizer))
+        ranks.append(Rank(document["protocol"]["rank"], document, runs, figures(runs)))
+    if not ranks:
+        raise UsageError(f"no record in {folder}: run without --report first")
+    return sorted(ranks, key=lambda rank: rank.rank)
+
+
+def read_shorter(folder: Path, ranks: Sequence[Rank]) -> list[ShorterBudget]:
+    """Runs of fewer steps, in the folders next to `folder`, against AdamW's best losses in it."""
+    found = []
+    for other in sorted(folder.parent.glob(f"{folder.name}-[0-9]*")):
+        if not any(other.glob(f"rank-*/{FILE_NAME}")):
+            continue
+        for short, full in itertools.product(read_ranks(other), ranks):
+            steps = [rank.document["protocol"]["steps"] for rank in (short, full)]
+            if short.rank == full.rank and steps[0] < steps[1]:
+                found += shorter_budgets(short.runs, full.runs, full.rank, *steps)
+    return found
+
+
+def write_report(folder: Path, recipe: Recipe) -> str:
+    """Write lora.md, lora.json and the plots of all ranks in `folder`; return the tables.
+
+    What a file notes.md there says of the limits of the measurement ends lora.md.
+    """
+    ranks = read_ranks(folder)
+    shorter = read_shorter(folder, ranks)
+    text = markdown(ranks, recipe, shorter)
+    notes = folder / "notes.md"
+    if notes.exists():
+        text += f"\n{notes.read_text(encoding='utf-8')}"
+    write_atomically(folder / "lora.md", text)
+    summary = {
+        "title": recipe.title,
+        "loss": recipe.unit,
+        "ranks": {
+            str(rank.rank): {
+                "protocol": rank.document["protocol"],
+                "environment": rank.document["environment"],
+                "optimizers": [_plain(row) for row in rank.rows],
+            }
+            for rank in ranks
+        },
+        "fewer steps": [asdict(row) for row in shorter],
+    }
+    write_atomically(folder / "lora.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / "curves.png", draw_curves(ranks, recipe))
+    write_atomically(folder / "learning-rates.png", draw_rates(ranks, recipe))
+    return text
+
+
+def _plain(row: Figures) -> dict[str, Any]:
+    return asdict(row) | {"width": row.rates.width if row.rates else None}
+
+
+def markdown(ranks: Sequence[Rank], recipe: Recipe, shorter: Sequence[ShorterBudget] = ()) -> str:
+    """Everything in tables."""
+    first = ranks[0].document
+    protocol, environment = first["protocol"], first["environment"]
+    versions = ", ".join(
+        f"{package} {environment[package]}"
+        for package in ("torch", "peft", "transformers", "pytorch_optimizer", "quotientopt")
+    )
+    autocast = (
+        "the model runs under autocast to bfloat16" if protocol["autocast"] else "no autocast"
+    )
+    lines = [
+        f"# LoRA: {recipe.title}",
+        "",
+        f"{protocol['model']}; {protocol['data']}, hash {protocol['data_digest']}. "
+        f"{protocol['steps']} steps of {protocol['batch']} examples of at most "
+        f"{protocol['context']} tokens; warm-up, then a cosine to "
+        f"{100 * protocol['final_fraction']:g} % of the peak. Adapters scaled by "
+        f"{protocol['alpha']} / rank, no dropout, no weight decay, betas "
+        f"({protocol['beta1']:g}, {protocol['beta2']:g}). A head, where there is one, is trained "
+        f"by AdamW at a peak rate of {protocol['head_rate']:g} whatever trains the adapters. "
+        f"Weights, gradients and optimizers are float32; {autocast}. "
+        f"Validation: {protocol['batch'] * protocol['validation_batches']} fixed examples, every "
+        f"{protocol['evaluate_every']} steps. Loss: {recipe.unit}.",
+        "",
+        f"{environment['processor']}, one thread per run on a machine that did other work as well; "
+        f"{versions}.",
+    ]
+    for rank in ranks:
+        lines += ["", *_rank_table(rank)]
+    if shorter:
+        lines += ["", *_shorter_table(shorter)]
+    lines += ["", *_robustness_table(ranks)]
+    return "\n".join(lines) + "\n"
+
+
+def _rank_table(rank: Rank) -> list[str]:
+    steps = rank.document["protocol"]["steps"]
+    accurate = any(row.accuracy for row in rank.rows)
+    columns = [
+        "optimizer",
+        "best rate",
+        "seeds",
+        "final loss",
+        "best loss",
+        *(["accuracy"] if accurate else []),
+        "steps to AdamW's best",
+        "% of AdamW's",
+        "ms optimizer",
+        "ms model",
+        "MB state",
+    ]
+    lines = [f"## Rank {rank.rank}", "", _row(columns), _row(["---"] * len(columns))]
+    for row in rank.rows:
+        edge = "" if row.interior else " (edge)"
+        seeds = f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")
+        lines.append(
+            _row(
+                [
+                    CONTENDERS[row.optimizer].label,
+                    f"{row.rate:.3g}{edge}",
+                    seeds,
+                    row.final.text() if row.final else NONE,
+                    row.best.text() if row.best else NONE,
+                    *([row.accuracy.text() if row.accuracy else NONE] if accurate else []),
+                    _steps(row),
+                    _share(row, steps),
+                    f"{1e3 * row.optimizer_seconds:.1f}",
+                    f"{1e3 * row.model_seconds:.0f}",
+                    f"{row.state_bytes / 1e6:.1f}",
+                ]
+            )
+        )
+    lines += [
+        "",
+        "Mean ± standard error over seeds. *Steps to AdamW's best*: to the smallest validation "
+        "loss of AdamW's run from the same seed, interpolated between validations, of the seeds "
+        "that reach it (k of n where some do not). Milliseconds are medians of the processor time "
+        "of a step on one thread, next to other work on the machine.",
+    ]
+    return lines
+
+
+def _steps(row: Figures) -> str:
+    if row.steps_to_target is None:
+        return "not reached" if row.compared else NONE
+    some = "" if row.reached == row.compared else f" ({row.reached} of {row.compared})"
+    return row.steps_to_target.text(".0f") + some
+
+
+def _share(row: Figures, steps: int) -> str:
+    if row.steps_to_target is None or row.optimizer == BASELINE:
+        return NONE
+    return f"{100 * row.steps_to_target.value / steps:.0f}"
+
+
+def _shorter_table(rows: Sequence[ShorterBudget]) -> list[str]:
+    columns = [
+        "optimizer",
+        "rank",
+        "rate",
+        "steps",
+        "% of AdamW's",
+        "seeds",
+        "final loss",
+        "above AdamW's best",
+    ]
+    lines = [
+        "## With fewer steps",
+        "",
+        "Whole runs of fewer steps, warm-up and decay included, against the smallest validation "
+        "loss of AdamW's full run from the same seed (negative: below it).",
+        "",
+        _row(columns),
+        _row(["---"] * len(columns)),
+    ]
+    for row in rows:
+        lines.append(
+            _row(
+                [
+                    CONTENDERS[row.optimizer].label,
+                    f"{row.rank}",
+                    f"{row.rate:.3g}",
+                    f"{row.steps}",
+                    f"{100 * row.share:.0f}",
+                    f"{row.final.count}",
+                    row.final.text(),
+                    row.excess.text("+.3f").replace("± +", "± "),
+                ]
+            )
+        )
+    return lines
+
+
+def _robustness_table(ranks: Sequence[Rank]) -> list[str]:
+    columns = ["optimizer", *(f"rank {rank.rank}" for rank in ranks)]
+    lines = [
+        "## Robustness against the learning rate",
+        "",
+        f"The largest over the smallest learning rate whose final loss is within {TOLERANCE:g} of "
+        "the optimizer's own best, on seed 0, interpolated in the logarithm of the rate (a run "
+        "that diverged counts as 1 above the best); in brackets the range. ≥: not left "
+        "at that end.",
+        "",
+        _row(columns),
+        _row(["---"] * len(columns)),
+    ]
+    for name, contender in CONTENDERS.items():
+        found = [next((r for r in rank.rows if r.optimizer == name), None) for rank in ranks]
+        if any(found):
+            cells = [_range(row.rates) if row and row.rates else NONE for row in found]
+            lines.append(_row([contender.label, *cells]))
+    return lines
+
+
+def _range(rates: RateRange) -> str:
+    sign = "≥ " if rates.open else ""
+    return f"{sign}{rates.width:.1f} ({rates.low:.2g} … {rates.high:.2g})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

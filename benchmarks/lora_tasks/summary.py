@@ -1,0 +1,247 @@
+"""The figures of the report, from the runs of one rank."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_tasks.planning import TOLERANCE
+from quotientopt.compare.summary import BASELINE, best_runs, crossing, mean_curve, optimizers_of
+from quotientopt.compare.trial import Run
+from quotientopt.compare.tuning import is_interior
+
+# A diverged run counts as this much above the best where the ends of a range are interpolated.
+DIVERGED = 1.0
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds, its standard error (None for one seed), and how many there are."""
+
+    value: float
+    error: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean | None:
+        """None of nothing."""
+        if not values:
+            return None
+        count = len(values)
+        error = statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+        return cls(statistics.fmean(values), error, count)
+
+    def text(self, form: str = ".3f") -> str:
+        """``mean ± error``."""
+        error = "" if self.error is None else f" ± {self.error:{form}}"
+        return f"{self.value:{form}}{error}"
+
+
+@dataclass(frozen=True)
+class RateRange:
+    """Learning rates within 0.02 of the best loss on seed 0.
+
+    Attributes
+    ----------
+    low, high : float
+        Interpolated in the logarithm of the rate.
+    open_low, open_high : bool
+        The range was not left at that end: it is wider than this.
+    """
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+
+    @property
+    def width(self) -> float:
+        """Largest over smallest."""
+        return self.high / self.low
+
+    @property
+    def open(self) -> bool:
+        """Whether it is wider than what was measured."""
+        return self.open_low or self.open_high
+
+
+@dataclass(frozen=True)
+class Figures:
+    """An optimizer at one rank, at its best learning rate.
+
+    Attributes
+    ----------
+    optimizer : str
+    rate : float
+    interior : bool
+        Whether smaller and larger rates were tried.
+    seeds, diverged : int
+    final, best : Mean or None
+        Validation loss after the last step, and the smallest of the run.
+    accuracy : Mean or None
+    steps_to_target : Mean or None
+        Steps to AdamW's best loss from the same seed, of the seeds that reach it.
+    reached : int
+        How many do, of those that AdamW has as well.
+    compared : int
+    rates : RateRange or None
+    losses : dict of float to float or None
+        Final loss on seed 0 at every rate that was tried; None where it diverged.
+    curve : list of [step, seconds, loss]
+        Mean over seeds.
+    optimizer_seconds, model_seconds : float
+        Processor seconds of a step, median.
+    state_bytes, parameters : int
+    """
+
+    optimizer: str
+    rate: float
+    interior: bool
+    seeds: int
+    diverged: int
+    final: Mean | None
+    best: Mean | None
+    accuracy: Mean | None
+    steps_to_target: Mean | None
+    reached: int
+    compared: int
+    rates: RateRange | None
+    losses: dict[float, float | None]
+    curve: list[list[float]]
+    optimizer_seconds: float
+    model_seconds: float
+    state_bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ShorterBudget:
+    """An optimizer's runs of fewer steps, against AdamW's full ones.
+
+    Attributes
+    ----------
+    optimizer : str
+    rank : int
+    rate : float
+    steps : int
+    share : float
+        Of AdamW's steps.
+    final : Mean
+        Validation loss after the last step, of the seeds that AdamW has as well.
+    excess : Mean
+        The same less the smallest validation loss of AdamW's run from the same seed.
+    """
+
+    optimizer: str
+    rank: int
+    rate: float
+    steps: int
+    share: float
+    final: Mean
+    excess: Mean
+
+
+def best_loss(run: Run) -> float:
+    """Smallest validation loss of a run."""
+    return min(point[2] for point in run.curve)
+
+
+def rate_range(losses: dict[float, float | None]) -> RateRange | None:
+    """The range of rates within `TOLERANCE` of the best loss; None if all diverged."""
+    rates = sorted(losses)
+    finite = [loss for loss in losses.values() if loss is not None]
+    if not finite:
+        return None
+    lowest = min(finite)
+    values = []
+    for rate in rates:
+        loss = losses[rate]
+        values.append(lowest + DIVERGED if loss is None else loss)
+    best = values.index(lowest)
+
+    def end(direction: int) -> tuple[float, bool]:
+        index = best
+        while 0 <= index + direction < len(rates):
+            here, there = values[index], values[index + direction]
+            if there > lowest + TOLERANCE:
+                part = (lowest + TOLERANCE - here) / (there - here)
+                return rates[index] * (rates[index + direction] / rates[index]) ** part, False
+            index += direction
+        return rates[index], True
+
+    (low, open_low), (high, open_high) = end(-1), end(1)
+    return RateRange(low, high, open_low, open_high)
+
+
+def figures(runs: list[Run]) -> list[Figures]:
+    """One per optimizer, in order of appearance."""
+    targets = _targets(runs)
+    return [_figures(runs, name, targets) for name in optimizers_of(runs)]
+
+
+def _targets(runs: list[Run]) -> dict[int, float]:
+    """AdamW's smallest validation loss by seed."""
+    chosen = best_runs(runs, BASELINE)
+    return {run.trial.seed: best_loss(run) for run in chosen if run.status == "finished"}
+
+
+def shorter_budgets(
+    runs: list[Run], full: list[Run], rank: int, steps: int, full_steps: int
+) -> list[ShorterBudget]:
+    """Runs of `steps` steps against AdamW's of `full_steps`, where all its seeds were run."""
+    targets = _targets(full)
+    found = []
+    for name in optimizers_of(runs):
+        own = {
+            run.trial.seed: run.final_loss
+            for run in best_runs(runs, name)
+            if run.final_loss is not None and run.trial.seed in targets
+        }
+        final = Mean.of(list(own.values()))
+        excess = Mean.of([loss - targets[seed] for seed, loss in own.items()])
+        if final is None or excess is None or len(own) < len(targets):
+            continue
+        rate = best_runs(runs, name)[0].trial.rate
+        share = steps / full_steps
+        found.append(ShorterBudget(name, rank, rate, steps, share, final, excess))
+    return found
+
+
+def _figures(runs: list[Run], name: str, targets: dict[int, float]) -> Figures:
+    chosen = best_runs(runs, name)
+    trial = chosen[0].trial
+    finished = [run for run in chosen if run.status == "finished"]
+    tuning = {
+        run.trial.rate: run.final_loss
+        for run in runs
+        if (run.trial.optimizer, run.trial.settings, run.trial.seed) == (name, trial.settings, 0)
+    }
+    compared = [run for run in chosen if run.trial.seed in targets]
+    crossings = [
+        found[0]
+        for run in compared
+        if (found := crossing(run.curve, targets[run.trial.seed])) is not None
+    ]
+    accuracies = [run.final_accuracy for run in finished if run.final_accuracy is not None]
+    return Figures(
+        optimizer=name,
+        rate=trial.rate,
+        interior=is_interior(trial.rate, list(tuning)),
+        seeds=len(chosen),
+        diverged=len(chosen) - len(finished),
+        final=Mean.of([run.final_loss for run in finished if run.final_loss is not None]),
+        best=Mean.of([best_loss(run) for run in finished]),
+        accuracy=Mean.of(accuracies),
+        steps_to_target=Mean.of(crossings),
+        reached=len(crossings),
+        compared=len(compared),
+        rates=rate_range(tuning),
+        losses=dict(sorted(tuning.items())),
+        curve=mean_curve([run.curve for run in finished]),
+        optimizer_seconds=statistics.median(run.timing.optimizer.median for run in chosen),
+        model_seconds=statistics.median(run.timing.model.median for run in chosen),
+        state_bytes=chosen[0].state_bytes,
+        parameters=chosen[0].parameters,
+    )
