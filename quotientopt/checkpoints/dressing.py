@@ -121,6 +121,12 @@ def dress_checkpoint(
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     changed = [name for name, mark in fingerprints(model).items() if mark != before[name]]
+    absent = [name for name in changed if name in loaded.missing]
+    if absent:
+        raise CheckpointError(
+            f"{absent[0]!r} is not in {checkpoint.path}, and belongs to a head pair or the "
+            "residual stream: complete the checkpoint first"
+        )
     places = places_of(checkpoint, model, before, changed)
     _refuse_mixed_dtypes(symmetries.heads, model, places)
     values = _stored_values(model, places)

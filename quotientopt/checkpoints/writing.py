@@ -90,6 +90,8 @@ def _copy_folder(
         if path in files:
             file, own = files[path]
             file.write(target / place, own)
+        elif path.is_dir() and path.is_symlink():
+            shutil.copytree(path, target / place)
         elif path.is_dir():
             (target / place).mkdir(exist_ok=True)
         else:

@@ -30,7 +30,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=argparse.SUPPRESS,
         help="folder to write, or file for weights alone",
     )
-    add("--section", default="svd", choices=SECTIONS, help="see docs/canonical.md")
+    add(
+        "--section",
+        default="svd",
+        choices=SECTIONS,
+        help="svd: one representative per orbit; others up to a rotation or signs in every head",
+    )
     add(
         "--config",
         metavar="FILE",
@@ -41,13 +46,13 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--residual",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="rotate the residual stream too, to its principal axes",
+        help="rotate the residual stream too, to its principal axes; needs gains that are one",
     )
     add(
         "--overwrite",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="replace what is at --out",
+        help="replace what is at --out, once the copy is complete",
     )
 
 

@@ -37,10 +37,17 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     add = parser.add_argument
     add("path", metavar="MODEL_DIR", help="folder with config.json and weights, or weights alone")
     add("--config", metavar="FILE", help="config.json of a single file of weights")
-    add("--json", metavar="FILE", dest="record", help="write everything as JSON")
+    add(
+        "--json",
+        metavar="FILE",
+        dest="record",
+        help="write everything printed, and the spectra, as JSON",
+    )
     add("--plot", metavar="FILE", help="draw the spectra of all heads as PNG (needs matplotlib)")
     add("--no-verify", dest="verify", action="store_false", help="do not run the model")
-    add("--dtype", default="auto", choices=DTYPES, help="dtype to load (default: as stored)")
+    add(
+        "--dtype", default="auto", choices=DTYPES, help="dtype to load (default: the widest stored)"
+    )
 
 
 def run(arguments: list[str], options: dict[str, Any]) -> int:

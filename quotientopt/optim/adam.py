@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+
+def clip_scale(norms: Sequence[Tensor], limit: float | None) -> Tensor | None:
+    """Factor that brings gradients down to a norm of ``limit``; None where there is no limit.
+
+    Parameters
+    ----------
+    norms : sequence of Tensor
+        Of the dressed gradients, one each.
+    limit : float, optional
+    """
+    if limit is None:
+        return None
+    total = torch.linalg.vector_norm(torch.stack(list(norms)))
+    # Not a number only where the step is refused, or gated with gradients of zero.
+    return (limit / (total + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
 
 
 def moments_(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,10 +39,14 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
     entries = list(engine.entries())
     of_pairs = [entry for pairs in engine.pairs for entry in pairs.entries()]
     for leaf, key, tensor in [*entries, *of_pairs]:
-        saved = state.get(leaf.parameter, {}).get(key + leaf.suffix)
-        if saved is not None and saved.shape != tensor.shape:
+        own = state.get(leaf.parameter, {})
+        saved = own.get(key + leaf.suffix)
+        shape = None if saved is None else torch.as_tensor(saved).shape
+        lost = saved is None and key in FRAME_KEYS and "exp_avg" + leaf.suffix in own
+        if lost or shape not in (None, tensor.shape):
+            found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise ValueError(
-                f"the saved {key + leaf.suffix!r} of {leaf.name!r} has shape {tuple(saved.shape)}, "
+                f"the saved {key + leaf.suffix!r} of {leaf.name!r} {found}, "
                 f"expected {tuple(tensor.shape)}: it is not the state of a QuotientAdam with these "
                 "options on this model"
             )
@@ -62,7 +66,7 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
             tensor.copy_(saved)
     for leaf, key, tensor in of_pairs:
         if key in state.get(leaf.parameter, {}):
-            tensor.copy_(state[leaf.parameter][key])
+            tensor.copy_(torch.as_tensor(state[leaf.parameter][key]))
     for pairs in engine.pairs:
         pairs.adopted()
     for bucket in engine.buckets:
@@ -75,6 +79,27 @@ def adopt(engine: Engine, state: Mapping[Tensor, dict[str, Any]]) -> None:
             bucket.shared.oriented = bool(bucket.shared.frame.any())
         for i, leaf in enumerate(bucket.leaves):
             _carry_moments(bucket, i, state.get(leaf.parameter, {}))
+
+
+def refuse_framed_state(
+    parameters: Iterable[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    name_of: Callable[[Tensor], str],
+) -> None:
+    """Refuse to go on in plain coordinates with moments that are written in a frame.
+
+    Raises
+    ------
+    ValueError
+        If the state of a parameter without a leaf has a frame; names both.
+    """
+    for parameter in parameters:
+        for key in state.get(parameter, {}):
+            if key.partition(".")[0] in FRAME_KEYS:
+                raise ValueError(
+                    f"the state of {name_of(parameter)!r} has a {key!r}, which these options leave "
+                    "out; make a new optimizer to change frames"
+                )
 
 
 def steps_of(leaf: Leaf, state: Mapping[Tensor, dict[str, Any]]) -> int:

@@ -69,6 +69,11 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
     if options["master_weights"] and options["stochastic_rounding"]:
         raise ValueError("choose master_weights or stochastic_rounding, not both")
+    if options["lora_polar"] and options["lora_frame"] != TRANSPORTED:
+        raise ValueError(
+            f"lora_polar needs lora_frame={TRANSPORTED!r}, got {options['lora_frame']!r}; in other "
+            "frames LoRA pairs heed polar"
+        )
     if foreach is not None and not isinstance(foreach, bool):
         raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
 
@@ -141,6 +146,7 @@ def refuse_unmovable(
     known = {symmetry.name: symmetry for symmetry in symmetries.heads}
     covered = {(leaf.symmetry.name, leaf.side) for leaf in leaves.framed if leaf.symmetry}
     unturned = {id(leaf.parameter) for leaf in leaves.framed if not leaf.residual}
+    unturned |= {id(leaf.parameter) for leaf in leaves.transported}
     plain = {id(parameter) for parameters in leaves.plain for parameter in parameters}
     framed = {id(leaf.parameter) for leaf in leaves.framed}
     for name in element:
@@ -165,6 +171,21 @@ def refuse_unmovable(
                 f"cannot move the optimizer's state by {name!r}: that of {stuck[0]!r} is plain "
                 "Adam's and depends on the gauge; use a head_frame and a residual_frame"
             )
+
+
+def refuse_foreign_symmetries(
+    param_groups: Sequence[Mapping[str, Any]], symmetries: SymmetryMap
+) -> None:
+    """Refuse symmetries of another model, which would silently leave plain AdamW."""
+    own = {id(p) for group in param_groups for p in group["params"]}
+    known = {id(b.parameter) for s in symmetries.heads for b in s.blocks}
+    if symmetries.residual is not None:
+        known |= {id(p) for p in symmetries.residual.parameters.values()}
+    if known and not known & own:
+        raise ValueError(
+            "the symmetries belong to another model: none of its parameters is in the "
+            "optimizer; pass find_symmetries(model) of the model that is trained"
+        )
 
 
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:

@@ -140,7 +140,7 @@ class Engine:
                 if bucket.device_steps is not None:
                     own["step"] = bucket.device_steps[i]
                 else:
-                    own.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    own["step"] = torch.as_tensor(own.get("step", 0.0), dtype=torch.float32)
                     self._steps_on_host[leaf.parameter] = own["step"]
         for leaf, key, tensor in (entry for pairs in self.pairs for entry in pairs.entries()):
             state[leaf.parameter][key] = tensor
@@ -184,7 +184,26 @@ class Engine:
     def is_new(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether a leaf has no frame yet."""
         framed = (bucket.steps[i] for bucket, rows in active for i in rows)
-        return any(steps == 0 for steps in (*framed, *(pairs.ticks for pairs in self.pairs)))
+        of_pairs = (max(pairs.steps) for pairs in self.pairs)
+        return any(steps == 0 for steps in (*framed, *of_pairs))
+
+    def is_recorded(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+        """Whether this step is recorded as a CUDA graph, which cannot hold eigen-decompositions.
+
+        Raises
+        ------
+        RuntimeError
+            If it cannot be recorded.
+        """
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            return False
+        if not self.param_groups[0]["capturable"]:
+            raise RuntimeError("make QuotientAdam capturable=True to record a CUDA graph of steps")
+        if self.is_new(active):
+            raise RuntimeError(
+                "take a step before recording a CUDA graph: the first one makes the frames"
+            )
+        return True
 
     def fresh_dressings(self) -> Dressings:
         """Dressing fields of all heads, by ``id`` of their frames; changes nothing."""

@@ -30,13 +30,15 @@ COVARIANCE_BETA = 0.95
 class Prepared(NamedTuple):
     """What a step needs to know of factors and gradients; nothing has changed yet.
 
-    ``active`` marks the legs that take part, ``(2S,)``, ``turns`` is whether frames are turned to
-    eigenframes, and ``whole`` whether all legs are known to take part.
+    ``active`` marks the legs that take part, ``(2S,)``, and ``counted`` those that are taken to,
+    as far as the host knows without waiting for the device; ``turns`` is whether frames are turned
+    to eigenframes, and ``whole`` whether all legs are known to take part.
     """
 
     weights: list[Tensor]
     coordinates: Coordinates
     active: Tensor
+    counted: list[bool]
     dressed: list[Tensor]
     turns: bool
     whole: bool
@@ -57,6 +59,8 @@ class LowRankPairs:
         C = EMA(w∂ (w∂)ᵀ), written in the frame, ``(2S, r, r)``.
     counts : Tensor
         Updates of each leg, ``(2S,)``.
+    steps : list of int
+        The same on the host. On an accelerator legs that wait there are counted too.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class LowRankPairs:
         parameter = self.blocks[0].parameter
         self.device, self.dtype = parameter.device, compute_dtype(parameter.dtype)
         self.rank = symmetries[0].rank
+        self._partners = partners
         self.partner = torch.tensor(partners, device=self.device)
         keeps_master = options["master_weights"] and parameter.dtype != self.dtype
         self.stacks: list[Stack] = []
@@ -101,12 +106,19 @@ class LowRankPairs:
         self.covariance = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.counts = torch.zeros(len(factors), device=self.device)
         self._identity = torch.eye(self.rank, dtype=self.dtype, device=self.device)
-        self.ticks = 0
-        self._all_seen = False
+        self.steps = [0] * len(factors)
+        # Which legs have taken a step for certain, and the last pattern of gradients: kept, so that
+        # the host does not wait for the device in every step.
+        self._seen = [False] * len(factors)
+        self._given: list[bool] = []
+        self._has_gradient = torch.tensor(self._given)
+        frozen = [self.legs[j] is None for j in partners]
+        self._frozen_partner = torch.tensor(frozen, device=self.device)
+        # Whether a leg goes on in the directions of a frozen partner, in every step from then on.
+        self._leans = False
 
     def entries(self) -> Iterator[tuple[Leaf, str, Tensor]]:
         """Every tensor of the state, under the leg that it belongs to."""
-        partner = self.partner.tolist()
         of_factor = [
             (stack, i) for stack in self.stacks for i in range(stack.rows.stop - stack.rows.start)
         ]
@@ -119,15 +131,15 @@ class LowRankPairs:
             yield leaf, "exp_avg_sq", stack.exp_avg_sq[i]
             yield leaf, "head_frame", self.frame[j]
             yield leaf, "head_covariance", self.covariance[j]
-            stack_of_partner, i_of_partner = of_factor[partner[j]]
+            stack_of_partner, i_of_partner = of_factor[self._partners[j]]
             yield leaf, "partner_coordinates", stack_of_partner.coordinates[i_of_partner]
             if stack.master is not None:
                 yield leaf, "master", stack.master[i]
 
     def adopted(self) -> None:
         """Go on from a state that was just copied into the entries."""
-        self.ticks = int(self.counts.max())
-        self._all_seen = False
+        self.steps = [int(count) for count in self.counts.tolist()]
+        self._seen = [step > 0 for step in self.steps]
 
     def prepare(self, capturing: bool = False) -> Prepared | None:
         """Coordinates of the factors as they are now and dressed gradients; changes nothing.
@@ -142,71 +154,85 @@ class LowRankPairs:
         RankError
             If both factors of a pair are zero, or one is not finite.
         """
-        given = [None if leaf is None else leaf.parameter.grad for leaf in self.legs]
-        missing = [gradient is None for gradient in given]
-        if all(missing):
+        gradients = [None if leaf is None else leaf.parameter.grad for leaf in self.legs]
+        given = [gradient is not None for gradient in gradients]
+        if not any(given):
             return None
         weights = [stack.weights() for stack in self.stacks]
-        tick, every = self.ticks + 1, self.options["refresh_every"]
+        tick, every = self._tick(given), self.options["refresh_every"]
         turns = not capturing and (tick <= every or tick % every == 0)
         gram = self._grams(weights)
         coordinates = next_coordinates(self.frame, gram)
+        has_gradient = self._mask(given)
         on_host = self.device.type == "cpu"
-        if (on_host or turns) and not bool(coordinates.defined.all()):
-            coordinates = self._recover(coordinates, gram, given)
+        looks = not capturing and (on_host or turns or self._leans)
+        if looks and not bool((coordinates.defined | ~has_gradient).all()):
+            coordinates = self._recover(coordinates, gram, has_gradient)
             turns = True
-        active = coordinates.defined
-        if any(missing):
-            active = active & ~torch.tensor(missing, device=self.device)
-        turns = turns or (not capturing and self._has_new(active))
+        active = coordinates.defined & has_gradient
+        turns = turns or (not capturing and self._has_new(active, given))
         field = (coordinates.frame * active[:, None, None]).to(self.dtype)
         dressed = []
         for stack in self.stacks:
-            gradients = stack.gradients(given[stack.rows])
+            own = stack.gradients(gradients[stack.rows])
             if self.options["maximize"]:
-                gradients.neg_()
-            dressed.append(field[stack.rows] @ gradients)
-        whole = on_host and bool(active.all())
-        return Prepared(weights, coordinates, active, dressed, turns, whole)
+                own.neg_()
+            dressed.append(field[stack.rows] @ own)
+        counted = active.tolist() if on_host else given
+        whole = on_host and all(counted)
+        return Prepared(weights, coordinates, active, counted, dressed, turns, whole)
+
+    def _tick(self, given: Sequence[bool]) -> int:
+        """Number of this step for the pairs with a gradient; the one with the most steps counts."""
+        legs = [j for j, has_gradient in enumerate(given) if has_gradient]
+        return 1 + max(self.steps[j] for leg in legs for j in (leg, self._partners[leg]))
+
+    def _mask(self, given: list[bool]) -> Tensor:
+        """Which legs have a gradient, on the device."""
+        if given != self._given:
+            self._has_gradient = torch.tensor(given, device=self.device)
+            self._given = given
+        return self._has_gradient
 
     def _grams(self, weights: Sequence[Tensor]) -> Tensor:
         """Gram matrices of each leg's partner, in the widest precision."""
         grams = [stack.grams(own) for stack, own in zip(self.stacks, weights, strict=True)]
         return torch.cat(grams).index_select(0, self.partner)
 
-    def _recover(
-        self, found: Coordinates, gram: Tensor, given: Sequence[Tensor | None]
-    ) -> Coordinates:
+    def _recover(self, found: Coordinates, gram: Tensor, has_gradient: Tensor) -> Coordinates:
         """Coordinates where the last step's frames lead to none.
 
         They start anew where the partner has full rank again. Where it has not, the leg waits, and
-        only if its own factor is rank-deficient too, so that both would wait, it goes on in the
-        directions that the partner has.
+        only if its own factor is rank-deficient too, so that both would wait, or if the partner is
+        frozen, it goes on in the directions that the partner has.
         """
-        if not bool(gram.isfinite().all()):
-            self._refuse(~gram.isfinite().flatten(-2).all(-1), "is not finite")
+        broken = has_gradient & ~gram.isfinite().flatten(-2).all(-1)
+        if bool(broken.any()):
+            self._refuse(broken, "is not finite")
         fresh = next_coordinates(torch.zeros_like(gram), gram)
         frame = torch.where(found.defined[:, None, None], found.frame, fresh.frame)
         defined = found.defined | fresh.defined
-        stuck = ~defined & ~defined.index_select(0, self.partner)
+        waits = ~defined & has_gradient
+        stuck = waits & (~defined.index_select(0, self.partner) | self._frozen_partner)
         if not bool(stuck.any()):
             return Coordinates(frame, defined)
-        spanned = spanning_coordinates(gram)
+        self._leans = bool((stuck & self._frozen_partner).any())
+        spanned = spanning_coordinates(
+            torch.where(stuck[:, None, None], gram, self._identity.to(gram.dtype))
+        )
         frame = torch.where(stuck[:, None, None], spanned.frame, frame)
         defined = torch.where(stuck, spanned.defined, defined)
         lost = stuck & ~defined & ~defined.index_select(0, self.partner)
-        lost &= torch.tensor([gradient is not None for gradient in given], device=self.device)
         if bool(lost.any()):
             self._refuse(lost, "is zero, as is its partner")
         return Coordinates(frame, defined)
 
-    def _has_new(self, active: Tensor) -> bool:
+    def _has_new(self, active: Tensor, given: Sequence[bool]) -> bool:
         """Whether a leg takes its first step: its frame is not an eigenframe yet."""
-        if self._all_seen:
+        if all(seen for seen, has_gradient in zip(self._seen, given, strict=True) if has_gradient):
             return False
         seen = self.counts > 0
-        trained = torch.tensor([leaf is not None for leaf in self.legs], device=self.device)
-        self._all_seen = bool((seen | ~trained).all())
+        self._seen = seen.tolist()
         return bool((active & ~seen).any())
 
     def _refuse(self, legs: Tensor, problem: str) -> None:
@@ -219,7 +245,7 @@ class LowRankPairs:
 
     def step(self, prepared: Prepared, group: Mapping[str, Any], gate: Tensor | None) -> None:
         """Carry the state into the new coordinates, update moments and parameters."""
-        weights, coordinates, active, dressed, turns, whole = prepared
+        weights, coordinates, active, counted, dressed, turns, whole = prepared
         mask = active.to(self.dtype)
         if gate is not None:
             mask = mask * gate
@@ -234,7 +260,7 @@ class LowRankPairs:
             overlap = turn @ overlap
             dressed = [turn[s.rows] @ z for s, z in zip(self.stacks, dressed, strict=True)]
         self.counts.add_(mask)
-        self.ticks += 1
+        self.steps = [step + own for step, own in zip(self.steps, counted, strict=True)]
         own = coefficients(
             overlap,
             # A leg without any step yet has moments of zero; any positive count will do.

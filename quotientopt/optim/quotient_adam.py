@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quotientopt._linalg import compute_dtype
+from quotientopt.optim.adam import clip_scale
+from quotientopt.optim.adoption import refuse_framed_state
 from quotientopt.optim.checks import (
     norms_of,
     refuse_bad_hyperparameters,
+    refuse_foreign_symmetries,
     refuse_mixed_groups,
     refuse_nonfinite,
     refuse_sparse,
     refuse_unmovable,
 )
 from quotientopt.optim.engine import Engine
-from quotientopt.optim.errors import GradientError
+from quotientopt.optim.gate import NonfiniteGate
 from quotientopt.optim.leaves import Leaves, find_leaves, parameter_name
 from quotientopt.optim.plain import keeps_wide, plain_step
+from quotientopt.optim.plan import planned_groups, signature_of, takes_part
+from quotientopt.optim.saved_state import restore_precision
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
-
-# Options on which leaves, buckets and the tensors of the state depend.
-PLANNED = (
-    "head_frame",
-    "residual_frame",
-    "lora_frame",
-    "foreach",
-    "master_weights",
-    "capturable",
-)
 
 
 class QuotientAdam(Optimizer):
@@ -185,7 +179,7 @@ class QuotientAdam(Optimizer):
         self._engine: Engine | None = None
         self._leaves = Leaves()
         self._signature: tuple[Any, ...] = ()
-        self._skipped: Tensor | None = None
+        self._nonfinite = NonfiniteGate()
         if isinstance(model_or_params, nn.Module):
             if symmetries is None:
                 symmetries = find_symmetries(model_or_params)
@@ -198,20 +192,8 @@ class QuotientAdam(Optimizer):
             if block.name:
                 self._names.setdefault(id(block.parameter), block.name)
         super().__init__(model_or_params, defaults)
-        self._refuse_foreign_symmetries()
+        refuse_foreign_symmetries(self.param_groups, symmetries)
         self._plan()
-
-    def _refuse_foreign_symmetries(self) -> None:
-        """Symmetries of another model would silently leave plain AdamW."""
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        known = {id(b.parameter) for s in self.symmetries.heads for b in s.blocks}
-        if self.symmetries.residual is not None:
-            known |= {id(p) for p in self.symmetries.residual.parameters.values()}
-        if known and not known & own:
-            raise ValueError(
-                "the symmetries belong to another model: none of its parameters is in the "
-                "optimizer; pass find_symmetries(model) of the model that is trained"
-            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; refuses one that would split a pair.
@@ -236,31 +218,25 @@ class QuotientAdam(Optimizer):
     def _plan(self) -> None:
         """Cut the parameters into leaves; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
-        trainable = [
-            group | {"params": [p for p in group["params"] if takes_part(p)]}
-            for group in self.param_groups
-        ]
-        self._leaves = find_leaves(trainable, self.symmetries, self._names)
-        self._signature = self._current_signature()
+        self._leaves = self._find_leaves()
+        self._signature = signature_of(self.param_groups)
         self._engine = None
 
-    def _current_signature(self) -> tuple[Any, ...]:
-        """What leaves and buckets depend on; they are made anew when it changes."""
-        return tuple(
-            (
-                *(group[option] for option in PLANNED),
-                *((takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
-            )
-            for group in self.param_groups
-        )
+    def _find_leaves(self, also: Container[Tensor] = ()) -> Leaves:
+        """Leaves of the parameters that are trained, and of those in ``also``."""
+        return find_leaves(planned_groups(self.param_groups, also), self.symmetries, self._names)
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""
-        if self._signature != self._current_signature():
+        if self._signature != signature_of(self.param_groups):
             self._plan()
         if self._engine is None or not self._engine.holds(self.state):
-            self._engine = Engine(self._leaves, self.param_groups, self.state)
+            self._engine = self._engine_of(self._leaves)
         return self._engine
+
+    def _engine_of(self, leaves: Leaves) -> Engine:
+        refuse_framed_state((p for own in leaves.plain for p in own), self.state, self._name)
+        return Engine(leaves, self.param_groups, self.state)
 
     def _name(self, parameter: Tensor) -> str:
         return parameter_name(parameter, self._names, self.param_groups)
@@ -299,23 +275,23 @@ class QuotientAdam(Optimizer):
         engine = self._current_engine()
         active = engine.active()
         dressings = None
-        capturing = self._capturing(engine, active)
+        capturing = engine.is_recorded(active)
         if active and not capturing and engine.refresh_due(active):
-            self._refuse_earlier_nonfinite()
+            self._nonfinite.refuse_earlier()
             dressings = engine.fresh_dressings()
         pairs = engine.prepare_pairs(capturing)
         if dressings is None and any(own.turns for _, own in pairs):
-            self._refuse_earlier_nonfinite()
+            self._nonfinite.refuse_earlier()
         dressed = engine.dressed_gradients(active, dressings)
         of_pairs = [stack for _, own in pairs for stack in own.dressed]
         plain = [p.grad for own in self._leaves.plain for p in own if p.grad is not None]
         norms = norms_of([*dressed, *of_pairs, *plain])
         gate = None
-        if self._defers_checks(norms):
-            gate = self._gate(norms, [*dressed, *of_pairs])
+        if self._nonfinite.is_needed(norms):
+            gate = self._nonfinite.close_on_nonfinite(norms, [*dressed, *of_pairs])
         else:
             refuse_nonfinite(norms, gradients, self._name)
-        scale = self._clip_scale(norms)
+        scale = clip_scale(norms, self.param_groups[0]["max_grad_norm"])
         if scale is not None:
             for stack in (*dressed, *of_pairs):
                 stack.mul_(scale)
@@ -325,47 +301,6 @@ class QuotientAdam(Optimizer):
         for group, own in zip(self.param_groups, self._leaves.plain, strict=True):
             plain_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         return loss
-
-    @staticmethod
-    def _defers_checks(norms: Sequence[Tensor]) -> bool:
-        """Whether reading a flag would make the host wait for the device."""
-        return bool(norms) and norms[0].device.type != "cpu"
-
-    def _gate(self, norms: Sequence[Tensor], dressed: Sequence[Tensor]) -> Tensor:
-        """One, or zero if a gradient is not finite; dressed gradients are then set to zero."""
-        finite = torch.stack(list(norms)).isfinite().all()
-        for stack in dressed:
-            stack.masked_fill_(~finite, 0)
-        gate = finite.to(norms[0].dtype)
-        if self._skipped is None:
-            self._skipped = torch.zeros_like(gate)
-        self._skipped.add_(1 - gate)
-        return gate
-
-    def _refuse_earlier_nonfinite(self) -> None:
-        """Tell of steps that changed nothing; frames wait for the device anyway."""
-        if self._skipped is None:
-            return
-        count = int(self._skipped)
-        self._skipped.zero_()
-        if count:
-            raise GradientError(
-                f"gradients had NaN or infinite entries, or overflowed when squared, in {count} of "
-                "the steps since frames were last made; those steps changed nothing, nor does this "
-                "one. Lower the learning rate, or scale the loss with a GradScaler"
-            )
-
-    def _capturing(self, engine: Engine, active: Sequence[tuple[Any, list[int]]]) -> bool:
-        """Whether this step is recorded as a CUDA graph, which cannot hold eigen-decompositions."""
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            return False
-        if not self.param_groups[0]["capturable"]:
-            raise RuntimeError("make QuotientAdam capturable=True to record a CUDA graph of steps")
-        if engine.is_new(active):
-            raise RuntimeError(
-                "take a step before recording a CUDA graph: the first one makes the frames"
-            )
-        return True
 
     @torch.no_grad()
     def refresh_frames(self) -> None:
@@ -381,17 +316,8 @@ class QuotientAdam(Optimizer):
         """
         if self.state:
             engine = self._current_engine()
-            self._refuse_earlier_nonfinite()
+            self._nonfinite.refuse_earlier()
             engine.refresh(engine.fresh_dressings())
-
-    def _clip_scale(self, norms: Sequence[Tensor]) -> Tensor | None:
-        """Factor that brings the dressed gradient's norm down to ``max_grad_norm``."""
-        limit = self.param_groups[0]["max_grad_norm"]
-        if limit is None:
-            return None
-        total = torch.linalg.vector_norm(torch.stack(list(norms)))
-        # Not a number only where the step is refused, or gated with gradients of zero.
-        return (limit / (total + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
 
     @torch.no_grad()
     def move_state_(self, element: Mapping[str, Tensor]) -> None:
@@ -412,9 +338,16 @@ class QuotientAdam(Optimizer):
             If the element moves parameters whose state is that of plain Adam, which has no law of
             transformation. Nothing is changed then.
         """
-        refuse_unmovable(element, self.symmetries, self._leaves)
+        # Frozen parameters may have state too, which must not be left behind.
+        leaves = self._find_leaves(also=self.state)
+        refuse_unmovable(element, self.symmetries, leaves)
         if self.state:
-            self._current_engine().move_(element)
+            if all(takes_part(parameter) for parameter in self.state):
+                # In place, as recorded CUDA graphs need it.
+                self._current_engine().move_(element)
+                return
+            self._engine_of(leaves).move_(element)
+            self._engine = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; training then continues bit for bit.
@@ -443,7 +376,7 @@ class QuotientAdam(Optimizer):
             self._plan()
             if self.state:
                 self._current_engine()
-        except (ValueError, KeyError):
+        except Exception:
             self.state, self.param_groups = before
             self._plan()
             raise
@@ -452,24 +385,12 @@ class QuotientAdam(Optimizer):
                 hook.remove()
 
     def _restore_precision(self, loaded: Mapping[str, Any]) -> None:
-        """Undo torch's cast of state to its parameter's dtype where float32 is needed.
-
-        All tensors are copied: torch keeps the given ones, which another optimizer may use on.
-        """
-        self._plan()
-        wide = {id(leaf.parameter) for leaf in (*self._leaves.framed, *self._leaves.transported)}
+        """Undo torch's cast of the state of leaves, and of parameters with wider copies."""
+        leaves = self._find_leaves(also=self.state)
+        wide = {id(leaf.parameter) for leaf in (*leaves.framed, *leaves.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
-        saved_order = [i for group in loaded["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, parameter in zip(saved_order, parameters, strict=True):
-            own = self.state.get(parameter, {})
-            for key, value in own.items():
-                if not isinstance(value, Tensor):
-                    continue
-                given = loaded["state"][i][key] if id(parameter) in wide else value
-                dtype = compute_dtype(parameter.dtype) if given.dtype != value.dtype else None
-                own[key] = given.detach().to(value.device, dtype or given.dtype).clone()
+        restore_precision(self.state, self.param_groups, loaded, wide)
 
     def __getstate__(self) -> dict[str, Any]:
         extra = {"symmetries": self.symmetries, "_named": self._named()}
@@ -486,15 +407,10 @@ class QuotientAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         named = state.pop("_named", None)
         super().__setstate__(state)
-        self._skipped = None
+        self._nonfinite = NonfiniteGate()
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
         if named is not None:
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()
-
-
-def takes_part(parameter: Tensor) -> bool:
-    """Whether a parameter is trained; a frozen one only serves as geometry."""
-    return parameter.requires_grad or parameter.grad is not None

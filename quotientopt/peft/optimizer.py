@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quotientopt.optim import QuotientAdam
+from quotientopt.optim.leaves import TRANSPORTED
 from quotientopt.peft.pairs import find_trained_pairs
 
 Named = list[tuple[str, Tensor]]
@@ -97,9 +98,14 @@ def create_quotient_optimizer(
         lr=lr,
         weight_decay=weight_decay,
         symmetries=symmetries,
-        lora_polar=polar,
+        **_polar_options(polar, kwargs.get("lora_frame", TRANSPORTED)),
         **kwargs,
     )
+
+
+def _polar_options(polar: bool, lora_frame: str | None) -> dict[str, Any]:
+    """The option of QuotientAdam that evens out updates of pairs in these frames."""
+    return {"lora_polar" if lora_frame == TRANSPORTED else "polar": polar}
 
 
 def _param_groups(

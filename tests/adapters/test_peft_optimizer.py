@@ -296,6 +296,16 @@ def test_bad_options_are_refused(options, error, message):
         create_quotient_optimizer(adapted(), **options)
 
 
+@pytest.mark.parametrize("polar", [False, True])
+def test_polar_reaches_the_pairs_in_every_frame(polar):
+    options = create_quotient_optimizer(adapted(), lr=1e-3, polar=polar).defaults
+    assert options["lora_polar"] is polar
+    framed = {"lora_frame": "orthonormal", "polar": polar}
+    options = create_quotient_optimizer(adapted(), lr=1e-3, **framed).defaults
+    assert options["polar"] is polar
+    assert options["lora_polar"] is False
+
+
 def test_factors_of_other_layers_are_named_and_left_to_adamw():
     body = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "linear": nn.Linear(6, 7)})
     config = peft.LoraConfig(r=2, target_modules=["conv", "linear"])

@@ -64,6 +64,7 @@ def test_trained_encoders(name):
 def test_trained_encoders_on_disk(name, tmp_path):
     """Safetensors, and a folder of pickled tensors, with the files that come along."""
     class_name, package, path = ENCODERS[name]
+    transformers()
     source, out = located(package, path), tmp_path / "out"
     assert main(["dress", str(source), "--out", str(out)]) == 0
     files = {str(path.relative_to(source)) for path in source.rglob("*")}

@@ -7,11 +7,15 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from quotientopt.checkpoints import dressing, weight_files, writing
 from quotientopt.cli import main
 from tests.symmetries.families import FAMILIES, transformers
+
+safetensors = pytest.importorskip(
+    "safetensors.torch", reason="needs transformers: pip install transformers"
+)
+load_file, save_file = safetensors.load_file, safetensors.save_file
 
 
 @pytest.fixture
@@ -160,6 +164,13 @@ def test_an_architecture_without_known_symmetries(tmp_path, refused, capfd):
     assert "not verified" in output
 
 
+def test_a_pair_that_is_not_all_there(source, tmp_path, refused):
+    name = "model.layers.0.self_attn.v_proj.weight"
+    edit_weights(source, lambda tensors: tensors.pop(name))
+    match = (f"{name!r} is not in", "complete the checkpoint")
+    refused(tmp_path, *command("dress", source), match=match)
+
+
 def test_two_dtypes_in_a_pair(source, tmp_path, refused):
     def narrow(tensors):
         for key in tensors:
@@ -271,6 +282,15 @@ def test_targets_that_would_lose_something(source, tmp_path, refused):
     refused(tmp_path, "dress", source, "--out", full, match=("there already", "--overwrite"))
     refused(tmp_path, "dress", source, "--out", full / "notes.txt", match="is a file")
     refused(tmp_path, "dress", source, match="--out")
+
+
+def test_linked_folders_are_copied(source, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "notes.txt").write_text("kept")
+    (source / "link").symlink_to(tmp_path / "elsewhere")
+    assert main(["dress", str(source), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "link").is_symlink()
+    assert (tmp_path / "out" / "link" / "deep" / "notes.txt").read_text() == "kept"
 
 
 def test_an_empty_target_and_one_to_be_overwritten(source, tmp_path):

@@ -6,13 +6,17 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import quotientopt as qo
 from quotientopt.checkpoints import dress_checkpoint, find_checkpoint, load_checkpoint, matching
 from quotientopt.cli import inspect as inspect_command
 from quotientopt.cli import main
 from tests.symmetries.families import FAMILIES, transformers
+
+safetensors = pytest.importorskip(
+    "safetensors.torch", reason="needs transformers: pip install transformers"
+)
+load_file, save_file = safetensors.load_file, safetensors.save_file
 
 
 @pytest.fixture

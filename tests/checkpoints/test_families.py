@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import quotientopt as qo
 from quotientopt.checkpoints import (
@@ -19,6 +18,10 @@ from quotientopt.checkpoints import (
     verify_checkpoint,
 )
 from tests.symmetries.families import FAMILIES, WIDTH, OutputsOnly, transformers
+
+safe_open = pytest.importorskip(
+    "safetensors", reason="needs transformers: pip install transformers"
+).safe_open
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.09}
 # Attention scores are not scaled, and large for random weights: rounding errors are too.

@@ -177,6 +177,27 @@ def test_state_dict_round_trip_continues_bit_for_bit():
     assert not torch.equal(forgetful, train(other, restored, 5, seed=6))
 
 
+def test_pairs_trained_in_turn_resume_bit_for_bit():
+    model = Adapted(dtype=torch.float32, shapes=SHAPES[:2])
+    optimizer = quotient_adam(model)
+
+    def turns(m, own, numbers):
+        generator = torch.Generator().manual_seed(0)
+        for number in numbers:
+            own.zero_grad()
+            loss_of(m, generator).backward()
+            m.lora_A[number % 2].grad = m.lora_B[number % 2].grad = None
+            own.step()
+
+    turns(model, optimizer, range(14))
+    other = copy.deepcopy(model)
+    restored = quotient_adam(other)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    turns(model, optimizer, range(14, 30))
+    turns(other, restored, range(14, 30))
+    assert torch.equal(flat(model), flat(other))
+
+
 def test_copies_continue_alike_and_apart():
     model = Adapted(dtype=torch.float32)
     optimizer = quotient_adam(model)
@@ -281,6 +302,25 @@ def test_a_pair_of_lower_rank_trains_at_that_rank():
     assert flat(model).isfinite().all()
 
 
+def test_a_pair_without_gradients_does_not_turn_the_others():
+    model = Adapted(shapes=SHAPES[:2])
+    optimizer = quotient_adam(model)
+
+    def drop(m):
+        m.lora_A[1].grad = m.lora_B[1].grad = None
+
+    train(model, optimizer, 14, after=drop)
+    (pairs,) = optimizer._current_engine().pairs
+    loss_of(model, torch.Generator().manual_seed(0)).backward()
+    drop(model)
+    assert not pairs.prepare().turns  # its factor is still zero, which concerns nobody
+    train(model, optimizer, 5, after=drop)
+    loss_of(model, torch.Generator().manual_seed(0)).backward()
+    drop(model)
+    assert pairs.prepare().turns
+    assert not model.lora_B[1].any()
+
+
 def test_parameters_without_gradients_stay_and_rejoin():
     model = Adapted()
     together = copy.deepcopy(model)
@@ -326,6 +366,58 @@ def test_a_frozen_factor_serves_as_geometry():
     train(model, optimizer, 2)
     assert int(optimizer.state[model.lora_B[0]]["step"]) == 22
     assert int(optimizer.state[model.lora_A[0]]["step"]) == 2
+
+
+def test_a_frozen_deficient_factor_does_not_stop_its_partner():
+    model = Adapted(start="random")
+    with torch.no_grad():
+        model.lora_A[0][1] = model.lora_A[0][0]
+    for p in model.lora_A:
+        p.requires_grad_(False)
+    before = model.lora_B[0].detach().clone()
+    twin, _ = twin_of(model)
+    assert deviation(model, twin, quotient_adam) < 1e-10
+    train(model, quotient_adam(model), 5)
+    assert (model.lora_B[0] - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sides", ["A", "AB"])
+def test_moving_takes_the_state_of_frozen_factors_along(sides):
+    model = Adapted(start="random")
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 12)
+    frozen = [p for side in sides for p in getattr(model, f"lora_{side}")]
+    model.zero_grad()
+    for p in frozen:
+        p.requires_grad_(False)
+    train(model, optimizer, 2, seed=2)
+    other, moved = copy.deepcopy((model, optimizer))
+    generator = torch.Generator().manual_seed(3)
+    element = moved.symmetries.random_element(cond=100.0, generator=generator)
+    moved.move_state_(element)
+    moved.symmetries.act_(element)
+    for m in (model, other):
+        for p in m.parameters():
+            p.requires_grad_(True)
+    losses = train(model, optimizer, 10, seed=4)
+    assert (losses - train(other, moved, 10, seed=4)).abs().max() < 1e-11
+
+
+def test_moments_in_a_frame_are_not_taken_for_plain_ones():
+    model = Adapted(start="random", shapes=((10, 10, 10),))
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 2)
+    before = snapshot(model, optimizer)
+    optimizer.param_groups[0]["lora_frame"] = None
+    with pytest.raises(ValueError, match="'head_frame', which these options leave out"):
+        train(model, optimizer, 1)
+    assert_unchanged(model, optimizer, before)
+    plain = adamw(model)
+    train(model, plain, 1)
+    fresh = quotient_adam(model)
+    with pytest.raises(ValueError, match=r"'head_frame' of 'lora_B\.0' is missing"):
+        fresh.load_state_dict(plain.state_dict())
+    assert not fresh.state
 
 
 def test_param_groups_have_their_own_rates():
@@ -443,6 +535,10 @@ def test_other_frames_stay_on_offer(kind):
     [
         ({"lora_frame": "eigen"}, "lora_frame must be 'transported'"),
         ({"lora_polar": 1}, "lora_polar must be True or False"),
+        (
+            {"lora_polar": True, "lora_frame": "balanced"},
+            "lora_polar needs lora_frame='transported'",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

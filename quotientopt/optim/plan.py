@@ -1,0 +1,44 @@
+"""Which parameters an optimizer cuts into leaves, and when it does so anew."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Options on which leaves, buckets and the tensors of the state depend.
+PLANNED = (
+    "head_frame",
+    "residual_frame",
+    "lora_frame",
+    "foreach",
+    "master_weights",
+    "capturable",
+)
+
+
+def takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter is trained; a frozen one only serves as geometry."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
+def planned_groups(
+    param_groups: Sequence[Mapping[str, Any]], also: Container[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """The param groups with the parameters that are trained, and those in ``also``."""
+    return [
+        {**group, "params": [p for p in group["params"] if takes_part(p) or p in also]}
+        for group in param_groups
+    ]
+
+
+def signature_of(param_groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """What leaves and buckets depend on; they are made anew when it changes."""
+    return tuple(
+        (
+            *(group[option] for option in PLANNED),
+            *((takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
+        )
+        for group in param_groups
+    )
