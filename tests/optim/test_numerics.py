@@ -164,7 +164,7 @@ def test_master_and_stochastic_together_are_refused():
 
 def deferring(optimizer):
     """Let checks wait, as they do on an accelerator."""
-    optimizer._defers_checks = lambda norms: bool(norms)
+    optimizer._nonfinite.is_needed = lambda norms: bool(norms)
     return optimizer
 
 
