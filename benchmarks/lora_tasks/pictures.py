@@ -29,7 +29,7 @@ WIDTHS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
     """Validation loss against steps, one panel per rank: mean over seeds at the best rate."""
-    figure, panels = _panels(len(ranks), 5.2)
+    figure, panels = _panels(len(ranks), 8.0)
     for axes, rank in zip(panels, ranks, strict=True):
         drawn = [row for row in rank.rows if row.curve]
         for row in drawn:
@@ -45,8 +45,9 @@ def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
             highest = max(row.curve[len(row.curve) // 4][2] for row in drawn)
             margin = 0.05 * max(highest - lowest, 0.1)
             axes.set_ylim(lowest - margin, highest + margin)
-            axes.legend(frameon=False, fontsize=8)
-        axes.set(xlabel="steps", ylabel=f"validation loss ({recipe.unit})")
+            # Beside the curves, which leave no corner free.
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.set(xlabel="steps", ylabel=f"validation loss,\n{recipe.unit}")
         axes.set_title(f"rank {rank.rank}", fontsize=10)
         axes.grid(alpha=0.25)
     figure.suptitle(f"{recipe.title}\n(best learning rate of each)", fontsize=10)
