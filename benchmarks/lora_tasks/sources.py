@@ -112,7 +112,8 @@ def _posts(path: Path) -> Iterator[tuple[str, str]]:
         rows = csv.reader(file, delimiter="\t")
         for _ in range(3):
             next(rows)
-        yield from ((name, text) for name, text in rows)
+        # A blank line follows the three of the head.
+        yield from ((row[0], row[1]) for row in rows if row)
 
 
 def dialogues() -> Split:

