@@ -38,7 +38,9 @@ def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
             seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
             name = CONTENDERS[row.optimizer].label
             label = f"{name} ({row.rate:.2g}, {seeds}): {losses[-1]:.3f}"
-            axes.plot(steps, losses, color=color, linestyle=style, label=label)
+            # One validation is a point, of which a line shows nothing.
+            marker = "o" if len(steps) == 1 else ""
+            axes.plot(steps, losses, color=color, linestyle=style, marker=marker, label=label)
         if drawn:
             lowest = min(p[2] for row in drawn for p in row.curve)
             # What every curve has reached after a quarter of the steps.

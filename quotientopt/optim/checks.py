@@ -176,7 +176,7 @@ def refuse_unmovable(
 def refuse_foreign_symmetries(
     param_groups: Sequence[Mapping[str, Any]], symmetries: SymmetryMap
 ) -> None:
-    """Refuse symmetries of another model, which would silently leave plain AdamW."""
+    """Refuse symmetries of another model, which would silently leave plain steps."""
     own = {id(p) for group in param_groups for p in group["params"]}
     known = {id(b.parameter) for s in symmetries.heads for b in s.blocks}
     if symmetries.residual is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt._linalg import compute_dtype
+from quotientopt.optim.checks import refuse_foreign_symmetries
 from quotientopt.optim.leaves import Leaf, find_leaves, parameter_name
 from quotientopt.optim.pair_geometry import refuse_unknown_geometry
 from quotientopt.optim.pair_stack import refuse_scattered
@@ -135,18 +136,8 @@ class QuotientSGD(Optimizer):
             if block.name:
                 self._names.setdefault(id(block.parameter), block.name)
         super().__init__(model_or_params, defaults)
-        self._refuse_foreign_symmetries()
+        refuse_foreign_symmetries(self.param_groups, symmetries)
         self._plan()
-
-    def _refuse_foreign_symmetries(self) -> None:
-        """Symmetries of another model would silently leave plain SGD."""
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        known = {id(b.parameter) for s in self.symmetries.heads for b in s.blocks}
-        if known and not known & own:
-            raise ValueError(
-                "the symmetries belong to another model: none of its parameters is in the "
-                "optimizer; pass find_symmetries(model) of the model that is trained"
-            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; refuses one that would split a pair.
