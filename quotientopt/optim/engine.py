@@ -14,7 +14,8 @@ from quotientopt.optim.adoption import adopt
 from quotientopt.optim.bucket import Bucket, stream_of
 from quotientopt.optim.head_frames import FreshDressing, HeadFrames
 from quotientopt.optim.leaves import Leaf, Leaves, frame_kind
-from quotientopt.optim.low_rank_pairs import LowRankPairs, Prepared, stack_pairs
+from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
+from quotientopt.optim.low_rank_prepared import Prepared
 from quotientopt.optim.residual_frame import SharedResidualFrame, rotate_
 from quotientopt.symmetries.map import RESIDUAL
 

@@ -15,7 +15,7 @@ from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
 
 SIDES = ("left", "right")
 
-# Coordinates of LoRA pairs that follow the factors at every step.
+# Coordinates of LoRA pairs that follow the factors.
 TRANSPORTED = "transported"
 
 
@@ -62,7 +62,7 @@ class Leaf:
 class Leaves:
     """All leaves of an optimizer's parameters, and the parameters that have none.
 
-    Those in ``transported`` are factors of LoRA pairs whose coordinates follow at every step.
+    Those in ``transported`` are factors of LoRA pairs whose coordinates follow.
     """
 
     framed: list[Leaf] = field(default_factory=list)

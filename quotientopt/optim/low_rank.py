@@ -21,6 +21,15 @@ from quotientopt.optim.averages import TIE_BREAK, trace_normalised
 LEAST_PIVOT = 1e-12
 
 
+def interval_of(tick: int, refresh_every: int) -> int:
+    """Steps between coordinates at a step: each one at first, when the factors change quickly.
+
+    A tenth of the steps so far (for ``refresh_every=10``), then ``refresh_every``: what a factor
+    that grows from zero has gained since is a tenth of it at most.
+    """
+    return min(max(tick // refresh_every, 1), refresh_every)
+
+
 class Coordinates(NamedTuple):
     """Frames of some legs, ``(N, r, r)``, and which of them are defined, ``(N,)``."""
 
@@ -142,8 +151,8 @@ def position_moment(coordinates: Tensor) -> Tensor:
 class Coefficients(NamedTuple):
     """What Adam's update multiplies with, leg by leg.
 
-    Moments become ``keep_mean @ m + (1−β₁) z`` and ``keep_square @ v + (1−β₂) z²``; the direction
-    is ``scale (m + fresh z) / (√v + floor)``.
+    Moments become ``keep_mean @ m + (1−β₁) z`` and ``keep_square @ v + (1−β₂) z²``, where both are
+    matrices or both numbers; the direction is ``scale (m + fresh z) / (√v + floor)``.
     """
 
     keep_mean: Tensor
@@ -158,7 +167,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
-    overlap: Tensor,
+    overlap: Tensor | None,
     counts: Tensor,
     gate: Tensor,
     *,
@@ -170,9 +179,10 @@ def coefficients(
 
     Parameters
     ----------
-    overlap : Tensor
+    overlap : Tensor or None
         R of the new coordinates with the old ones, ``(N, r, r)``; the identity where the gate is
-        zero.
+        zero. None where coordinates stay: then ``keep_mean`` and ``keep_square`` are numbers,
+        ``(N, 1, 1)``.
     counts : Tensor
         Updates with the present one, at least one, ``(N,)``. Corrections are computed from it in
         the widest precision.
@@ -190,12 +200,15 @@ def coefficients(
         # (1 − β₁)/(1 − β₁^t) over β₁/(1 − β₁^{t+1})
         fresh = (1 - beta1) / beta1 * (1 - beta1 ** (t + 1)) / (1 - beta1**t)
         scale = root * beta1 / (1 - beta1 ** (t + 1))
+    keep_mean, keep_square = 1 - (1 - beta1) * gate, 1 - (1 - beta2) * gate
+    if overlap is not None:
+        keep_mean, keep_square = overlap * keep_mean, overlap.square() * keep_square
     return Coefficients(
-        overlap * (1 - (1 - beta1) * gate),
-        overlap.square() * (1 - (1 - beta2) * gate),
-        scale.to(overlap.dtype),
-        fresh.to(overlap.dtype),
-        (eps * root).to(overlap.dtype),
+        keep_mean,
+        keep_square,
+        scale.to(gate.dtype),
+        fresh.to(gate.dtype),
+        (eps * root).to(gate.dtype),
     )
 
 
@@ -223,10 +236,15 @@ def adam_(
     Tensor
         Shape ``(N, r, n)``, to be multiplied by ``own.scale``.
     """
-    carried = torch.bmm(own.keep_mean, exp_avg)
-    torch.add(carried, dressed, alpha=1 - betas[0], out=exp_avg)
-    carried = torch.bmm(own.keep_square, exp_avg_sq, out=carried)
-    torch.addcmul(carried, dressed, dressed, value=1 - betas[1], out=exp_avg_sq)
-    denominator = torch.sqrt(exp_avg_sq, out=carried).add_(own.floor)
+    if own.keep_mean.size(-1) == 1:
+        exp_avg.lerp_(dressed, 1 - own.keep_mean)
+        exp_avg_sq.mul_(own.keep_square)
+    else:
+        carried = torch.bmm(own.keep_mean, exp_avg)
+        torch.add(carried, dressed, alpha=1 - betas[0], out=exp_avg)
+        torch.bmm(own.keep_square, exp_avg_sq, out=carried)
+        exp_avg_sq.copy_(carried)
+    exp_avg_sq.addcmul_(dressed, dressed, value=1 - betas[1])
+    denominator = exp_avg_sq.sqrt().add_(own.floor)
     mean = torch.addcmul(exp_avg, dressed, own.fresh) if nesterov else exp_avg
     return torch.div(mean, denominator, out=denominator)

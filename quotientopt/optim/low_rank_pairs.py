@@ -1,10 +1,10 @@
-"""Low-rank pairs whose coordinates follow the factors at every step, all of one rank at once."""
+"""Low-rank pairs whose coordinates follow the factors, all of one rank at once."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,35 +13,19 @@ from quotientopt._linalg import compute_dtype, wide_dtype
 from quotientopt.optim.errors import RankError
 from quotientopt.optim.leaves import SIDES, Leaf
 from quotientopt.optim.low_rank import (
-    Coordinates,
     carry_covariance_,
     coefficients,
     eigenframe,
+    interval_of,
     next_coordinates,
     position_moment,
     spanning_coordinates,
 )
+from quotientopt.optim.low_rank_prepared import Prepared, Remade
 from quotientopt.optim.low_rank_stack import Stack, is_transposed
 from quotientopt.symmetries import HeadSymmetry
 
 COVARIANCE_BETA = 0.95
-
-
-class Prepared(NamedTuple):
-    """What a step needs to know of factors and gradients; nothing has changed yet.
-
-    ``active`` marks the legs that take part, ``(2S,)``, and ``counted`` those that are taken to,
-    as far as the host knows without waiting for the device; ``turns`` is whether frames are turned
-    to eigenframes, and ``whole`` whether all legs are known to take part.
-    """
-
-    weights: list[Tensor]
-    coordinates: Coordinates
-    active: Tensor
-    counted: list[bool]
-    dressed: list[Tensor]
-    turns: bool
-    whole: bool
 
 
 class LowRankPairs:
@@ -57,6 +41,9 @@ class LowRankPairs:
         w, ``(2S, r, r)``: dressed gradients are w∂, updates wᵀ(…). Zero before the first step.
     covariance : Tensor
         C = EMA(w∂ (w∂)ᵀ), written in the frame, ``(2S, r, r)``.
+    full_rank : Tensor
+        One where a leg's partner had full rank when coordinates were last made, else zero,
+        ``(2S,)``.
     counts : Tensor
         Updates of each leg, ``(2S,)``.
     steps : list of int
@@ -105,11 +92,13 @@ class LowRankPairs:
         self.frame = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.covariance = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.counts = torch.zeros(len(factors), device=self.device)
+        self.full_rank = torch.zeros(len(factors), device=self.device)
         self._identity = torch.eye(self.rank, dtype=self.dtype, device=self.device)
         self.steps = [0] * len(factors)
-        # Which legs have taken a step for certain, and the last pattern of gradients: kept, so that
-        # the host does not wait for the device in every step.
+        # Which legs have taken a step for certain, which have coordinates, and the last pattern of
+        # gradients: kept, so that the host does not wait for the device in every step.
         self._seen = [False] * len(factors)
+        self._framed = [False] * len(factors)
         self._given: list[bool] = []
         self._has_gradient = torch.tensor(self._given)
         frozen = [self.legs[j] is None for j in partners]
@@ -127,6 +116,7 @@ class LowRankPairs:
                 continue
             stack, i = of_factor[j]
             yield leaf, "step", self.counts[j]
+            yield leaf, "partner_full_rank", self.full_rank[j]
             yield leaf, "exp_avg", stack.exp_avg[i]
             yield leaf, "exp_avg_sq", stack.exp_avg_sq[i]
             yield leaf, "head_frame", self.frame[j]
@@ -140,6 +130,7 @@ class LowRankPairs:
         """Go on from a state that was just copied into the entries."""
         self.steps = [int(count) for count in self.counts.tolist()]
         self._seen = [step > 0 for step in self.steps]
+        self._framed = [rank > 0 for rank in self.full_rank.tolist()]
 
     def prepare(self, capturing: bool = False) -> Prepared | None:
         """Coordinates of the factors as they are now and dressed gradients; changes nothing.
@@ -159,19 +150,20 @@ class LowRankPairs:
         if not any(given):
             return None
         weights = [stack.weights() for stack in self.stacks]
-        tick, every = self._tick(given), self.options["refresh_every"]
-        turns = not capturing and (tick <= every or tick % every == 0)
-        gram = self._grams(weights)
-        coordinates = next_coordinates(self.frame, gram)
         has_gradient = self._mask(given)
+        ticks, every = self._ticks(given), self.options["refresh_every"]
+        turns = not capturing and any(tick <= every or tick % every == 0 for tick in ticks)
         on_host = self.device.type == "cpu"
-        looks = not capturing and (on_host or turns or self._leans)
-        if looks and not bool((coordinates.defined | ~has_gradient).all()):
-            coordinates = self._recover(coordinates, gram, has_gradient)
-            turns = True
-        active = coordinates.defined & has_gradient
-        turns = turns or (not capturing and self._has_new(active, given))
-        field = (coordinates.frame * active[:, None, None]).to(self.dtype)
+        remade = None
+        frame, defined = self.frame, self.full_rank > 0
+        if turns or capturing or self._is_due(given, ticks):
+            looks = not capturing and (on_host or turns or self._leans)
+            remade = self._remake(weights, has_gradient, looks)
+            frame, defined = remade.frame, remade.defined
+        active = defined & has_gradient
+        if remade is not None and not capturing:
+            turns = turns or remade.anew or self._has_new(active, given)
+        field = (frame * active[:, None, None]).to(self.dtype)
         dressed = []
         for stack in self.stacks:
             own = stack.gradients(gradients[stack.rows])
@@ -180,12 +172,31 @@ class LowRankPairs:
             dressed.append(field[stack.rows] @ own)
         counted = active.tolist() if on_host else given
         whole = on_host and all(counted)
-        return Prepared(weights, coordinates, active, counted, dressed, turns, whole)
+        interval = interval_of(max(ticks), every)
+        return Prepared(
+            weights,
+            remade,
+            given,
+            has_gradient,
+            active,
+            counted,
+            dressed,
+            turns,
+            whole,
+            interval,
+        )
 
-    def _tick(self, given: Sequence[bool]) -> int:
-        """Number of this step for the pairs with a gradient; the one with the most steps counts."""
-        legs = [j for j, has_gradient in enumerate(given) if has_gradient]
-        return 1 + max(self.steps[j] for leg in legs for j in (leg, self._partners[leg]))
+    def _ticks(self, given: Sequence[bool]) -> set[int]:
+        """Numbers of this step for the pairs with a gradient: the leg with more steps counts."""
+        steps, partners = self.steps, self._partners
+        return {1 + max(steps[j], steps[partners[j]]) for j, has in enumerate(given) if has}
+
+    def _is_due(self, given: Sequence[bool], ticks: set[int]) -> bool:
+        """Whether coordinates must be made: it is time, or a leg has none."""
+        every = self.options["refresh_every"]
+        return any(tick % interval_of(tick, every) == 0 for tick in ticks) or not all(
+            framed for framed, has_gradient in zip(self._framed, given, strict=True) if has_gradient
+        )
 
     def _mask(self, given: list[bool]) -> Tensor:
         """Which legs have a gradient, on the device."""
@@ -199,33 +210,38 @@ class LowRankPairs:
         grams = [stack.grams(own) for stack, own in zip(self.stacks, weights, strict=True)]
         return torch.cat(grams).index_select(0, self.partner)
 
-    def _recover(self, found: Coordinates, gram: Tensor, has_gradient: Tensor) -> Coordinates:
-        """Coordinates where the last step's frames lead to none.
+    def _remake(self, weights: Sequence[Tensor], has_gradient: Tensor, looks: bool) -> Remade:
+        """Coordinates that continue those of earlier steps; anew where they lead to none.
 
         They start anew where the partner has full rank again. Where it has not, the leg waits, and
         only if its own factor is rank-deficient too, so that both would wait, or if the partner is
-        frozen, it goes on in the directions that the partner has.
+        frozen, it goes on in the directions that the partner has. That takes a look by the host.
         """
+        gram = self._grams(weights)
+        frame, defined = next_coordinates(self.frame, gram)
+        if not looks:
+            return Remade(frame, defined, defined, None, False)
+        if bool((defined | ~has_gradient).all()):
+            return Remade(frame, defined, defined, defined.tolist(), False)
         broken = has_gradient & ~gram.isfinite().flatten(-2).all(-1)
         if bool(broken.any()):
             self._refuse(broken, "is not finite")
         fresh = next_coordinates(torch.zeros_like(gram), gram)
-        frame = torch.where(found.defined[:, None, None], found.frame, fresh.frame)
-        defined = found.defined | fresh.defined
+        frame = torch.where(defined[:, None, None], frame, fresh.frame)
+        defined = full_rank = defined | fresh.defined
         waits = ~defined & has_gradient
         stuck = waits & (~defined.index_select(0, self.partner) | self._frozen_partner)
-        if not bool(stuck.any()):
-            return Coordinates(frame, defined)
-        self._leans = bool((stuck & self._frozen_partner).any())
-        spanned = spanning_coordinates(
-            torch.where(stuck[:, None, None], gram, self._identity.to(gram.dtype))
-        )
-        frame = torch.where(stuck[:, None, None], spanned.frame, frame)
-        defined = torch.where(stuck, spanned.defined, defined)
-        lost = stuck & ~defined & ~defined.index_select(0, self.partner)
-        if bool(lost.any()):
-            self._refuse(lost, "is zero, as is its partner")
-        return Coordinates(frame, defined)
+        if bool(stuck.any()):
+            self._leans = bool((stuck & self._frozen_partner).any())
+            spanned = spanning_coordinates(
+                torch.where(stuck[:, None, None], gram, self._identity.to(gram.dtype))
+            )
+            frame = torch.where(stuck[:, None, None], spanned.frame, frame)
+            defined = torch.where(stuck, spanned.defined, defined)
+            lost = stuck & ~defined & ~defined.index_select(0, self.partner)
+            if bool(lost.any()):
+                self._refuse(lost, "is zero, as is its partner")
+        return Remade(frame, defined, full_rank, full_rank.tolist(), True)
 
     def _has_new(self, active: Tensor, given: Sequence[bool]) -> bool:
         """Whether a leg takes its first step: its frame is not an eigenframe yet."""
@@ -244,23 +260,16 @@ class LowRankPairs:
         )
 
     def step(self, prepared: Prepared, group: Mapping[str, Any], gate: Tensor | None) -> None:
-        """Carry the state into the new coordinates, update moments and parameters."""
-        weights, coordinates, active, counted, dressed, turns, whole = prepared
-        mask = active.to(self.dtype)
+        """Update moments and parameters; first carry the state into new coordinates, if any."""
+        mask = prepared.active.to(self.dtype)
+        dressed, overlap = prepared.dressed, None
         if gate is not None:
             mask = mask * gate
         changes = mask[:, None, None]
-        frame = coordinates.frame.to(self.dtype)
-        overlap = self._follow(frame, weights, None if whole and gate is None else changes)
-        self.frame.copy_(torch.where(changes > 0, frame, self.frame))
-        sample = torch.cat([z @ z.mT for z in dressed])
-        carry_covariance_(self.covariance, overlap, sample, COVARIANCE_BETA, mask)
-        if turns:
-            turn = self._turn(changes)
-            overlap = turn @ overlap
-            dressed = [turn[s.rows] @ z for s, z in zip(self.stacks, dressed, strict=True)]
+        if prepared.remade is not None:
+            overlap, dressed = self._carry(prepared, prepared.remade, changes, gate)
         self.counts.add_(mask)
-        self.steps = [step + own for step, own in zip(self.steps, counted, strict=True)]
+        self.steps = [step + own for step, own in zip(self.steps, prepared.counted, strict=True)]
         own = coefficients(
             overlap,
             # A leg without any step yet has moments of zero; any positive count will do.
@@ -270,12 +279,34 @@ class LowRankPairs:
             eps=group["eps"],
             nesterov=group["nesterov"],
         )
-        for stack, factors, z in zip(self.stacks, weights, dressed, strict=True):
+        for stack, factors, z in zip(self.stacks, prepared.weights, dressed, strict=True):
             rows = stack.rows
             stack.update_(factors, z, self.frame[rows], own.of(rows), changes[rows], group)
 
+    def _carry(
+        self, prepared: Prepared, remade: Remade, changes: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Take over coordinates; R of the new ones with the old, and gradients dressed by them."""
+        reached = prepared.has_gradient if gate is None else prepared.has_gradient & (gate > 0)
+        self.full_rank.copy_(torch.where(reached, remade.full_rank, self.full_rank))
+        if remade.known is not None:
+            own = zip(self._framed, remade.known, prepared.given, strict=True)
+            self._framed = [known if given else old for old, known, given in own]
+        frame = remade.frame.to(self.dtype)
+        ungated = prepared.whole and gate is None
+        overlap = self._follow(frame, prepared.weights, None if ungated else changes)
+        dressed = prepared.dressed
+        sample = torch.cat([z @ z.mT for z in dressed])
+        beta = COVARIANCE_BETA**prepared.interval
+        carry_covariance_(self.covariance, overlap, sample, beta, changes.flatten())
+        if prepared.turns:
+            turn = self._turn(changes)
+            overlap = turn @ overlap
+            dressed = [turn[s.rows] @ z for s, z in zip(self.stacks, dressed, strict=True)]
+        return overlap, dressed
+
     def _follow(self, frame: Tensor, weights: Sequence[Tensor], changes: Tensor | None) -> Tensor:
-        """Move coordinates along with the factors; R = new · oldᵀ of each leg's partner."""
+        """Move frames and coordinates along with the factors; R = new · oldᵀ of each leg."""
         of_factors = frame.index_select(0, self.partner)
         gates = None if changes is None else changes.index_select(0, self.partner)
         overlaps = [
@@ -283,7 +314,11 @@ class LowRankPairs:
             for stack, own in zip(self.stacks, weights, strict=True)
         ]
         overlap = torch.cat(overlaps).index_select(0, self.partner)
-        return overlap if changes is None else torch.where(changes > 0, overlap, self._identity)
+        if changes is None:
+            self.frame.copy_(frame)
+            return overlap
+        self.frame.copy_(torch.where(changes > 0, frame, self.frame))
+        return torch.where(changes > 0, overlap, self._identity)
 
     def _turn(self, changes: Tensor) -> Tensor:
         """Turn frames, coordinates and covariances to the eigenframe; returns O."""
@@ -298,10 +333,15 @@ class LowRankPairs:
         return turn
 
     def refresh(self) -> None:
-        """Turn to eigenframes between steps; the moments move along."""
-        turn = self._turn((self.counts > 0)[:, None, None])
+        """Make coordinates between steps, turned to eigenframes; the state moves along."""
+        weights = [stack.weights() for stack in self.stacks]
+        frame, defined = next_coordinates(self.frame, self._grams(weights))
+        changes = (defined & (self.counts > 0))[:, None, None].to(self.dtype)
+        overlap = self._follow(frame.to(self.dtype), weights, changes)
+        self.covariance.copy_(overlap @ self.covariance @ overlap.mT)
+        carried = self._turn((self.counts > 0)[:, None, None]) @ overlap
         for stack in self.stacks:
-            own = turn[stack.rows]
+            own = carried[stack.rows]
             stack.exp_avg.copy_(own @ stack.exp_avg)
             stack.exp_avg_sq.copy_(own.square() @ stack.exp_avg_sq)
 

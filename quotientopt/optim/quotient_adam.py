@@ -83,9 +83,9 @@ class QuotientAdam(Optimizer):
         is.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
-        coordinates of its partner as it is at every step, moments carried along by the overlap of
-        old and new coordinates; defined where a factor is zero. Else as ``head_frame``; None is
-        AdamW.
+        coordinates of its partner, made at every step at first and every ``refresh_every`` later
+        on, moments carried along by the overlap of old and new coordinates; defined where a
+        factor is zero. Else as ``head_frame``; None is AdamW.
     lora_polar : bool
         ``polar`` for LoRA pairs with ``lora_frame="transported"``, which do not heed ``polar``.
     maximize : bool

@@ -44,28 +44,38 @@ class LowRankOracle:
         if not partner.any():
             return None
         first = not s
-        rows = partner if first else s["frame"] @ partner
-        coordinates = gram_schmidt(rows)
-        frame = coordinates @ torch.linalg.pinv(partner)
-        z = frame @ partial
-        old = coordinates if first else s["coordinates"]
-        carry = coordinates @ old.T
-        C = z @ z.T if first else 0.95 * carry @ s["C"] @ carry.T + 0.05 * z @ z.T
-        if first or self.t <= self.refresh or self.t % self.refresh == 0:
-            places = torch.linspace(-1, 1, partner.size(1), dtype=partner.dtype).diag()
-            broken = C / C.trace() + 1e-3 * coordinates @ places @ coordinates.T
-            turn = torch.linalg.eigh(broken)[1].T.flip(0)
-            coordinates, frame, z, carry = (turn @ x for x in (coordinates, frame, z, carry))
-            C = turn @ C @ turn.T
-        (b1, b2), t = self.betas, s.get("t", 0) + 1
-        m = carry @ s.get("m", torch.zeros_like(z)) * b1 + (1 - b1) * z
-        v = carry.square() @ s.get("v", torch.zeros_like(z)) * b2 + (1 - b2) * z.square()
-        s.update(coordinates=coordinates, frame=frame, C=C, m=m, v=v, t=t)
+        interval = min(max(self.t // self.refresh, 1), self.refresh)
+        if first or self.t % interval == 0:
+            self._make_coordinates(partner, partial, s, first, 0.95**interval)
+        z, t = s["frame"] @ partial, s["t"] + 1
+        (b1, b2), m, v = self.betas, s["m"], s["v"]
+        m = b1 * m + (1 - b1) * z
+        v = b2 * v + (1 - b2) * z.square()
+        s.update(m=m, v=v, t=t)
         mean = m / (1 - b1**t)
         if self.nesterov:
             mean = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * z / (1 - b1**t)
         D = mean / ((v / (1 - b2**t)).sqrt() + self.eps)
-        return frame.T @ (evened(D) if self.polar else D)
+        return s["frame"].T @ (evened(D) if self.polar else D)
+
+    def _make_coordinates(self, partner, partial, s, first, beta):
+        """Orthonormal coordinates of the partner; the moments move along."""
+        rows = partner if first else s["frame"] @ partner
+        coordinates = gram_schmidt(rows)
+        frame = coordinates @ torch.linalg.pinv(partner)
+        z = frame @ partial
+        if first:
+            s.update(coordinates=coordinates, C=z @ z.T, m=0 * z, v=0 * z, t=0)
+        carry = coordinates @ s["coordinates"].T
+        C = s["C"] if first else beta * carry @ s["C"] @ carry.T + (1 - beta) * z @ z.T
+        if first or self.t <= self.refresh or self.t % self.refresh == 0:
+            places = torch.linspace(-1, 1, partner.size(1), dtype=partner.dtype).diag()
+            broken = C / C.trace() + 1e-3 * coordinates @ places @ coordinates.T
+            turn = torch.linalg.eigh(broken)[1].T.flip(0)
+            coordinates, frame, carry = (turn @ x for x in (coordinates, frame, carry))
+            C = turn @ C @ turn.T
+        m, v = carry @ s["m"], carry.square() @ s["v"]
+        s.update(coordinates=coordinates, frame=frame, C=C, m=m, v=v)
 
 
 def gram_schmidt(rows):

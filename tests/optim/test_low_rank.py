@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.symmetries import ResidualStream
 from tests.optim.low_rank_cases import SHAPES, Adapted, loss_of, symmetries_of, train
 
 STEPS = 30
@@ -63,6 +64,7 @@ def assert_unchanged(model, optimizer, before):
         {"nesterov": False},
         {"max_grad_norm": 0.1},
         {"refresh_every": 1},
+        {"refresh_every": 3},
         {"betas": (0.0, 0.9)},
     ],
 )
@@ -70,6 +72,28 @@ def test_twins(start, options):
     model = Adapted(start=start)
     twin, _ = twin_of(model)
     assert deviation(model, twin, lambda m: quotient_adam(m, **options)) < 1e-10
+
+
+def test_coordinates_are_made_every_step_at_first_then_less_often():
+    model = Adapted(start="random")
+    optimizer = quotient_adam(model)
+    made = []
+    for step in range(1, 141):
+        before = None if step == 1 else optimizer.state[model.lora_A[0]]["head_frame"].clone()
+        train(model, optimizer, 1, seed=step)
+        if before is None or not torch.equal(
+            before, optimizer.state[model.lora_A[0]]["head_frame"]
+        ):
+            made.append(step)
+    expected = [
+        *range(1, 20),
+        *range(20, 30, 2),
+        *(30, 33, 36, 39),
+        *(40, 44, 48),
+        *(50, 55, 60, 66, 70, 77, 80, 88, 90, 99),
+        *range(100, 141, 10),
+    ]
+    assert made == expected
 
 
 @pytest.mark.parametrize("start", ["zero", "random"])
@@ -104,10 +128,12 @@ def test_covariances_are_diagonal_in_the_eigenframe():
         assert eigenvalues[0] == eigenvalues.max()
 
 
-def test_moving_parameters_and_state_in_the_middle_changes_nothing():
+@pytest.mark.parametrize("steps", [7, 33])
+def test_moving_parameters_and_state_in_the_middle_changes_nothing(steps):
+    """Also where the next step keeps the coordinates."""
     model = Adapted()
     optimizer = quotient_adam(model)
-    train(model, optimizer, 7)
+    train(model, optimizer, steps)
     twin, other = copy.deepcopy((model, optimizer))
     generator = torch.Generator().manual_seed(5)
     element = other.symmetries.random_element(cond=100.0, generator=generator)
@@ -159,10 +185,11 @@ def test_coordinates_are_orthonormal_and_follow():
             assert optimizer.state[own]["exp_avg"].shape == (len(F), own.numel() // len(F))
 
 
-def test_state_dict_round_trip_continues_bit_for_bit():
+@pytest.mark.parametrize("steps", [14, 33])
+def test_state_dict_round_trip_continues_bit_for_bit(steps):
     model = Adapted(dtype=torch.float32)
     optimizer = quotient_adam(model)
-    train(model, optimizer, 14)
+    train(model, optimizer, steps)
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
@@ -195,6 +222,29 @@ def test_pairs_trained_in_turn_resume_bit_for_bit():
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     turns(model, optimizer, range(14, 30))
     turns(other, restored, range(14, 30))
+    assert torch.equal(flat(model), flat(other))
+
+
+def test_a_factor_that_loses_rank_late_resumes_bit_for_bit():
+    """Its partner waits until it has full rank again, when coordinates are not due otherwise."""
+    model = Adapted(dtype=torch.float32, shapes=SHAPES[:2])
+    optimizer = quotient_adam(model)
+    train(model, optimizer, 35)
+    with torch.no_grad():
+        model.lora_A[0][1].copy_(model.lora_A[0][0])
+    waiting = optimizer.state[model.lora_B[0]]
+    train(model, optimizer, 1)
+    assert waiting["partner_full_rank"] == 0
+    assert waiting["step"] == 35
+    other = copy.deepcopy(model)
+    restored = quotient_adam(other)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for own, mine in ((model, optimizer), (other, restored)):
+        train(own, mine, 1, seed=5)
+        assert mine.state[own.lora_B[0]]["partner_full_rank"] == 1
+        assert mine.state[own.lora_B[0]]["step"] == 36
+    train(model, optimizer, 6, seed=6)
+    train(other, restored, 6, seed=6)
     assert torch.equal(flat(model), flat(other))
 
 
@@ -552,6 +602,11 @@ def test_frames_can_be_made_afresh_between_steps():
     train(model, optimizer, 12)
     twin, other = copy.deepcopy((model, optimizer))
     other.refresh_frames()
+    for own, partner in ((twin.lora_A[0], twin.lora_B[0].T), (twin.lora_B[0], twin.lora_A[0])):
+        state = other.state[own]
+        seen = state["head_frame"] @ partner
+        assert torch.allclose(seen, state["partner_coordinates"], atol=1e-12)
+        assert torch.allclose(seen @ seen.T, torch.eye(3, dtype=seen.dtype), atol=1e-12)
     covariance = other.state[twin.lora_A[0]]["head_covariance"]
     pooled = covariance / covariance.diagonal().sum()
     assert (pooled - pooled.diagonal().diag()).abs().max() < 1e-2
@@ -561,3 +616,19 @@ def test_frames_can_be_made_afresh_between_steps():
 
 def deviation_after(model, optimizer, twin, other):
     return (train(model, optimizer, 3) - train(twin, other, 3)).abs().max()
+
+
+def test_a_rotation_of_the_stream_is_no_law_of_a_pair():
+    """Moments of LoRA pairs are dressed along the rank alone."""
+    model = Adapted(start="random", shapes=SHAPES[:1])
+    stream = ResidualStream(12, {"lora_A.0": 1}, {"lora_A.0": model.lora_A[0]})
+    symmetries = qo.SymmetryMap(symmetries_of(model).heads, stream)
+    optimizer = qo.QuotientAdam(model, lr=1e-2, symmetries=symmetries)
+    train(model, optimizer, 2)
+    before = snapshot(model, optimizer)
+    Q = torch.linalg.qr(torch.eye(12, dtype=torch.float64).roll(1, 0))[0]
+    with pytest.raises(
+        ValueError, match=r"cannot move the optimizer's state by 'residual'.*lora_A"
+    ):
+        optimizer.move_state_({"residual": Q})
+    assert_unchanged(model, optimizer, before)

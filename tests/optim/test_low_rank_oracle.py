@@ -9,7 +9,8 @@ import quotientopt as qo
 from tests.optim.low_rank_cases import Adapted, loss_of, symmetries_of, train
 from tests.optim.low_rank_oracle import LowRankOracle
 
-STEPS = 25
+# Coordinates are made every step, then every second, every third.
+STEPS = 35
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
