@@ -50,6 +50,7 @@ class Request:
     factor: float
     cover: bool
     seeds: int
+    all_seeds: bool
     settings: dict[str, float]
     redo: tuple[str, ...]
     folder: Path
@@ -72,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="default: the task's")
     add("--evaluate-every", type=int, help="steps between validations; default: the task's")
     add("--seeds", type=int, default=1)
+    add("--all-seeds", action="store_true", help="every rate on every seed, not the best one alone")
     add("--rates", default="", help="R,R,... to start from instead of the usual three")
     add("--factor", type=float, default=2.0, help="between rates of the search; 1: no search")
     add("--cover", action="store_true", help="search until both ends are 0.02 above the best")
@@ -150,6 +152,7 @@ def make_request(argv: Sequence[str] | None) -> Request:
         factor=given.factor,
         cover=given.cover,
         seeds=given.seeds,
+        all_seeds=given.all_seeds,
         settings=parse_settings(given.settings),
         redo=names_in(given.redo, "--redo"),
         folder=given.out or RESULTS / f"lora-{given.task}{suffix}",
@@ -187,6 +190,7 @@ def compare(request: Request, task: Task) -> None:
             factor=request.factor,
             cover=request.cover,
             seeds=request.seeds,
+            all_seeds=request.all_seeds,
         )
         trial = next(trials)
         while True:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tasks.contenders import CONTENDERS
 from lora_tasks.planning import TOLERANCE
+from lora_tasks.summary import seeds_of
 from lora_tasks.tasks import Recipe
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
                 lines.setdefault(row.optimizer, []).append(point)
         axes.set(xscale="log", xlabel="peak learning rate", ylabel=recipe.unit)
         axes.set_ylim(lowest - 0.05, lowest + SHOWN)
-        axes.set_title(f"rank {rank.rank}: final loss, seed 0", fontsize=10)
+        axes.set_title(f"rank {rank.rank}: final loss, {seeds_of(rank.rows)}", fontsize=10)
         axes.grid(alpha=0.25)
     last = panels[-1]
     for name, points in lines.items():

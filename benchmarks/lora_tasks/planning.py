@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Generator, Sequence
 
 from quotientopt.compare.trial import Run, Trial, best_run
@@ -46,6 +47,14 @@ def search(start: Sequence[float], factor: float, cover: bool) -> Rates:
         losses[rate] = yield rate
 
 
+def as_given(start: Sequence[float]) -> Rates:
+    """The same for rates that are to be tried and no others."""
+    losses: dict[float, float] = {}
+    for rate in start:
+        losses[rate] = yield rate
+    return losses
+
+
 def plan(
     name: str,
     start: Sequence[float],
@@ -55,8 +64,9 @@ def plan(
     factor: float,
     cover: bool,
     seeds: int,
+    all_seeds: bool = False,
 ) -> Plan:
-    """Tune on seed 0, then run the best rate on the other seeds.
+    """Tune on seed 0, then run the best rate on the other seeds; or tune on all seeds.
 
     A generator: it yields trials and is sent their runs.
 
@@ -75,19 +85,23 @@ def plan(
     cover : bool
         Whether to find both ends of the range of good rates.
     seeds : int
+    all_seeds : bool
+        Whether every rate is run on every seed; the search goes by the mean then.
     """
-    if factor == 1:
-        for rate in start:
-            yield Trial(name, rate, dict(settings))
-    else:
-        rates = search(start, factor, cover)
-        rate = next(rates)
-        while True:
-            run = yield Trial(name, rate, dict(settings))
-            try:
-                rate = rates.send(run.score)
-            except StopIteration:
-                break
+    tuning = range(seeds if all_seeds else 1)
+    rates = search(start, factor, cover) if factor > 1 else as_given(start)
+    rate = next(rates)
+    while True:
+        scores = []
+        for seed in tuning:
+            run = yield Trial(name, rate, dict(settings), seed)
+            scores.append(run.score)
+        try:
+            rate = rates.send(statistics.fmean(scores))
+        except StopIteration:
+            break
+    if all_seeds:
+        return
     own = [run for run in finished if run.trial.settings == settings]
     best = best_run(own, name)
     if best is None or math.isinf(best.score):

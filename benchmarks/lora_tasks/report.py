@@ -12,7 +12,7 @@ from typing import Any
 from lora_tasks.contenders import CONTENDERS
 from lora_tasks.pictures import draw_curves, draw_rates
 from lora_tasks.planning import TOLERANCE
-from lora_tasks.summary import Figures, RateRange, ShorterBudget, figures, shorter_budgets
+from lora_tasks.summary import Figures, RateRange, ShorterBudget, figures, seeds_of, shorter_budgets
 from lora_tasks.tasks import Recipe
 from quotientopt.compare.errors import UsageError
 from quotientopt.compare.record import FILE_NAME, write_atomically
@@ -236,12 +236,13 @@ def _shorter_table(rows: Sequence[ShorterBudget]) -> list[str]:
 
 def _robustness_table(ranks: Sequence[Rank]) -> list[str]:
     columns = ["optimizer", *(f"rank {rank.rank}" for rank in ranks)]
+    seeds = seeds_of([row for rank in ranks for row in rank.rows])
     lines = [
         "## Robustness against the learning rate",
         "",
         f"The largest over the smallest learning rate whose final loss is within {TOLERANCE:g} of "
-        "the optimizer's own best, on seed 0, interpolated in the logarithm of the rate (a run "
-        "that diverged counts as 1 above the best); in brackets the range. ≥: not left "
+        f"the optimizer's own best ({seeds}), interpolated in the logarithm of the "
+        "rate (a run that diverged counts as 1 above the best); in brackets the range. ≥: not left "
         "at that end.",
         "",
         _row(columns),

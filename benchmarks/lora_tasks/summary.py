@@ -41,7 +41,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class RateRange:
-    """Learning rates within 0.02 of the best loss on seed 0.
+    """Learning rates within 0.02 of the best loss, the mean over the seeds of all rates.
 
     Attributes
     ----------
@@ -88,7 +88,10 @@ class Figures:
     compared : int
     rates : RateRange or None
     losses : dict of float to float or None
-        Final loss on seed 0 at every rate that was tried; None where it diverged.
+        Final loss at every rate that was tried, the mean over those seeds on which all rates were
+        (seed 0 at least); None where one diverged.
+    tuning_seeds : int
+        How many seeds these are.
     curve : list of [step, seconds, loss]
         Mean over seeds.
     optimizer_seconds, model_seconds : float
@@ -109,6 +112,7 @@ class Figures:
     compared: int
     rates: RateRange | None
     losses: dict[float, float | None]
+    tuning_seeds: int
     curve: list[list[float]]
     optimizer_seconds: float
     model_seconds: float
@@ -175,6 +179,26 @@ def rate_range(losses: dict[float, float | None]) -> RateRange | None:
     return RateRange(low, high, open_low, open_high)
 
 
+def tuning_losses(runs: Sequence[Run]) -> tuple[dict[float, float | None], int]:
+    """Mean final loss by learning rate, over the seeds that every rate was run on."""
+    by_rate: dict[float, dict[int, float | None]] = {}
+    for run in runs:
+        by_rate.setdefault(run.trial.rate, {})[run.trial.seed] = run.final_loss
+    common = set.intersection(*(set(losses) for losses in by_rate.values()))
+    means: dict[float, float | None] = {}
+    for rate, losses in by_rate.items():
+        own = [losses[seed] for seed in common]
+        finite = [loss for loss in own if loss is not None]
+        means[rate] = statistics.fmean(finite) if len(finite) == len(own) else None
+    return means, len(common)
+
+
+def seeds_of(rows: Sequence[Figures]) -> str:
+    """On which seeds learning rates were compared."""
+    counts = sorted({row.tuning_seeds for row in rows})
+    return "seed 0" if counts == [1] else f"mean over {' or '.join(map(str, counts))} seeds"
+
+
 def figures(runs: list[Run]) -> list[Figures]:
     """One per optimizer, in order of appearance."""
     targets = _targets(runs)
@@ -210,14 +234,12 @@ def shorter_budgets(
 
 
 def _figures(runs: list[Run], name: str, targets: dict[int, float]) -> Figures:
-    chosen = best_runs(runs, name)
-    trial = chosen[0].trial
+    settings = best_runs(runs, name)[0].trial.settings
+    own = [r for r in runs if (r.trial.optimizer, r.trial.settings) == (name, settings)]
+    tuning, tuning_seeds = tuning_losses(own)
+    rate = min(tuning, key=lambda rate: math.inf if tuning[rate] is None else tuning[rate])
+    chosen = [run for run in own if run.trial.rate == rate]
     finished = [run for run in chosen if run.status == "finished"]
-    tuning = {
-        run.trial.rate: run.final_loss
-        for run in runs
-        if (run.trial.optimizer, run.trial.settings, run.trial.seed) == (name, trial.settings, 0)
-    }
     compared = [run for run in chosen if run.trial.seed in targets]
     crossings = [
         found[0]
@@ -227,8 +249,8 @@ def _figures(runs: list[Run], name: str, targets: dict[int, float]) -> Figures:
     accuracies = [run.final_accuracy for run in finished if run.final_accuracy is not None]
     return Figures(
         optimizer=name,
-        rate=trial.rate,
-        interior=is_interior(trial.rate, list(tuning)),
+        rate=rate,
+        interior=is_interior(rate, list(tuning)),
         seeds=len(chosen),
         diverged=len(chosen) - len(finished),
         final=Mean.of([run.final_loss for run in finished if run.final_loss is not None]),
@@ -239,6 +261,7 @@ def _figures(runs: list[Run], name: str, targets: dict[int, float]) -> Figures:
         compared=len(compared),
         rates=rate_range(tuning),
         losses=dict(sorted(tuning.items())),
+        tuning_seeds=tuning_seeds,
         curve=mean_curve([run.curve for run in finished]),
         optimizer_seconds=statistics.median(run.timing.optimizer.median for run in chosen),
         model_seconds=statistics.median(run.timing.model.median for run in chosen),

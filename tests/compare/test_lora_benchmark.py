@@ -314,6 +314,51 @@ def test_the_best_rate_is_run_on_the_other_seeds(script):
     ]
 
 
+def test_all_rates_are_run_on_all_seeds_on_request(script):
+    """The search goes by the mean: on seed 0 alone the smallest rate would be best."""
+    finished = []
+    plan = script("lora_tasks.planning").plan(
+        "adamw",
+        (32.0, 64.0),
+        finished,
+        settings={},
+        factor=2.0,
+        cover=False,
+        seeds=2,
+        all_seeds=True,
+    )
+
+    def train(trial):
+        loss = valley(trial.rate) if trial.seed else 1e-3 * trial.rate
+        finished.append(fake_run(trial.rate, [loss], trial.seed))
+        return finished[-1]
+
+    drive(plan, train)
+    tried = [(run.trial.rate, run.trial.seed) for run in finished]
+    assert tried == [(rate, seed) for rate in (32, 64, 16) for seed in (0, 1)]
+    summary = script("lora_tasks.summary")
+    row = summary.figures(finished)[0]
+    assert row.tuning_seeds == row.seeds == 2
+    assert row.rate == 32
+    assert row.losses[64] == pytest.approx(0.032)
+    assert summary.seeds_of([row]) == "mean over 2 seeds"
+    assert summary.figures(finished[:-1])[0].tuning_seeds == 1
+
+
+def test_rates_given_without_a_search_are_run_alone(script):
+    finished = []
+    plan = script("lora_tasks.planning").plan(
+        "adamw", (4.0,), finished, settings={}, factor=1, cover=False, seeds=2
+    )
+
+    def train(trial):
+        finished.append(fake_run(trial.rate, [1.0], trial.seed))
+        return finished[-1]
+
+    drive(plan, train)
+    assert [(run.trial.rate, run.trial.seed) for run in finished] == [(4, 0), (4, 1)]
+
+
 # ---- figures ------------------------------------------------------------------------------------
 
 
