@@ -12,18 +12,15 @@ a plot.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import io
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import png, run_experiment
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,8 +28,6 @@ import quotientopt as qo
 from quotientopt.canonical import align_, distance, dress_
 from quotientopt.canonical.head_order import HeadOrder, attentions, reorder_
 from quotientopt.compare.data import load_corpus
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.record import write_atomically
 from quotientopt.models import reference_model
 
 RESULTS = Path(__file__).parent / "results" / "alignment-gpt"
@@ -205,7 +200,6 @@ def table(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any]) -> bytes:
     """Losses between the models, mean and range over seeds, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     pairs = list(dict.fromkeys(row["pair"] for row in record["rows"]))
@@ -225,20 +219,12 @@ def plot(record: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("validation loss (nats per byte)")
     panels[len(panels) // 2].legend(frameon=False, fontsize=9)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    record = {
-        "command": shlex.join(["python", "benchmarks/alignment.py", *sys.argv[1:]]),
-        "environment": describe_environment("cpu"),
+def make_record() -> dict[str, Any]:
+    """Settings and measurements."""
+    return {
         "seeds": SEEDS,
         "settings": {
             **SHAPE,
@@ -251,9 +237,11 @@ def main() -> None:
         },
         "rows": measure(),
     }
-    write_atomically(arguments.out / "alignment.json", json.dumps(record, indent=1))
-    write_atomically(arguments.out / "alignment.md", table(record))
-    write_atomically(arguments.out / "alignment.png", plot(record))
+
+
+def main() -> None:
+    description = (__doc__ or "").splitlines()[0]
+    run_experiment("alignment.py", description, RESULTS, make_record, table, plot)
 
 
 if __name__ == "__main__":

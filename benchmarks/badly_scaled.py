@@ -15,28 +15,23 @@ measured as JSON, a table and a plot.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import io
 import itertools
 import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import png, run_experiment
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
 import quotientopt as qo
 from quotientopt.compare.data import load_corpus
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.record import write_atomically
 from quotientopt.models import reference_model
 from quotientopt.optim.quotient_sgd import QuotientSGD
 
@@ -335,7 +330,6 @@ def table(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any]) -> bytes:
     """Steps against scale and condition, and the GPT's loss against condition, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -373,20 +367,12 @@ def plot(record: dict[str, Any]) -> bytes:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    record = {
-        "command": shlex.join(["python", "benchmarks/badly_scaled.py", *sys.argv[1:]]),
-        "environment": describe_environment("cpu"),
+def make_record() -> dict[str, Any]:
+    """Settings and measurements."""
+    return {
         "seeds": SEEDS,
         "settings": {
             "least_squares": {
@@ -409,10 +395,11 @@ def main() -> None:
         "least_squares": least_squares(),
         "language_model": language_model(),
     }
-    write_atomically(arguments.out / "badly-scaled.json", json.dumps(record, indent=1) + "\n")
-    write_atomically(arguments.out / "badly-scaled.md", table(record))
-    write_atomically(arguments.out / "badly-scaled.png", plot(record))
-    print(table(record))
+
+
+def main() -> None:
+    description = (__doc__ or "").splitlines()[0]
+    run_experiment("badly_scaled.py", description, RESULTS, make_record, table, plot)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,18 @@ gauge, nothing that the attention computes. Writes everything measured as JSON, 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import io
 import json
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import png, run_experiment
 from torch import Tensor, nn
 
 import quotientopt as qo
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.record import write_atomically
 from quotientopt.flow import VerticalLog, projected_gradient_flow
 from quotientopt.models import Attention
 
@@ -229,7 +224,6 @@ def table(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any]) -> bytes:
     """Charges, drift and vertical motion of the first seed, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     entry, rates = record["seeds"][0], record["settings"]["rates"]
@@ -286,20 +280,12 @@ def plot(record: dict[str, Any]) -> bytes:
     for axes in (charges, drift, powers, gauge):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    record = {
-        "command": shlex.join(["python", "benchmarks/flow_charges.py", *sys.argv[1:]]),
-        "environment": describe_environment("cpu"),
+def make_record() -> dict[str, Any]:
+    """Settings and measurements."""
+    return {
         "settings": {
             "width": WIDTH,
             "heads": HEADS,
@@ -312,9 +298,11 @@ def main() -> None:
         },
         "seeds": measure(),
     }
-    write_atomically(arguments.out / "flow-charges.json", json.dumps(record))
-    write_atomically(arguments.out / "flow-charges.md", table(record))
-    write_atomically(arguments.out / "flow-charges.png", plot(record))
+
+
+def main() -> None:
+    description = (__doc__ or "").splitlines()[0]
+    run_experiment("flow_charges.py", description, RESULTS, make_record, table, plot, indent=None)
 
 
 if __name__ == "__main__":

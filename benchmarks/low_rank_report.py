@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from experiment import png
 
 Run = Mapping[str, Any]
 
@@ -216,7 +217,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def picture(runs: Sequence[Run]) -> bytes:
     """PNG of one setting: a row for each solver, cost and gradient against effort."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     solvers, geometries = unique(runs, "solver"), unique(runs, "geometry")
@@ -261,6 +261,4 @@ def picture(runs: Sequence[Run]) -> bytes:
             axes.grid(alpha=0.25)
         axes_row[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title(runs[0]["setting"]))
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)

@@ -13,23 +13,18 @@ them. Writes everything measured as JSON, a table and a plot.
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import math
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import png, run_experiment
 from torch import Tensor, nn
 
 from quotientopt._linalg import random_orthogonal
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.record import write_atomically
 from quotientopt.nn.relational_embedding import embed_tokens
 from quotientopt.nn.relational_transformer import RelationalTransformer
 from quotientopt.sections import gram_svd
@@ -253,7 +248,6 @@ STYLES = (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."))
 
 def plot(record: dict[str, Any]) -> bytes:
     """Error against the angle of rotation, mean and range over seeds, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -270,21 +264,13 @@ def plot(record: dict[str, Any]) -> bytes:
     axes.set_ylabel("root mean square error of the energy")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+def make_record() -> dict[str, Any]:
+    """Settings and measurements."""
     tuning, rows = measure()
-    record = {
-        "command": shlex.join(["python", "benchmarks/relational_energies.py", *sys.argv[1:]]),
-        "environment": describe_environment("cpu"),
+    return {
         "seeds": SEEDS,
         "settings": {
             "particles": PARTICLES,
@@ -306,9 +292,11 @@ def main() -> None:
         "tuning": tuning,
         "rows": rows,
     }
-    write_atomically(arguments.out / "relational-energies.json", json.dumps(record, indent=1))
-    write_atomically(arguments.out / "relational-energies.md", table(record))
-    write_atomically(arguments.out / "relational-energies.png", plot(record))
+
+
+def main() -> None:
+    description = (__doc__ or "").splitlines()[0]
+    run_experiment("relational_energies.py", description, RESULTS, make_record, table, plot)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from experiment import png
 
 from quotientopt.compare.report import setting
 
@@ -153,7 +154,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def plot(record: Mapping[str, Any]) -> bytes:
     """One panel per optimizer with a validation curve per condition number, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, runs = record["summary"], record["runs"]
@@ -171,9 +171,7 @@ def plot(record: Mapping[str, Any]) -> bytes:
     panels[0].set_ylabel("validation loss (nats per byte)")
     panels[0].set_ylim(*_limits(runs))
     panels[-1].legend(title="cond(g)", frameon=False)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)
 
 
 def _title(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from experiment import png
 
 from ablations.record import Record
 from ablations.summary import Row, summarise
@@ -133,7 +134,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def plot(records: Sequence[Record], tables: dict[str, list[Row]]) -> bytes:
     """A dot per variant with its standard error, grouped by question, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = sum(len(rows) + 2 for rows in tables.values())
@@ -163,9 +163,7 @@ def plot(records: Sequence[Record], tables: dict[str, list[Row]]) -> bytes:
         f"{protocol.model} on {Path(protocol.data).name}, {protocol.steps} steps; "
         "mean ± standard error, default filled"
     )
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return png(figure)
 
 
 def _across(axes: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from experiment import png
 
 from lora_tasks.contenders import CONTENDERS
 from lora_tasks.planning import TOLERANCE
@@ -54,7 +55,7 @@ def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
         axes.set_title(f"rank {rank.rank}", fontsize=10)
         axes.grid(alpha=0.25)
     figure.suptitle(f"{recipe.title}\n(best learning rate of each)", fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
@@ -93,7 +94,7 @@ def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
     last.grid(alpha=0.25)
     last.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{recipe.title} (triangle: at least so wide)", fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
 def _panels(count: int, width: float) -> tuple[Any, list[Any]]:
@@ -101,11 +102,3 @@ def _panels(count: int, width: float) -> tuple[Any, list[Any]]:
 
     figure = Figure(figsize=(width * count, 4.4), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
