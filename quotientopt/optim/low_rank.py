@@ -19,15 +19,8 @@ from quotientopt.optim.averages import TIE_BREAK, trace_normalised
 # A pivot over its diagonal entry is the squared sine of a row's angle to those above it. Grams of
 # float32 factors in float64 resolve sines of a millionth.
 LEAST_PIVOT = 1e-12
-
-
-def interval_of(tick: int, refresh_every: int) -> int:
-    """Steps between coordinates at a step: each one at first, when the factors change quickly.
-
-    A tenth of the steps so far (for ``refresh_every=10``), then ``refresh_every``: what a factor
-    that grows from zero has gained since is a tenth of it at most.
-    """
-    return min(max(tick // refresh_every, 1), refresh_every)
+# Of a factor in one step, against itself.
+MOST_GROWTH = 10.0
 
 
 class Coordinates(NamedTuple):
@@ -103,7 +96,7 @@ def spanning_coordinates(gram: Tensor) -> Coordinates:
 
 
 def carry_covariance_(
-    covariance: Tensor, overlap: Tensor, sample: Tensor, beta: float, gate: Tensor
+    covariance: Tensor, overlap: Tensor, sample: Tensor, beta: Tensor, gate: Tensor
 ) -> None:
     """C ← β R C Rᵀ + (1 − β) zzᵀ in place, or zzᵀ where C is zero, as far as the gate is open.
 
@@ -111,7 +104,8 @@ def carry_covariance_(
     ----------
     covariance, overlap, sample : Tensor
         C, R and zzᵀ, shape ``(N, r, r)``.
-    beta : float
+    beta : Tensor
+        Shape ``(N,)``.
     gate : Tensor
         One, or zero where nothing may change (the overlap is the identity there), ``(N,)``.
     """
@@ -148,11 +142,41 @@ def position_moment(coordinates: Tensor) -> Tensor:
     return (coordinates * places) @ coordinates.mT
 
 
+def restraint(frame: Tensor, partner: Tensor, columns: Tensor, lr: float | Tensor) -> Tensor:
+    r"""Factor of a leg's step that keeps up with what its partner gains in the same step.
+
+    A step of size one over Y is too large for Y + ΔY: the product changes by ΔXᵀΔY as well. With
+    entries of order one in Adam's directions, ΔY is as large against Y, seen by w, as
+    :math:`ρ = η \sqrt{n/r}\,\|w w_Y^T\|`, with :math:`w_Y` the frame of Y's own leg; no gauge
+    changes it. It is one in the step after a start at zero and falls from then on. Where learning
+    rates grow by orders of magnitude between steps the factor is `MOST_GROWTH` / ρ.
+
+    Parameters
+    ----------
+    frame : Tensor
+        w of all legs, ``(N, r, r)``.
+    partner : Tensor
+        The same of their partners, zero where those do not take part.
+    columns : Tensor
+        n of the partners, ``(N,)``.
+    lr : float or Tensor
+        η.
+
+    Returns
+    -------
+    Tensor
+        At most one, ``(N, 1, 1)``.
+    """
+    growth = lr * (frame @ partner.mT).square().sum((-2, -1)).mul(columns / frame.size(-1)).sqrt()
+    return (MOST_GROWTH / growth.clamp_min(MOST_GROWTH))[:, None, None]
+
+
 class Coefficients(NamedTuple):
     """What Adam's update multiplies with, leg by leg.
 
-    Moments become ``keep_mean @ m + (1−β₁) z`` and ``keep_square @ v + (1−β₂) z²``, where both are
-    matrices or both numbers; the direction is ``scale (m + fresh z) / (√v + floor)``.
+    Moments become ``keep_mean @ m + (1−β₁) z`` and ``keep_square @ v + (1−β₂) z²``, with matrices
+    if the moments are ``carried`` to other coordinates, else with numbers; the direction is
+    ``scale (m + fresh z) / (√v + floor)``.
     """
 
     keep_mean: Tensor
@@ -160,10 +184,18 @@ class Coefficients(NamedTuple):
     scale: Tensor
     fresh: Tensor
     floor: Tensor
+    carried: bool
 
     def of(self, rows: slice) -> Coefficients:
         """Those of some legs."""
-        return Coefficients(*(value[rows] for value in self))
+        return Coefficients(
+            self.keep_mean[rows],
+            self.keep_square[rows],
+            self.scale[rows],
+            self.fresh[rows],
+            self.floor[rows],
+            self.carried,
+        )
 
 
 def coefficients(
@@ -208,7 +240,9 @@ def coefficients(
         keep_square,
         scale.to(gate.dtype),
         fresh.to(gate.dtype),
-        (eps * root).to(gate.dtype),
+        # Where nothing may change a denominator of zero would make NaN.
+        torch.where(gate > 0, (eps * root).to(gate.dtype), 1),
+        carried=overlap is not None,
     )
 
 
@@ -236,14 +270,14 @@ def adam_(
     Tensor
         Shape ``(N, r, n)``, to be multiplied by ``own.scale``.
     """
-    if own.keep_mean.size(-1) == 1:
-        exp_avg.lerp_(dressed, 1 - own.keep_mean)
-        exp_avg_sq.mul_(own.keep_square)
-    else:
+    if own.carried:
         carried = torch.bmm(own.keep_mean, exp_avg)
         torch.add(carried, dressed, alpha=1 - betas[0], out=exp_avg)
         torch.bmm(own.keep_square, exp_avg_sq, out=carried)
         exp_avg_sq.copy_(carried)
+    else:
+        exp_avg.lerp_(dressed, 1 - own.keep_mean)
+        exp_avg_sq.mul_(own.keep_square)
     exp_avg_sq.addcmul_(dressed, dressed, value=1 - betas[1])
     denominator = exp_avg_sq.sqrt().add_(own.floor)
     mean = torch.addcmul(exp_avg, dressed, own.fresh) if nesterov else exp_avg

@@ -16,12 +16,13 @@ from quotientopt.optim.low_rank import (
     carry_covariance_,
     coefficients,
     eigenframe,
-    interval_of,
     next_coordinates,
     position_moment,
+    restraint,
     spanning_coordinates,
 )
 from quotientopt.optim.low_rank_prepared import Prepared, Remade
+from quotientopt.optim.low_rank_schedule import Due, Schedule
 from quotientopt.optim.low_rank_stack import Stack, is_transposed
 from quotientopt.symmetries import HeadSymmetry
 
@@ -38,16 +39,17 @@ class LowRankPairs:
     Attributes
     ----------
     frame : Tensor
-        w, ``(2S, r, r)``: dressed gradients are w∂, updates wᵀ(…). Zero before the first step.
+        w, ``(2S, r, r)``: dressed gradients are w∂, updates wᵀ(…). Zero where there is none, before
+        the first step or for want of a partner of full rank.
     covariance : Tensor
         C = EMA(w∂ (w∂)ᵀ), written in the frame, ``(2S, r, r)``.
-    full_rank : Tensor
-        One where a leg's partner had full rank when coordinates were last made, else zero,
-        ``(2S,)``.
+    made : Tensor
+        The update of a leg, and that of its partner, in which its coordinates were last made,
+        ``(2S, 2)``; 0 before.
     counts : Tensor
         Updates of each leg, ``(2S,)``.
-    steps : list of int
-        The same on the host. On an accelerator legs that wait there are counted too.
+    schedule : Schedule
+        The same and what follows from it, on the host.
     """
 
     def __init__(
@@ -92,19 +94,24 @@ class LowRankPairs:
         self.frame = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.covariance = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.counts = torch.zeros(len(factors), device=self.device)
-        self.full_rank = torch.zeros(len(factors), device=self.device)
+        self.made = torch.zeros(len(factors), 2, device=self.device)
         self._identity = torch.eye(self.rank, dtype=self.dtype, device=self.device)
-        self.steps = [0] * len(factors)
-        # Which legs have taken a step for certain, which have coordinates, and the last pattern of
-        # gradients: kept, so that the host does not wait for the device in every step.
-        self._seen = [False] * len(factors)
-        self._framed = [False] * len(factors)
+        parameters = [block.parameter for block in self.blocks]
+        self.schedule = Schedule(partners, parameters, options["refresh_every"])
+        columns = [sizes[j] for j in partners]
+        self._columns_of_partner = torch.tensor(columns, dtype=self.dtype, device=self.device)
+        # Which legs have coordinates, and the last pattern of gradients: kept, so that the host
+        # does not wait for the device in every step.
+        self._framed = torch.zeros(len(factors), dtype=torch.bool, device=self.device)
         self._given: list[bool] = []
         self._has_gradient = torch.tensor(self._given)
         frozen = [self.legs[j] is None for j in partners]
         self._frozen_partner = torch.tensor(frozen, device=self.device)
-        # Whether a leg goes on in the directions of a frozen partner, in every step from then on.
-        self._leans = False
+
+    @property
+    def steps(self) -> list[int]:
+        """Updates of each leg, on the host."""
+        return self.schedule.steps
 
     def entries(self) -> Iterator[tuple[Leaf, str, Tensor]]:
         """Every tensor of the state, under the leg that it belongs to."""
@@ -116,7 +123,7 @@ class LowRankPairs:
                 continue
             stack, i = of_factor[j]
             yield leaf, "step", self.counts[j]
-            yield leaf, "partner_full_rank", self.full_rank[j]
+            yield leaf, "coordinates_made", self.made[j]
             yield leaf, "exp_avg", stack.exp_avg[i]
             yield leaf, "exp_avg_sq", stack.exp_avg_sq[i]
             yield leaf, "head_frame", self.frame[j]
@@ -128,9 +135,10 @@ class LowRankPairs:
 
     def adopted(self) -> None:
         """Go on from a state that was just copied into the entries."""
-        self.steps = [int(count) for count in self.counts.tolist()]
-        self._seen = [step > 0 for step in self.steps]
-        self._framed = [rank > 0 for rank in self.full_rank.tolist()]
+        self._framed.copy_((self.frame != 0).flatten(1).any(1))
+        self.schedule.steps = [int(count) for count in self.counts.tolist()]
+        self.schedule.made = [(int(own), int(other)) for own, other in self.made.tolist()]
+        self.schedule.framed = self._framed.tolist()
 
     def prepare(self, capturing: bool = False) -> Prepared | None:
         """Coordinates of the factors as they are now and dressed gradients; changes nothing.
@@ -151,18 +159,14 @@ class LowRankPairs:
             return None
         weights = [stack.weights() for stack in self.stacks]
         has_gradient = self._mask(given)
-        ticks, every = self._ticks(given), self.options["refresh_every"]
-        turns = not capturing and any(tick <= every or tick % every == 0 for tick in ticks)
         on_host = self.device.type == "cpu"
-        remade = None
-        frame, defined = self.frame, self.full_rank > 0
-        if turns or capturing or self._is_due(given, ticks):
-            looks = not capturing and (on_host or turns or self._leans)
-            remade = self._remake(weights, has_gradient, looks)
-            frame, defined = remade.frame, remade.defined
-        active = defined & has_gradient
-        if remade is not None and not capturing:
-            turns = turns or remade.anew or self._has_new(active, given)
+        frame, framed, remade = self.frame, self._framed, None
+        due = self.schedule.due(given)
+        if capturing or any(due.made):
+            remade = self._remake(weights, due, has_gradient, capturing)
+            frame = remade.frame
+            framed = (frame != 0).flatten(1).any(1)
+        active = framed & has_gradient
         field = (frame * active[:, None, None]).to(self.dtype)
         dressed = []
         for stack in self.stacks:
@@ -171,32 +175,8 @@ class LowRankPairs:
                 own.neg_()
             dressed.append(field[stack.rows] @ own)
         counted = active.tolist() if on_host else given
-        whole = on_host and all(counted)
-        interval = interval_of(max(ticks), every)
-        return Prepared(
-            weights,
-            remade,
-            given,
-            has_gradient,
-            active,
-            counted,
-            dressed,
-            turns,
-            whole,
-            interval,
-        )
-
-    def _ticks(self, given: Sequence[bool]) -> set[int]:
-        """Numbers of this step for the pairs with a gradient: the leg with more steps counts."""
-        steps, partners = self.steps, self._partners
-        return {1 + max(steps[j], steps[partners[j]]) for j, has in enumerate(given) if has}
-
-    def _is_due(self, given: Sequence[bool], ticks: set[int]) -> bool:
-        """Whether coordinates must be made: it is time, or a leg has none."""
-        every = self.options["refresh_every"]
-        return any(tick % interval_of(tick, every) == 0 for tick in ticks) or not all(
-            framed for framed, has_gradient in zip(self._framed, given, strict=True) if has_gradient
-        )
+        whole = on_host and all(counted) and (remade is None or all(due.made))
+        return Prepared(weights, remade, given, active, counted, dressed, whole)
 
     def _mask(self, given: list[bool]) -> Tensor:
         """Which legs have a gradient, on the device."""
@@ -210,46 +190,51 @@ class LowRankPairs:
         grams = [stack.grams(own) for stack, own in zip(self.stacks, weights, strict=True)]
         return torch.cat(grams).index_select(0, self.partner)
 
-    def _remake(self, weights: Sequence[Tensor], has_gradient: Tensor, looks: bool) -> Remade:
+    def _remake(
+        self, weights: Sequence[Tensor], due: Due, has_gradient: Tensor, capturing: bool
+    ) -> Remade:
         """Coordinates that continue those of earlier steps; anew where they lead to none.
 
         They start anew where the partner has full rank again. Where it has not, the leg waits, and
         only if its own factor is rank-deficient too, so that both would wait, or if the partner is
-        frozen, it goes on in the directions that the partner has. That takes a look by the host.
+        frozen, it goes on in the directions that the partner has. The host looks which it is,
+        except while a step is recorded.
         """
         gram = self._grams(weights)
-        frame, defined = next_coordinates(self.frame, gram)
-        if not looks:
-            return Remade(frame, defined, defined, None, False)
-        if bool((defined | ~has_gradient).all()):
-            return Remade(frame, defined, defined, defined.tolist(), False)
-        broken = has_gradient & ~gram.isfinite().flatten(-2).all(-1)
-        if bool(broken.any()):
-            self._refuse(broken, "is not finite")
-        fresh = next_coordinates(torch.zeros_like(gram), gram)
-        frame = torch.where(defined[:, None, None], frame, fresh.frame)
-        defined = full_rank = defined | fresh.defined
-        waits = ~defined & has_gradient
-        stuck = waits & (~defined.index_select(0, self.partner) | self._frozen_partner)
-        if bool(stuck.any()):
-            self._leans = bool((stuck & self._frozen_partner).any())
-            spanned = spanning_coordinates(
-                torch.where(stuck[:, None, None], gram, self._identity.to(gram.dtype))
-            )
-            frame = torch.where(stuck[:, None, None], spanned.frame, frame)
-            defined = torch.where(stuck, spanned.defined, defined)
-            lost = stuck & ~defined & ~defined.index_select(0, self.partner)
-            if bool(lost.any()):
-                self._refuse(lost, "is zero, as is its partner")
-        return Remade(frame, defined, full_rank, full_rank.tolist(), True)
-
-    def _has_new(self, active: Tensor, given: Sequence[bool]) -> bool:
-        """Whether a leg takes its first step: its frame is not an eigenframe yet."""
-        if all(seen for seen, has_gradient in zip(self._seen, given, strict=True) if has_gradient):
-            return False
-        seen = self.counts > 0
-        self._seen = seen.tolist()
-        return bool((active & ~seen).any())
+        old = self.frame.to(gram.dtype)
+        frame, defined = next_coordinates(old, gram)
+        if capturing:
+            frame = torch.where(defined[:, None, None], frame, 0)
+            anew = torch.zeros_like(defined)
+            return Remade(due, has_gradient, frame, anew, None, turns=False)
+        reached = has_gradient
+        if not all(due.made):
+            reached = torch.tensor(due.made, device=self.device)
+        anew = defined & ~self._framed
+        if not bool((defined | ~reached).all()):
+            broken = reached & ~gram.isfinite().flatten(-2).all(-1)
+            if bool(broken.any()):
+                self._refuse(broken, "is not finite")
+            fresh = next_coordinates(torch.zeros_like(gram), gram)
+            frame = torch.where(defined[:, None, None], frame, fresh.frame)
+            anew = anew | ~defined
+            defined = defined | fresh.defined
+            waits = ~defined & reached
+            stuck = waits & (~defined.index_select(0, self.partner) | self._frozen_partner)
+            if bool(stuck.any()):
+                spanned = spanning_coordinates(
+                    torch.where(stuck[:, None, None], gram, self._identity.to(gram.dtype))
+                )
+                frame = torch.where(stuck[:, None, None], spanned.frame, frame)
+                defined = torch.where(stuck, spanned.defined, defined)
+                lost = stuck & ~defined & ~defined.index_select(0, self.partner)
+                if bool(lost.any()):
+                    self._refuse(lost, "is zero, as is its partner")
+            frame = torch.where(defined[:, None, None], frame, 0)
+        anew = anew & defined & reached
+        frame = torch.where(reached[:, None, None], frame, old)
+        framed = torch.where(reached, defined, self._framed).tolist()
+        return Remade(due, reached, frame, anew, framed, any(due.turned) or bool(anew.any()))
 
     def _refuse(self, legs: Tensor, problem: str) -> None:
         """Refuse the first of the legs that are marked, whose partner has the problem."""
@@ -265,11 +250,11 @@ class LowRankPairs:
         dressed, overlap = prepared.dressed, None
         if gate is not None:
             mask = mask * gate
-        changes = mask[:, None, None]
         if prepared.remade is not None:
-            overlap, dressed = self._carry(prepared, prepared.remade, changes, gate)
+            overlap, dressed = self._carry(prepared, prepared.remade, mask, gate)
         self.counts.add_(mask)
-        self.steps = [step + own for step, own in zip(self.steps, prepared.counted, strict=True)]
+        self.schedule.count(prepared.counted)
+        changes = mask[:, None, None]
         own = coefficients(
             overlap,
             # A leg without any step yet has moments of zero; any positive count will do.
@@ -279,34 +264,60 @@ class LowRankPairs:
             eps=group["eps"],
             nesterov=group["nesterov"],
         )
+        lr = group["lr"]
+        lr = lr.reshape(()).to(self.dtype) if isinstance(lr, Tensor) else lr
+        partner = (self.frame * changes).index_select(0, self.partner)
+        restrained = restraint(self.frame, partner, self._columns_of_partner, lr)
+        own = own._replace(scale=own.scale * restrained)
         for stack, factors, z in zip(self.stacks, prepared.weights, dressed, strict=True):
             rows = stack.rows
-            stack.update_(factors, z, self.frame[rows], own.of(rows), changes[rows], group)
+            stack.update_(
+                factors,
+                z,
+                self.frame[rows],
+                own.of(rows),
+                changes[rows],
+                prepared.given[rows],
+                lr,
+                group,
+            )
+        self.schedule.mark()
 
     def _carry(
-        self, prepared: Prepared, remade: Remade, changes: Tensor, gate: Tensor | None
+        self, prepared: Prepared, remade: Remade, mask: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Take over coordinates; R of the new ones with the old, and gradients dressed by them."""
-        reached = prepared.has_gradient if gate is None else prepared.has_gradient & (gate > 0)
-        self.full_rank.copy_(torch.where(reached, remade.full_rank, self.full_rank))
-        if remade.known is not None:
-            own = zip(self._framed, remade.known, prepared.given, strict=True)
-            self._framed = [known if given else old for old, known, given in own]
+        reached = remade.reached if gate is None else remade.reached & (gate > 0)
+        taken = reached & prepared.active
+        changes = taken[:, None, None]
         frame = remade.frame.to(self.dtype)
-        ungated = prepared.whole and gate is None
-        overlap = self._follow(frame, prepared.weights, None if ungated else changes)
+        whole = prepared.whole and gate is None
+        overlap = self._follow(frame, prepared.weights, None if whole else changes)
+        self.frame.copy_(torch.where(reached[:, None, None], frame, self.frame))
+        self._framed.copy_(torch.where(reached, taken, self._framed))
+        elapsed = torch.ones_like(mask)
+        if remade.framed is not None:
+            elapsed = torch.tensor(remade.due.elapsed, device=self.device, dtype=self.dtype)
+            self._note_made(remade, reached)
         dressed = prepared.dressed
         sample = torch.cat([z @ z.mT for z in dressed])
-        beta = COVARIANCE_BETA**prepared.interval
-        carry_covariance_(self.covariance, overlap, sample, beta, changes.flatten())
-        if prepared.turns:
-            turn = self._turn(changes)
+        beta = COVARIANCE_BETA**elapsed
+        carry_covariance_(self.covariance, overlap, sample, beta, mask * taken)
+        if remade.turns:
+            turned = remade.anew | torch.tensor(remade.due.turned, device=self.device)
+            turn = self._turn(changes & turned[:, None, None])
             overlap = turn @ overlap
             dressed = [turn[s.rows] @ z for s, z in zip(self.stacks, dressed, strict=True)]
         return overlap, dressed
 
+    def _note_made(self, remade: Remade, reached: Tensor) -> None:
+        """Keep in which updates the coordinates were made."""
+        self.schedule.take(remade.due, remade.framed or [])
+        made = torch.tensor(self.schedule.made, device=self.device, dtype=self.made.dtype)
+        self.made.copy_(torch.where(reached[:, None], made, self.made))
+
     def _follow(self, frame: Tensor, weights: Sequence[Tensor], changes: Tensor | None) -> Tensor:
-        """Move frames and coordinates along with the factors; R = new · oldᵀ of each leg."""
+        """Move coordinates along with the factors; R = new · oldᵀ of each leg's partner."""
         of_factors = frame.index_select(0, self.partner)
         gates = None if changes is None else changes.index_select(0, self.partner)
         overlaps = [
@@ -314,17 +325,13 @@ class LowRankPairs:
             for stack, own in zip(self.stacks, weights, strict=True)
         ]
         overlap = torch.cat(overlaps).index_select(0, self.partner)
-        if changes is None:
-            self.frame.copy_(frame)
-            return overlap
-        self.frame.copy_(torch.where(changes > 0, frame, self.frame))
-        return torch.where(changes > 0, overlap, self._identity)
+        return overlap if changes is None else torch.where(changes, overlap, self._identity)
 
     def _turn(self, changes: Tensor) -> Tensor:
         """Turn frames, coordinates and covariances to the eigenframe; returns O."""
         ties = torch.cat([position_moment(stack.coordinates) for stack in self.stacks])
         turn = eigenframe(self.covariance, ties.index_select(0, self.partner))
-        turn = torch.where(changes > 0, turn, self._identity)
+        turn = torch.where(changes, turn, self._identity)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         self.frame.copy_(turn @ self.frame)
         of_factors = turn.index_select(0, self.partner)
@@ -336,10 +343,12 @@ class LowRankPairs:
         """Make coordinates between steps, turned to eigenframes; the state moves along."""
         weights = [stack.weights() for stack in self.stacks]
         frame, defined = next_coordinates(self.frame, self._grams(weights))
-        changes = (defined & (self.counts > 0))[:, None, None].to(self.dtype)
-        overlap = self._follow(frame.to(self.dtype), weights, changes)
+        changes = (defined & self._framed)[:, None, None]
+        frame = frame.to(self.dtype)
+        overlap = self._follow(frame, weights, changes)
+        self.frame.copy_(torch.where(changes, frame, self.frame))
         self.covariance.copy_(overlap @ self.covariance @ overlap.mT)
-        carried = self._turn((self.counts > 0)[:, None, None]) @ overlap
+        carried = self._turn(changes) @ overlap
         for stack in self.stacks:
             own = carried[stack.rows]
             stack.exp_avg.copy_(own @ stack.exp_avg)
@@ -353,6 +362,7 @@ class LowRankPairs:
                 g = g.to(self.device, torch.promote_types(g.dtype, wide_dtype(self.device)))
                 moved = symmetry.group.inverse(g) if side == "left" else g.mT
                 self.frame[j].copy_(self.frame[j].to(g.dtype) @ moved)
+        self.schedule.mark()
 
 
 def stack_pairs(

@@ -6,20 +6,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from quotientopt.optim.low_rank_schedule import Due
+
 
 class Remade(NamedTuple):
-    """Coordinates made from the factors as they are now.
+    """Coordinates of the legs that are due, made from the factors as they are now.
 
-    ``frame`` and ``defined`` are those of :class:`quotientopt.optim.low_rank.Coordinates`.
-    ``full_rank`` marks the legs whose partner has full rank, ``known`` says so on the host if it
-    looked, and ``anew`` is whether frames are not continued.
+    ``frame`` is zero where the partner leads to none, and that of earlier steps where a leg is not
+    due; ``reached`` marks the legs that are. Those of ``anew`` have frames that do not continue
+    earlier ones, which makes them eigenframes before they are used.
     """
 
+    due: Due
+    reached: Tensor
     frame: Tensor
-    defined: Tensor
-    full_rank: Tensor
-    known: list[bool] | None
-    anew: bool
+    anew: Tensor
+    framed: list[bool] | None
+    turns: bool
 
 
 class Prepared(NamedTuple):
@@ -27,17 +30,19 @@ class Prepared(NamedTuple):
 
     ``remade`` is None where the coordinates of earlier steps serve on. ``active`` marks the legs
     that take part, ``(2S,)``, and ``counted`` those that are taken to, as far as the host knows
-    without waiting for the device; ``turns`` is whether frames are turned to eigenframes, ``whole``
-    whether all legs are known to take part, and ``interval`` that between coordinates.
+    without waiting for the device; ``whole`` is whether all legs are known to take part and
+    to get new coordinates, if any do.
     """
 
     weights: list[Tensor]
     remade: Remade | None
     given: list[bool]
-    has_gradient: Tensor
     active: Tensor
     counted: list[bool]
     dressed: list[Tensor]
-    turns: bool
     whole: bool
-    interval: int
+
+    @property
+    def turns(self) -> bool:
+        """Whether frames are turned to eigenframes."""
+        return self.remade is not None and self.remade.turns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -117,19 +118,19 @@ class Stack:
         frame : Tensor
             w, ``(N, r, r)``.
         gate : Tensor, optional
-            One, or zero where the coordinates stay, ``(N, 1, 1)``. None: they all move.
+            False where the coordinates stay, ``(N, 1, 1)``. None: they all move.
 
         Returns
         -------
         Tensor
-            (new coordinates) (old coordinates)ᵀ where the gate is one, ``(N, r, r)``.
+            (new coordinates) (old coordinates)ᵀ where the gate is open, ``(N, r, r)``.
         """
         overlaps = []
         for rows in self.chunks:
             old = self.coordinates[rows]
             new = torch.bmm(frame[rows], weights[rows])
             overlaps.append(torch.bmm(new, old.mT))
-            old.copy_(new if gate is None else torch.where(gate[rows] > 0, new, old))
+            old.copy_(new if gate is None else torch.where(gate[rows], new, old))
         return torch.cat(overlaps)
 
     def turn_(self, turn: Tensor) -> None:
@@ -144,6 +145,8 @@ class Stack:
         frame: Tensor,
         own: Coefficients,
         gate: Tensor,
+        given: Sequence[bool],
+        lr: float | Tensor,
         group: Mapping[str, Any],
     ) -> None:
         """One step of Adam in the coordinates of the partners.
@@ -160,11 +163,13 @@ class Stack:
             Of these legs.
         gate : Tensor
             One, or zero where nothing may change, ``(N, 1, 1)``.
+        given : sequence of bool
+            Which factors have a gradient; the others are not written to.
+        lr : float or Tensor
+            Of no dimensions, in the dtype of the computation.
         group : mapping
             Hyperparameters.
         """
-        lr = group["lr"]
-        lr = lr.reshape(()).to(self.dtype) if isinstance(lr, Tensor) else lr
         decay = 1 - lr * group["weight_decay"] * gate
         back = (frame * (lr * gate * own.scale)).mT
         for rows in self.chunks:
@@ -180,13 +185,16 @@ class Stack:
             if group["lora_polar"]:
                 turn = turn @ row_evening_factor(update)
             weights[rows].mul_(decay[rows]).baddbmm_(turn, update, alpha=-1)
-        self._write(weights, group["stochastic_rounding"])
+        self._write(weights, given, group["stochastic_rounding"])
 
-    def _write(self, weights: Tensor, stochastic: bool) -> None:
+    def _write(self, weights: Tensor, given: Sequence[bool], stochastic: bool) -> None:
         """Round once to the parameters' dtype."""
         views = self.views()
         if self.master is not None:
             self.master.copy_(weights)
         elif stochastic and views[0].dtype != self.dtype:
             weights = round_stochastically(weights, views[0].dtype)
-        torch._foreach_copy_(views, list(weights.unbind()))
+        written = list(compress(zip(views, weights.unbind(), strict=True), given))
+        if written:
+            targets, sources = zip(*written, strict=True)
+            torch._foreach_copy_(targets, sources)

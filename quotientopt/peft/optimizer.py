@@ -76,6 +76,9 @@ def create_quotient_optimizer(
         raise TypeError(
             f"optimizer_cls must be QuotientAdam or a subclass of it, got {optimizer_cls!r}"
         )
+    for name, instead in (("lora_polar", "polar"), ("symmetries", "QuotientAdam itself")):
+        if name in kwargs:
+            raise TypeError(f"create_quotient_optimizer takes no {name!r}; use {instead}")
     symmetries = find_trained_pairs(model)
     of_pairs = {id(block.parameter) for pair in symmetries.heads for block in pair.blocks}
     groups: dict[str, Named] = {"pairs": [], "embeddings": [], "matrices": [], "vectors": []}

@@ -57,7 +57,7 @@ def test_the_measurement_of_step_times_in_small(monkeypatch):
     assert all(row["processor_milliseconds"]["median"] > 0 for row in rows)
     numbers = 2 * (12 + 10 + 12 + 6)
     assert rows[0]["state_bytes"] == 4 * (2 * numbers + 4)
-    small = 4 * (2 * 2 * 2 + 1 + 1)
+    small = 4 * (2 * 2 * 2 + 1 + 2)
     assert rows[2]["state_bytes"] == 4 * 3 * numbers + 4 * small
     early = module.measure_early(2, torch.float32, 2)
     assert early["state_bytes"] == rows[2]["state_bytes"]

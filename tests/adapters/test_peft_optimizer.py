@@ -288,6 +288,8 @@ def test_a_pair_split_over_groups_is_refused():
         ({"lr": -1.0}, ValueError, "lr must be"),
         ({"lr": 1e-3, "lora_frame": "eigen"}, ValueError, "lora_frame must be"),
         ({"lr": 1e-3, "momentum": 0.9}, TypeError, "momentum"),
+        ({"lr": 1e-3, "lora_polar": True}, TypeError, "no 'lora_polar'; use polar"),
+        ({"lr": 1e-3, "symmetries": []}, TypeError, "no 'symmetries'; use QuotientAdam itself"),
         ({"lr": 1e-3, "optimizer_cls": torch.optim.AdamW}, TypeError, "must be QuotientAdam"),
     ],
 )

@@ -46,7 +46,7 @@ class LowRankOracle:
         first = not s
         interval = min(max(self.t // self.refresh, 1), self.refresh)
         if first or self.t % interval == 0:
-            self._make_coordinates(partner, partial, s, first, 0.95**interval)
+            self._make_coordinates(partner, partial, s, first)
         z, t = s["frame"] @ partial, s["t"] + 1
         (b1, b2), m, v = self.betas, s["m"], s["v"]
         m = b1 * m + (1 - b1) * z
@@ -58,14 +58,15 @@ class LowRankOracle:
         D = mean / ((v / (1 - b2**t)).sqrt() + self.eps)
         return s["frame"].T @ (evened(D) if self.polar else D)
 
-    def _make_coordinates(self, partner, partial, s, first, beta):
+    def _make_coordinates(self, partner, partial, s, first):
         """Orthonormal coordinates of the partner; the moments move along."""
         rows = partner if first else s["frame"] @ partner
         coordinates = gram_schmidt(rows)
         frame = coordinates @ torch.linalg.pinv(partner)
         z = frame @ partial
         if first:
-            s.update(coordinates=coordinates, C=z @ z.T, m=0 * z, v=0 * z, t=0)
+            s.update(coordinates=coordinates, C=z @ z.T, m=0 * z, v=0 * z, t=0, made=0)
+        beta = 0.95 ** (s["t"] - s["made"])
         carry = coordinates @ s["coordinates"].T
         C = s["C"] if first else beta * carry @ s["C"] @ carry.T + (1 - beta) * z @ z.T
         if first or self.t <= self.refresh or self.t % self.refresh == 0:
@@ -75,7 +76,7 @@ class LowRankOracle:
             coordinates, frame, carry = (turn @ x for x in (coordinates, frame, carry))
             C = turn @ C @ turn.T
         m, v = carry @ s["m"], carry.square() @ s["v"]
-        s.update(coordinates=coordinates, frame=frame, C=C, m=m, v=v)
+        s.update(coordinates=coordinates, frame=frame, C=C, m=m, v=v, made=s["t"])
 
 
 def gram_schmidt(rows):
