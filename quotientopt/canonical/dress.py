@@ -115,6 +115,9 @@ def dress_(
     The dressing fields of François & Ravera, arXiv 2602.18948. Parameters stay in their memory, and
     no more than one pair at a time is copied, in float64.
     """
+    if optimizer is not None and not hasattr(optimizer, "move_state_"):
+        # Wrappers such as accelerate's do not hand it on.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
     if symmetries is None and optimizer is not None:
         symmetries = getattr(optimizer, "symmetries", None)
     symmetries = symmetries_of(model, symmetries)

@@ -76,6 +76,16 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         )
     if foreach is not None and not isinstance(foreach, bool):
         raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
+    refuse_options_of_torch(options, "QuotientAdam")
+    if not options.get("decoupled_weight_decay", True):
+        raise ValueError("weight decay is always decoupled in QuotientAdam")
+
+
+def refuse_options_of_torch(options: Mapping[str, Any], optimizer: str) -> None:
+    """Refuse options of torch's optimizers that a param group asks for in vain."""
+    for name in ("amsgrad", "fused", "differentiable"):
+        if options.get(name):
+            raise ValueError(f"{optimizer} has no {name}; leave it out")
 
 
 def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
@@ -124,7 +134,7 @@ def refuse_nonfinite(
 
 def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """2-norms in at least float32, in one dtype and on one device."""
-    tensors = list(tensors)
+    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     if not tensors:
         return []
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

@@ -132,7 +132,7 @@ class Engine:
         self._watched = []
         for leaf, key, tensor in self.entries():
             state[leaf.parameter][key + leaf.suffix] = tensor
-            if key == "exp_avg":
+            if key in ("exp_avg", "exp_avg_sq"):
                 self._watched.append((leaf.parameter, key + leaf.suffix, tensor))
         self._steps_on_host: dict[Tensor, Tensor] = {}
         for bucket in self.buckets:
@@ -145,7 +145,7 @@ class Engine:
                     self._steps_on_host[leaf.parameter] = own["step"]
         for leaf, key, tensor in (entry for pairs in self.pairs for entry in pairs.entries()):
             state[leaf.parameter][key] = tensor
-            if key == "exp_avg":
+            if key in ("exp_avg", "exp_avg_sq"):
                 self._watched.append((leaf.parameter, key, tensor))
 
     def holds(self, state: State) -> bool:

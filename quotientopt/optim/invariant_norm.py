@@ -113,8 +113,9 @@ def _resolve(
         parameters: list[Tensor] = list(target.parameters())
         symmetries = find_symmetries(target) if symmetries is None else symmetries
     elif isinstance(target, Optimizer):
-        parameters = [p for group in target.param_groups for p in group["params"]]
-        symmetries = getattr(target, "symmetries", None) if symmetries is None else symmetries
+        inner = unwrapped(target)
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        symmetries = getattr(inner, "symmetries", None) if symmetries is None else symmetries
     else:
         parameters = list(_tensors([target] if isinstance(target, Tensor) else target))
     if symmetries is None:
@@ -125,6 +126,16 @@ def _resolve(
     if not isinstance(symmetries, SymmetryMap):
         symmetries = SymmetryMap(symmetries)
     return list({id(p): p for p in parameters}.values()), symmetries
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside wrappers such as accelerate's, which do not hand on ``symmetries``."""
+    while not hasattr(optimizer, "symmetries"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
+    return optimizer
 
 
 def _tensors(items: Iterable[Any]) -> Iterable[Tensor]:
@@ -146,6 +157,7 @@ def _tensors(items: Iterable[Any]) -> Iterable[Tensor]:
 
 def _plain_gradients(parameters: Sequence[Tensor], covered: set[int]) -> list[Tensor]:
     gradients = [p.grad for p in parameters if p.grad is not None and id(p) not in covered]
+    gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
     # Of a sparse gradient the values count, those of one place together.
     return [g.coalesce().values() if g.is_sparse else g for g in gradients]
 

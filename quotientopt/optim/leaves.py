@@ -200,7 +200,7 @@ def _by_parameter(blocks: Iterable[Block]) -> list[tuple[Block, ...]]:
 def _rest(leaves: Sequence[Leaf]) -> list[Leaf]:
     """Leaves without frames for what the symmetries of a fused parameter leave uncovered."""
     parameter = leaves[0].parameter
-    hits = torch.empty_like(parameter, dtype=torch.int8, device="cpu").zero_()
+    hits = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.int8).zero_()
     for leaf in leaves:
         for block in leaf.blocks:
             block.view(hits).add_(1)

@@ -53,6 +53,9 @@ def plain_step(
                 own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 own[key] = torch.zeros_like(copy, memory_format=torch.preserve_format)
+        for key in ("exp_avg", "exp_avg_sq"):
+            # The parameter may have another dtype than it had.
+            own[key] = own[key].to(copy.dtype)
     states = [state[parameter] for parameter in parameters]
     on_host = parameters[0].device.type == "cpu"
     adamw(
@@ -86,8 +89,12 @@ def plain_step(
 
 
 def keeps_wide(group: Mapping[str, Any], parameter: Tensor) -> bool:
-    """Whether options ask to compute with, and keep state for, a wider copy of a parameter."""
+    """Whether to compute with, and keep state for, a wider copy of a parameter.
+
+    Where options ask for it, and in float16, whose smallest number is above ε and g².
+    """
     wanted = group["master_weights"] or group["stochastic_rounding"]
+    wanted = wanted or parameter.dtype == torch.float16
     return bool(wanted) and compute_dtype(parameter.dtype) != parameter.dtype
 
 

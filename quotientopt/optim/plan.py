@@ -38,7 +38,19 @@ def signature_of(param_groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     return tuple(
         (
             *(group[option] for option in PLANNED),
-            *((takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
+            *map(layout_of, group["params"]),
         )
         for group in param_groups
+    )
+
+
+def layout_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Which parameter it is, whether it is trained, and how it lies in memory."""
+    return (
+        id(parameter),
+        takes_part(parameter),
+        parameter.dtype,
+        parameter.device,
+        parameter.shape,
+        parameter.stride(),
     )

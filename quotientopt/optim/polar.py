@@ -61,8 +61,9 @@ def row_evening_factor(matrix: Tensor) -> Tensor:
 
 
 def _normalised(gram: Tensor) -> Tensor:
-    """Over its Frobenius norm, in place."""
+    """Over its Frobenius norm, in place; first over its largest entry, which may be tiny."""
     tiny = torch.finfo(gram.dtype).tiny
+    gram.div_(gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None].clamp_min(tiny))
     return gram.div_(torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(tiny))
 
 

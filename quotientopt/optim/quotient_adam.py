@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from quotientopt.optim.adam import clip_scale
 from quotientopt.optim.adoption import refuse_framed_state
 from quotientopt.optim.checks import (
     norms_of,
     refuse_bad_hyperparameters,
-    refuse_foreign_symmetries,
     refuse_mixed_groups,
     refuse_nonfinite,
     refuse_sparse,
@@ -22,14 +20,15 @@ from quotientopt.optim.checks import (
 )
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.gate import NonfiniteGate
-from quotientopt.optim.leaves import Leaves, find_leaves, parameter_name
+from quotientopt.optim.leaves import Leaves, find_leaves
 from quotientopt.optim.plain import keeps_wide, plain_step
 from quotientopt.optim.plan import planned_groups, signature_of, takes_part
-from quotientopt.optim.saved_state import restore_precision
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.optim.saved_state import refuse_foreign_state, restore_precision
+from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, loss_of
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 
-class QuotientAdam(Optimizer):
+class QuotientAdam(SymmetricOptimizer):
     r"""AdamW on dressed fields: an Adam that cannot see a Transformer's gauge.
 
     Adam's own symmetry group is the signed permutations. Where a model has a larger one, GL(r) on
@@ -174,50 +173,18 @@ class QuotientAdam(Optimizer):
             "foreach": foreach,
             "capturable": capturable,
         }
-        refuse_bad_hyperparameters(defaults)
-        self._names: dict[int, str] = {}
         self._engine: Engine | None = None
         self._leaves = Leaves()
-        self._signature: tuple[Any, ...] = ()
         self._nonfinite = NonfiniteGate()
-        if isinstance(model_or_params, nn.Module):
-            if symmetries is None:
-                symmetries = find_symmetries(model_or_params)
-            self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
-            model_or_params = list(model_or_params.parameters())
-        if not isinstance(symmetries, SymmetryMap):
-            symmetries = SymmetryMap(symmetries or ())
-        self.symmetries = symmetries
-        for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
-            if block.name:
-                self._names.setdefault(id(block.parameter), block.name)
-        super().__init__(model_or_params, defaults)
-        refuse_foreign_symmetries(self.param_groups, symmetries)
-        self._plan()
+        super().__init__(model_or_params, defaults, symmetries)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; refuses one that would split a pair.
-
-        Parameters
-        ----------
-        param_group : dict
-            ``params`` and the options that differ from the defaults.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            refuse_bad_hyperparameters(group)
-            if self._signature:
-                self._plan()
-        except (ValueError, TypeError):
-            self.param_groups.pop()
-            raise
-        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
-            self._names.setdefault(id(parameter), name)
+    def _refuse_options(self, options: Mapping[str, Any]) -> None:
+        refuse_bad_hyperparameters(options)
 
     def _plan(self) -> None:
         """Cut the parameters into leaves; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
+        self._refuse_replaced()
         self._leaves = self._find_leaves()
         self._signature = signature_of(self.param_groups)
         self._engine = None
@@ -237,9 +204,6 @@ class QuotientAdam(Optimizer):
     def _engine_of(self, leaves: Leaves) -> Engine:
         refuse_framed_state((p for own in leaves.plain for p in own), self.state, self._name)
         return Engine(leaves, self.param_groups, self.state)
-
-    def _name(self, parameter: Tensor) -> str:
-        return parameter_name(parameter, self._names, self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -262,13 +226,8 @@ class QuotientAdam(Optimizer):
             to find NaN: such a step changes nothing, and the error comes with the next fresh
             frames.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        gradients = {
-            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        }
+        loss = loss_of(closure)
+        gradients = self._gradients()
         if not gradients:
             return loss
         refuse_sparse(gradients, self._name)
@@ -349,68 +308,20 @@ class QuotientAdam(Optimizer):
             self._engine_of(leaves).move_(element)
             self._engine = None
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state; training then continues bit for bit.
-
-        Parameters
-        ----------
-        state_dict : dict
-            From :meth:`state_dict` of an optimizer over parameters of the same shapes. Its options
-            replace those given at construction, as in torch.
-
-        Raises
-        ------
-        ValueError
-            If it does not fit; the optimizer is then as it was.
-        """
-        loaded: dict[str, Any] = {}
-        hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
-            self.register_load_state_dict_post_hook(
-                lambda _: self._restore_precision(loaded), prepend=True
-            ),
-        ]
-        before = self.state, self.param_groups
-        try:
-            super().load_state_dict(dict(state_dict))
-            self._plan()
-            if self.state:
-                self._current_engine()
-        except Exception:
-            self.state, self.param_groups = before
-            self._plan()
-            raise
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _restore_precision(self, loaded: Mapping[str, Any]) -> None:
-        """Undo torch's cast of the state of leaves, and of parameters with wider copies."""
+    def _settle(self, loaded: Mapping[str, Any]) -> None:
+        """Undo torch's cast of the state of leaves and of wide copies, and take it over."""
+        for group in self.param_groups:
+            self._refuse_options(group)
+        refuse_foreign_state(self.state, self._name)
         leaves = self._find_leaves(also=self.state)
         wide = {id(leaf.parameter) for leaf in (*leaves.framed, *leaves.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
         restore_precision(self.state, self.param_groups, loaded, wide)
-
-    def __getstate__(self) -> dict[str, Any]:
-        extra = {"symmetries": self.symmetries, "_named": self._named()}
-        return super().__getstate__() | extra
-
-    def _named(self) -> list[tuple[Tensor, str]]:
-        return [
-            (p, self._names[id(p)])
-            for group in self.param_groups
-            for p in group["params"]
-            if id(p) in self._names
-        ]
+        self._plan()
+        if self.state:
+            self._current_engine()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        named = state.pop("_named", None)
-        super().__setstate__(state)
         self._nonfinite = NonfiniteGate()
-        for group in self.param_groups:
-            for option, value in self.defaults.items():
-                group.setdefault(option, value)
-        if named is not None:
-            self._names = {id(parameter): name for parameter, name in named}
-            self._plan()
+        super().__setstate__(state)

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.checks import refuse_foreign_symmetries
-from quotientopt.optim.leaves import Leaf, find_leaves, parameter_name
+from quotientopt.optim.leaves import Leaf, find_leaves
 from quotientopt.optim.pair_geometry import refuse_unknown_geometry
 from quotientopt.optim.pair_stack import refuse_scattered
+from quotientopt.optim.plan import layout_of, takes_part
 from quotientopt.optim.sgd_checks import (
     largest_entries,
     refuse_bad_options,
@@ -24,11 +23,12 @@ from quotientopt.optim.sgd_checks import (
 )
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.sgd_plain import BUFFER, plain_step, rest_step
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, loss_of
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
 
 
-class QuotientSGD(Optimizer):
+class QuotientSGD(SymmetricOptimizer):
     r"""Gradient descent on the quotient of a model's head symmetries, with momentum.
 
     Every factor pair (A, B) of an attention head is a point of the quotient by its structure group,
@@ -121,51 +121,19 @@ class QuotientSGD(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        refuse_bad_options(defaults)
-        self._names: dict[int, str] = {}
-        self._signature: tuple[Any, ...] = ()
-        if isinstance(model_or_params, nn.Module):
-            if symmetries is None:
-                symmetries = find_symmetries(model_or_params)
-            self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
-            model_or_params = list(model_or_params.parameters())
-        if not isinstance(symmetries, SymmetryMap):
-            symmetries = SymmetryMap(symmetries or ())
-        self.symmetries = symmetries
-        for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
-            if block.name:
-                self._names.setdefault(id(block.parameter), block.name)
-        super().__init__(model_or_params, defaults)
-        refuse_foreign_symmetries(self.param_groups, symmetries)
-        self._plan()
+        super().__init__(model_or_params, defaults, symmetries)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; refuses one that would split a pair.
-
-        Parameters
-        ----------
-        param_group : dict
-            ``params`` and the options that differ from the defaults.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            refuse_bad_options(group)
-            if self._signature:
-                self._plan()
-        except (ValueError, TypeError):
-            self.param_groups.pop()
-            raise
-        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
-            self._names.setdefault(id(parameter), name)
+    def _refuse_options(self, options: Mapping[str, Any]) -> None:
+        refuse_bad_options(options)
 
     def _plan(self) -> None:
         """Tell pairs, rests of fused parameters and plain parameters apart."""
+        self._refuse_replaced()
         owners = {
             id(p): i
             for i, group in enumerate(self.param_groups)
             for p in group["params"]
-            if _takes_part(p)
+            if takes_part(p)
         }
         pairs = []
         for symmetry in self.symmetries.heads:
@@ -178,7 +146,7 @@ class QuotientSGD(Optimizer):
                 pairs.append(pair)
         taking_part = [
             {
-                "params": [p for p in group["params"] if _takes_part(p)],
+                "params": [p for p in group["params"] if takes_part(p)],
                 "head_frame": True,
                 "residual_frame": None,
             }
@@ -198,13 +166,10 @@ class QuotientSGD(Optimizer):
         return tuple(
             (
                 group["metric"],
-                *((_takes_part(p), p.dtype, p.device, p.stride()) for p in group["params"]),
+                *map(layout_of, group["params"]),
             )
             for group in self.param_groups
         )
-
-    def _name(self, parameter: Tensor) -> str:
-        return parameter_name(parameter, self._names, self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -225,13 +190,8 @@ class QuotientSGD(Optimizer):
             For NaN or infinite gradients (names the parameter) and for rank-deficient factors
             (names the symmetry); parameters and state stay as they were.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        gradients = {
-            p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        }
+        loss = loss_of(closure)
+        gradients = self._gradients()
         if not gradients:
             return loss
         if self._signature != self._current_signature():
@@ -321,37 +281,7 @@ class QuotientSGD(Optimizer):
                 rotation = element[RESIDUAL].to(rows.device, torch.float64)
                 rows.copy_(rows.to(torch.float64) @ rotation.mT)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state; training then continues bit for bit.
-
-        Parameters
-        ----------
-        state_dict : dict
-            From :meth:`state_dict` of an optimizer over parameters of the same shapes. Its options
-            replace those given at construction, as in torch.
-
-        Raises
-        ------
-        ValueError
-            If it does not fit; the optimizer is then as it was.
-        """
-        loaded: dict[str, Any] = {}
-        hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
-            self.register_load_state_dict_post_hook(lambda _: self._adopt(loaded), prepend=True),
-        ]
-        before = self.state, self.param_groups
-        try:
-            super().load_state_dict(dict(state_dict))
-        except (ValueError, KeyError):
-            self.state, self.param_groups = before
-            self._plan()
-            raise
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _adopt(self, loaded: Mapping[str, Any]) -> None:
+    def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Check loaded state, and undo torch's cast of it to the parameter's dtype for pairs.
 
         All buffers are copied: torch keeps the given ones, which another optimizer may use on.
@@ -371,30 +301,3 @@ class QuotientSGD(Optimizer):
                 self._momentum_(parameter)
             else:
                 own[BUFFER] = own[BUFFER].detach().clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        extra = {"symmetries": self.symmetries, "_named": self._named()}
-        return super().__getstate__() | extra
-
-    def _named(self) -> list[tuple[Tensor, str]]:
-        return [
-            (p, self._names[id(p)])
-            for group in self.param_groups
-            for p in group["params"]
-            if id(p) in self._names
-        ]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        named = state.pop("_named", None)
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for option, value in self.defaults.items():
-                group.setdefault(option, value)
-        if named is not None:
-            self._names = {id(parameter): name for parameter, name in named}
-            self._plan()
-
-
-def _takes_part(parameter: Tensor) -> bool:
-    """Whether a parameter is trained; a frozen one only serves as geometry."""
-    return parameter.requires_grad or parameter.grad is not None

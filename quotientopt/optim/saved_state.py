@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
+
+# Before the suffix of blocks of a fused parameter.
+KEYS = (
+    "step",
+    "exp_avg",
+    "exp_avg_sq",
+    "master",
+    "head_frame",
+    "head_covariance",
+    "residual_frame",
+    "residual_covariance",
+    "partner_coordinates",
+    "coordinates_made",
+)
+
+
+def refuse_foreign_state(
+    state: Mapping[Tensor, Mapping[str, Any]], name_of: Callable[[Tensor], str]
+) -> None:
+    """Refuse the state of another optimizer, of which something would be left unused.
+
+    Raises
+    ------
+    ValueError
+        Naming parameter and entry.
+    """
+    for parameter, own in state.items():
+        for key in own:
+            if key.partition(".")[0] not in KEYS:
+                raise ValueError(
+                    f"the saved state of {name_of(parameter)!r} has a {key!r}: it is not the state "
+                    "of a QuotientAdam or AdamW"
+                )
 
 
 def restore_precision(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quotientopt.optim.checks import refuse_options_of_torch
 from quotientopt.optim.errors import GradientError
 from quotientopt.optim.pair_geometry import METRICS
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
@@ -44,6 +45,7 @@ def refuse_bad_options(options: Mapping[str, Any]) -> None:
         raise ValueError("nesterov=True needs a momentum above zero")
     if options.get("dampening", 0) != 0:
         raise ValueError(f"dampening is not available, got {options['dampening']!r}; use 0")
+    refuse_options_of_torch(options, "QuotientSGD")
 
 
 def refuse_sparse(gradients: Iterable[tuple[str, Tensor]]) -> None:

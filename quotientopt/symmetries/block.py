@@ -112,7 +112,11 @@ class Block:
             )
         tensor = self.parameter.detach() if tensor is None else tensor
         if tensor.stride() != self.layout:
-            tensor = torch.empty_like(self.parameter, dtype=tensor.dtype).copy_(tensor)
+            # Not empty_like, which does not keep the strides of a slice of a larger tensor.
+            copy = torch.empty_strided(
+                self.parameter.shape, self.layout, dtype=tensor.dtype, device=tensor.device
+            )
+            tensor = copy.copy_(tensor)
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
     @property

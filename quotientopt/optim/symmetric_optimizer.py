@@ -1,0 +1,174 @@
+"""What optimizers on a model's symmetries have in common: parameters, names, groups, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quotientopt.optim.checks import refuse_foreign_symmetries
+from quotientopt.optim.leaves import parameter_name
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+
+
+class SymmetricOptimizer(Optimizer):
+    """A torch optimizer that knows the symmetries of its parameters.
+
+    Subclasses plan in :meth:`_plan` how each parameter is updated, refuse options in
+    :meth:`_refuse_options` and settle a loaded state in :meth:`_settle`.
+
+    Parameters
+    ----------
+    model_or_params : Module or iterable
+        A model, whose symmetries are found by :func:`quotientopt.find_symmetries`; or tensors,
+        named tensors or param-group dicts, with ``symmetries`` from the caller.
+    defaults : dict
+        Options of param groups.
+    symmetries : SymmetryMap or sequence of HeadSymmetry, optional
+        For a model, overrides what would be found.
+    """
+
+    symmetries: SymmetryMap
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        defaults: dict[str, Any],
+        symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
+    ) -> None:
+        self._refuse_options(defaults)
+        self._names: dict[int, str] = {}
+        # Of the parameters at the last plan; empty before the first one.
+        self._signature: tuple[Any, ...] = ()
+        if isinstance(model_or_params, nn.Module):
+            if symmetries is None:
+                symmetries = find_symmetries(model_or_params)
+            self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
+            model_or_params = list(model_or_params.parameters())
+        if not isinstance(symmetries, SymmetryMap):
+            symmetries = SymmetryMap(symmetries or ())
+        self.symmetries = symmetries
+        for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
+            if block.name:
+                self._names.setdefault(id(block.parameter), block.name)
+        # Parameters of the symmetries that were in a param group at the last plan.
+        self._held: dict[int, str] = {}
+        super().__init__(model_or_params, defaults)
+        refuse_foreign_symmetries(self.param_groups, symmetries)
+        self._plan()
+
+    def _refuse_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse unknown values of a param group's options."""
+        raise NotImplementedError
+
+    def _plan(self) -> None:
+        """Decide how each parameter is updated; sets the signature."""
+        raise NotImplementedError
+
+    def _refuse_replaced(self) -> None:
+        """Refuse param groups that have lost a parameter of a symmetry.
+
+        Its partner would be stepped along a geometry that is not the model's any more.
+        """
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        for key, name in self._held.items():
+            if key not in own:
+                raise ValueError(
+                    f"parameter {name!r}, which belongs to a symmetry, is not in the param groups "
+                    "any more; make a new optimizer for the model as it is now"
+                )
+        blocks = (block for symmetry in self.symmetries.heads for block in symmetry.blocks)
+        self._held = {id(b.parameter): b.name for b in blocks if id(b.parameter) in own}
+
+    def _settle(self, loaded: Mapping[str, Any]) -> None:
+        """Check a state that torch has just loaded from ``loaded``, and undo its casts."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; refuses one that would split a pair.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``params`` and the options that differ from the defaults.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._refuse_options(group)
+            if self._signature:
+                self._plan()
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
+            self._names.setdefault(id(parameter), name)
+
+    def _name(self, parameter: Tensor) -> str:
+        return parameter_name(parameter, self._names, self.param_groups)
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """Gradients of the parameters that have one."""
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return {p: p.grad for p in parameters if p.grad is not None}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state; training then continues bit for bit.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From :meth:`state_dict` of an optimizer over parameters of the same shapes. Its options
+            replace those given at construction, as in torch.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit; the optimizer is then as it was.
+        """
+        loaded: dict[str, Any] = {}
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_post_hook(lambda _: self._settle(loaded), prepend=True),
+        ]
+        before = self.state, self.param_groups
+        try:
+            super().load_state_dict(dict(state_dict))
+        except Exception:
+            self.state, self.param_groups = before
+            self._plan()
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        named = [
+            (p, self._names[id(p)])
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in self._names
+        ]
+        return super().__getstate__() | {"symmetries": self.symmetries, "_named": named}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        named = state.pop("_named", None)
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+        if named is not None:
+            self._held = {}
+            self._names = {id(parameter): name for parameter, name in named}
+            self._plan()
+
+
+def loss_of(closure: Any) -> Any:
+    """What the closure of a step returns, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
