@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quotientopt._linalg import wide_dtype
 from quotientopt.optim.errors import GradientError
 from quotientopt.optim.head_dressing import HEAD_FRAMES
 from quotientopt.optim.leaves import SIDES, TRANSPORTED, Leaves
@@ -132,12 +133,21 @@ def refuse_nonfinite(
     )
 
 
-def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """2-norms in at least float32, in one dtype and on one device."""
+def norms_of(tensors: Iterable[Tensor], *, clipped: bool = False) -> list[Tensor]:
+    """2-norms in one dtype and on one device.
+
+    Parameters
+    ----------
+    tensors : iterable of Tensor
+    clipped : bool
+        Whether they serve to clip: then in the widest precision, whose squares do not overflow for
+        any entry of float32. Else in at least float32, and infinite where Adam's square would be.
+    """
     tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     if not tensors:
         return []
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    least = wide_dtype(tensors[0].device) if clipped else torch.float32
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), least)
     norms = torch._foreach_norm(tensors, 2, dtype)
     return [norm.to(tensors[0].device) for norm in norms]
 

@@ -244,13 +244,14 @@ class QuotientAdam(SymmetricOptimizer):
         dressed = engine.dressed_gradients(active, dressings)
         of_pairs = [stack for _, own in pairs for stack in own.dressed]
         plain = [p.grad for own in self._leaves.plain for p in own if p.grad is not None]
-        norms = norms_of([*dressed, *of_pairs, *plain])
+        limit = self.param_groups[0]["max_grad_norm"]
+        norms = norms_of([*dressed, *of_pairs, *plain], clipped=limit is not None)
         gate = None
         if self._nonfinite.is_needed(norms):
             gate = self._nonfinite.close_on_nonfinite(norms, [*dressed, *of_pairs])
         else:
             refuse_nonfinite(norms, gradients, self._name)
-        scale = clip_scale(norms, self.param_groups[0]["max_grad_norm"])
+        scale = clip_scale(norms, limit)
         if scale is not None:
             for stack in (*dressed, *of_pairs):
                 stack.mul_(scale)

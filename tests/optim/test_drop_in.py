@@ -58,6 +58,27 @@ def test_tiny_gradients_everywhere_leave_finite_weights(scale):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_gradients_that_overflow_when_squared_are_clipped_or_refused():
+    """Clipping comes before Adam's square; without it the step is refused."""
+    model = small_model(dtype=torch.float32, layers=1)
+    start, twin = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = qo.QuotientAdam(model, lr=1e-2, max_grad_norm=1.0)
+    other = qo.QuotientAdam(twin, lr=1e-2, max_grad_norm=1.0)
+    for tokens in batches(3):
+        for own, mine, scale in ((model, optimizer, 2.0**67), (twin, other, 2.0**20)):
+            mine.zero_grad()
+            (scale * loss_of(own, tokens)).backward()
+            mine.step()
+    tokens = next(batches(1, seed=9))
+    assert abs(loss_of(model, tokens) - loss_of(twin, tokens)) < 1e-3
+    assert abs(loss_of(model, tokens) - loss_of(start, tokens)) > 1e-2
+    optimizer.param_groups[0]["max_grad_norm"] = None
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="overflows when squared; nothing was updated"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
 def test_float16_parameters_train():
     """Plain ones too, whose squared gradients and ε are zero in float16."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
