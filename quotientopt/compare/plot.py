@@ -36,7 +36,7 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (column, unit) in zip(panels, PANELS, strict=True):
         for row in rows:
@@ -53,7 +53,8 @@ def plot(record: Record, path: Path) -> None:
     kind = MODEL_DEFAULTS[protocol.model].kind
     panels[0].set_ylabel(f"validation loss (nats per {kind.unit})")
     panels[0].set_ylim(*_limits(rows))
-    panels[1].legend(frameon=False)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{protocol.model} on {Path(protocol.data).name}, each at its best setting")
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
