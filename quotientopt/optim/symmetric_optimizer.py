@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ class SymmetricOptimizer(Optimizer):
         Options of param groups.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
+
+    Warns
+    -----
+    UserWarning
+        If there is neither a model nor symmetries.
     """
 
     symmetries: SymmetryMap
@@ -48,6 +54,14 @@ class SymmetricOptimizer(Optimizer):
                 symmetries = find_symmetries(model_or_params)
             self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = list(model_or_params.parameters())
+        elif symmetries is None:
+            warnings.warn(
+                f"{type(self).__name__} knows no symmetries of these parameters and steps as torch "
+                "does: pass the model, or symmetries=find_symmetries(model); symmetries=() says "
+                "that there are none",
+                UserWarning,
+                stacklevel=3,
+            )
         if not isinstance(symmetries, SymmetryMap):
             symmetries = SymmetryMap(symmetries or ())
         self.symmetries = symmetries

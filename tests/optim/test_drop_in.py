@@ -1,6 +1,7 @@
 """What AdamW and SGD put up with in scripts, QuotientAdam and QuotientSGD do too, or refuse."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -197,6 +198,19 @@ def test_complex_parameters_beside_real_ones(make):
     before = wave.detach().clone()
     optimizer.step()
     assert not torch.equal(before, wave)
+
+
+def test_parameters_without_symmetries_are_warned_of(make):
+    """Someone who replaces AdamW(model.parameters()) word by word would get just that."""
+    model = small_model(layers=1)
+    with pytest.warns(UserWarning, match="knows no symmetries.*pass the model") as caught:
+        make(model.parameters())
+    assert caught[0].filename.endswith("test_drop_in.py")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(model)
+        make(model.parameters(), symmetries=qo.find_symmetries(model))
+        make(model.parameters(), symmetries=())
 
 
 # ---- options and state of others ----------------------------------------------------------------
