@@ -199,6 +199,15 @@ def seeds_of(rows: Sequence[Figures]) -> str:
     return "seed 0" if counts == [1] else f"mean over {' or '.join(map(str, counts))} seeds"
 
 
+def tuned(runs: list[Run], name: str) -> tuple[dict[float, float | None], int, list[Run]]:
+    """Losses of :func:`tuning_losses`, their number of seeds, and all runs at the best rate."""
+    settings = best_runs(runs, name)[0].trial.settings
+    own = [r for r in runs if (r.trial.optimizer, r.trial.settings) == (name, settings)]
+    tuning, seeds = tuning_losses(own)
+    rate = min(tuning, key=lambda rate: math.inf if tuning[rate] is None else tuning[rate])
+    return tuning, seeds, [run for run in own if run.trial.rate == rate]
+
+
 def figures(runs: list[Run]) -> list[Figures]:
     """One per optimizer, in order of appearance."""
     targets = _targets(runs)
@@ -218,27 +227,25 @@ def shorter_budgets(
     targets = _targets(full)
     found = []
     for name in optimizers_of(runs):
+        _, _, chosen = tuned(runs, name)
         own = {
             run.trial.seed: run.final_loss
-            for run in best_runs(runs, name)
+            for run in chosen
             if run.final_loss is not None and run.trial.seed in targets
         }
         final = Mean.of(list(own.values()))
         excess = Mean.of([loss - targets[seed] for seed, loss in own.items()])
         if final is None or excess is None or len(own) < len(targets):
             continue
-        rate = best_runs(runs, name)[0].trial.rate
+        rate = chosen[0].trial.rate
         share = steps / full_steps
         found.append(ShorterBudget(name, rank, rate, steps, share, final, excess))
     return found
 
 
 def _figures(runs: list[Run], name: str, targets: dict[int, float]) -> Figures:
-    settings = best_runs(runs, name)[0].trial.settings
-    own = [r for r in runs if (r.trial.optimizer, r.trial.settings) == (name, settings)]
-    tuning, tuning_seeds = tuning_losses(own)
-    rate = min(tuning, key=lambda rate: math.inf if tuning[rate] is None else tuning[rate])
-    chosen = [run for run in own if run.trial.rate == rate]
+    tuning, tuning_seeds, chosen = tuned(runs, name)
+    rate = chosen[0].trial.rate
     finished = [run for run in chosen if run.status == "finished"]
     compared = [run for run in chosen if run.trial.seed in targets]
     crossings = [

@@ -252,7 +252,9 @@ def test_modules_move_and_copy(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu on one"
+)
 @kinds
 def test_cuda(kind):
     here, there = LowRank(kind), LowRank(kind).to("cuda")

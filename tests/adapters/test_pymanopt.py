@@ -586,7 +586,9 @@ def test_arrays_that_torch_cannot_hold_are_copied():
     assert adapted.norm(reversed_, u) == adapted.norm(x, u) == adapted.norm(frozen, u)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and torch with CUDA")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu on one"
+)
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["preconditioned", "gram"])
 def test_cuda(kind):
