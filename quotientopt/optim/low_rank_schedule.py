@@ -56,24 +56,36 @@ class Schedule:
 
     def due(self, given: Sequence[bool]) -> Due:
         """What a step with these gradients has to make; a pair's legs get coordinates together."""
-        every, written = self.refresh_every, self._written()
-        wanted, turned, elapsed = [], [], []
-        for j, partner in enumerate(self.partners):
-            own, other = self.steps[j], self.steps[partner]
-            tick = 1 + max(own, other)
-            own_before, other_before = self.made[j]
-            since = 1 + max(own - own_before, other - other_before)
-            # A leg that waits is looked after as often as its partner.
-            age = 1 + (own if self.framed[j] else other)
-            regular = tick % interval_of(tick, every) == 0
-            overdue = since >= interval_of(age, every)
-            wanted.append(given[j] and (regular or overdue or written[partner]))
-            turned.append(tick <= every or tick % every == 0)
-            elapsed.append(max(1, 1 + own - own_before))
-        made = [
-            given[j] and (wanted[j] or wanted[partner]) for j, partner in enumerate(self.partners)
+        written, steps, partners = self._written(), self.steps, self.partners
+        # Most legs are at the same point.
+        known: dict[tuple[int, int, tuple[int, int], bool], tuple[bool, bool, int]] = {}
+        found = []
+        for j, partner in enumerate(partners):
+            state = steps[j], steps[partner], self.made[j], self.framed[j]
+            if state not in known:
+                known[state] = self._due(*state)
+            found.append(known[state])
+        wanted = [
+            has and (own[0] or written[partner])
+            for has, own, partner in zip(given, found, partners, strict=True)
         ]
-        return Due(made, [a and b for a, b in zip(made, turned, strict=True)], elapsed)
+        made = [
+            has and (wanted[j] or wanted[partner])
+            for j, (has, partner) in enumerate(zip(given, partners, strict=True))
+        ]
+        turned = [a and own[1] for a, own in zip(made, found, strict=True)]
+        return Due(made, turned, [own[2] for own in found])
+
+    def _due(
+        self, own: int, other: int, made: tuple[int, int], framed: bool
+    ) -> tuple[bool, bool, int]:
+        """Whether a leg is due by its numbers, turned if it is, and its updates since."""
+        every, tick = self.refresh_every, 1 + max(own, other)
+        since = 1 + max(own - made[0], other - made[1])
+        # A leg that waits is looked after as often as its partner.
+        age = 1 + (own if framed else other)
+        due = tick % interval_of(tick, every) == 0 or since >= interval_of(age, every)
+        return due, tick <= every or tick % every == 0, max(1, 1 + own - made[0])
 
     def take(self, due: Due, framed: Sequence[bool]) -> None:
         """Note that coordinates were made, and which legs have some now."""
