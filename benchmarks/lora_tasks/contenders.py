@@ -128,6 +128,12 @@ def _quotient_adam(
     return create_quotient_optimizer(encoder, QuotientAdam, lr=rate, **options)
 
 
+def _quotient_adam_polar(
+    encoder: nn.Module, rate: float, settings: Settings, protocol: LoraProtocol
+) -> Optimizer:
+    return _quotient_adam(encoder, rate, {"polar": 1.0} | dict(settings), protocol)
+
+
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
@@ -137,6 +143,13 @@ CONTENDERS: dict[str, Contender] = {
         Contender("lora-rite", "LoRA-RITE", 2.5e-4, _lora_rite, "pytorch_optimizer"),
         Contender("muon", "Muon", 5e-3, _muon, "torch"),
         Contender("quotient-adam", "QuotientAdam", 5e-4, _quotient_adam, "quotientopt"),
+        Contender(
+            "quotient-adam-polar",
+            "QuotientAdam, lora_polar=True",
+            5e-4,
+            _quotient_adam_polar,
+            "quotientopt",
+        ),
     )
 }
 

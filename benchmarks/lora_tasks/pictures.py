@@ -23,6 +23,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "lora-rite": ("#0072B2", "-."),
     "muon": ("#009E73", (0, (5, 1, 1, 1, 1, 1))),
     "quotient-adam": ("#D55E00", "-"),
+    "quotient-adam-polar": ("#D55E00", "--"),
 }
 # Losses further above the best are not shown.
 SHOWN = 0.5

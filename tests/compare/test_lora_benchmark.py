@@ -20,7 +20,15 @@ pytest.importorskip("transformers", reason="pip install transformers")
 pytest.importorskip("peft", reason="pip install peft")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("adamw", "loraplus", "riemannian", "lora-rite", "muon", "quotient-adam")
+NAMES = (
+    "adamw",
+    "loraplus",
+    "riemannian",
+    "lora-rite",
+    "muon",
+    "quotient-adam",
+    "quotient-adam-polar",
+)
 PNG = b"\x89PNG"
 
 
