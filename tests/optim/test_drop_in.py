@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import quotientopt as qo
+from quotientopt.optim import polar
 from quotientopt.optim.polar import evening_factor, row_evening_factor
 from tests.optim.training import batches, loss_of, small_model, train
 
@@ -35,6 +36,18 @@ def test_evening_of_tiny_updates_is_finite(exponent):
         assert factor.isfinite().all()
     if exponent > -19:
         assert torch.allclose(row_evening_factor(scaled), row_evening_factor(matrix), rtol=1e-3)
+
+
+def test_control_of_the_evening_of_tiny_updates(monkeypatch):
+    """Dividing by the Frobenius norm alone, whose squares underflow, makes NaN."""
+
+    def plainly(gram):
+        tiny = torch.finfo(gram.dtype).tiny
+        return gram.div_(torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(tiny))
+
+    monkeypatch.setattr(polar, "_normalised", plainly)
+    matrix = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    assert row_evening_factor(1e-14 * matrix).isnan().any()
 
 
 def test_zero_gradients_for_long_leave_finite_weights():

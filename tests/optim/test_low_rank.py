@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.optim import low_rank
+from quotientopt.optim.low_rank_schedule import Schedule, interval_of
 from quotientopt.symmetries import ResidualStream
 from tests.optim.low_rank_cases import SHAPES, Adapted, loss_of, symmetries_of, train
 
@@ -669,7 +671,7 @@ def test_a_thawed_factor_sees_its_partner_as_it_is():
     for A in model.lora_A:
         A.requires_grad_(False)
         A.grad = None
-    train(model, optimizer, 58)
+    train(model, optimizer, 53)
     for A in model.lora_A:
         A.requires_grad_(True)
     assert largest_change(model, optimizer, 8) < 1.5 * usual
@@ -768,3 +770,55 @@ def test_factors_without_gradient_are_not_written_to():
     assert [p._version for p in (model.lora_A[1], model.lora_B[1], frozen)] == versions
     assert not torch.equal(model.lora_A[0], before.lora_A[0])
     assert flat(model).isfinite().all()
+
+
+def thawed_after_a_while(model, optimizer):
+    """Largest |B ΔA| when A is trained again after 53 steps of B alone, off the regular steps."""
+    train(model, optimizer, 7)
+    for A in model.lora_A:
+        A.requires_grad_(False)
+        A.grad = None
+    train(model, optimizer, 53)
+    for A in model.lora_A:
+        A.requires_grad_(True)
+    return largest_change(model, optimizer, 4)
+
+
+def regauged_by_others(model, optimizer):
+    """The same when the factors are written to in another gauge."""
+    train(model, optimizer, 101)
+    with torch.no_grad():
+        for B, A in pairs_of(model):
+            A.div_(100)
+            B.mul_(100)
+    return largest_change(model, optimizer, 4)
+
+
+def test_controls_of_the_schedule(monkeypatch):
+    """Without what makes coordinates out of turn, steps are several times too long."""
+    for scenario in (thawed_after_a_while, regauged_by_others):
+        model = Adapted()
+        kept = scenario(model, quotient_adam(model))
+        with monkeypatch.context() as patch:
+            patch.setattr(Schedule, "_written", lambda self: [False] * len(self.partners))
+            patch.setattr(Schedule, "_due", only_regular)
+            other = Adapted()
+            assert scenario(other, quotient_adam(other)) > 3 * kept
+
+
+def only_regular(self, own, other, made, framed):
+    tick, every = 1 + max(own, other), self.refresh_every
+    turned = tick <= every or tick % every == 0
+    return tick % interval_of(tick, every) == 0, turned, max(1, 1 + own - made[0])
+
+
+def test_control_of_the_bound_under_a_warm_up(monkeypatch):
+    monkeypatch.setattr(low_rank, "MOST_GROWTH", 1e30)
+    model = Adapted()
+    optimizer = quotient_adam(model, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-8, 1.0, 10)
+    first = train(model, optimizer, 1).item()
+    for step in range(3):
+        schedule.step()
+        train(model, optimizer, 1, seed=step)
+    assert loss_of(model, torch.Generator().manual_seed(1)) > 100 * first
