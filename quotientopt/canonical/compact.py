@@ -14,8 +14,7 @@ from torch import Tensor
 from quotientopt import sections
 from quotientopt._linalg import Pair, cholesky, locate_first
 from quotientopt._lyapunov import orthogonal_polar_factor
-from quotientopt.groups import O, RotaryCommutant, StructureGroup
-from quotientopt.symmetries.rotary_phases import RotaryPhases
+from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
 
 SECTIONS = ("svd", "polar")
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from quotientopt._linalg import Pair, compute_dtype, first_largest, row_signs, wide
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.canonical.compact import joint
-from quotientopt.groups import O, RotaryCommutant, StructureGroup
-from quotientopt.symmetries.rotary_phases import RotaryPhases
+from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
 
 
 class Turn(NamedTuple):

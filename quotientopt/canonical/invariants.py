@@ -12,10 +12,9 @@ from quotientopt._linalg import compute_dtype
 from quotientopt.canonical.compact import is_compact, joint
 from quotientopt.canonical.elements import section_elements
 from quotientopt.canonical.reading import factor, query_groups, symmetries_of
-from quotientopt.groups import O, RotaryCommutant, StructureGroup
+from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,15 @@ from torch import Tensor
 from quotientopt._linalg import Pair, gram, wide
 from quotientopt.canonical.compact import is_compact
 from quotientopt.canonical.invariants import product_singular_values
-from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    StructureGroup,
+)
 from quotientopt.manifolds.factor_geometry import FactorGeometry
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 
 METRICS = ("euclidean", "preconditioned", "right-invariant")
 
@@ -127,7 +133,7 @@ class PairGeometry:
 
         GL(r): singular values of ``Aᵀ B``. Rotary planes: ``|a| |b|``, then the singular values of
         the passing rows' product. Compact groups: those of [A B], the planes of
-        :class:`~quotientopt.symmetries.rotary_phases.RotaryPhases` by their lengths.
+        :class:`~quotientopt.groups.RotaryPhases` by their lengths.
         """
         A, B = x
         if isinstance(self.group, RotaryCommutant):

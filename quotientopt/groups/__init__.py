@@ -1,9 +1,17 @@
 """Structure groups: what acts on the factors of a Transformer without changing its function."""
 
 from quotientopt.groups.base import StructureGroup
-from quotientopt.groups.general_linear import GL
+from quotientopt.groups.general_linear import GL, Scale
 from quotientopt.groups.orthogonal import O
-from quotientopt.groups.rotary import RotaryCommutant
+from quotientopt.groups.rotary import RotaryCommutant, RotaryPhases
 from quotientopt.groups.stabilizer import StabilizerOfOnes
 
-__all__ = ["GL", "O", "RotaryCommutant", "StabilizerOfOnes", "StructureGroup"]
+__all__ = [
+    "GL",
+    "O",
+    "RotaryCommutant",
+    "RotaryPhases",
+    "Scale",
+    "StabilizerOfOnes",
+    "StructureGroup",
+]

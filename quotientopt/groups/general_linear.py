@@ -1,4 +1,4 @@
-"""The general linear group GL(r): what plain attention heads and LoRA pairs cannot see."""
+"""GL(r), what plain attention heads and LoRA pairs cannot see, and its positive multiples of 1."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import check_square, random_device, random_orthogonal
+from quotientopt._linalg import check_square, locate_first, random_device, random_orthogonal
 from quotientopt.groups.base import StructureGroup, check_cond
 
 
@@ -74,6 +74,67 @@ class GL(StructureGroup):
     def check_element(self, g: Tensor) -> None:
         """Raise ``ValueError`` unless `g` is finite, invertible and of shape (*batch, r, r)."""
         self._check_invertible(g)
+
+
+class Scale(StructureGroup):
+    """The positive multiples of the identity, ``c 1`` with c > 0, of dimension one.
+
+    For r = 1 the symmetry of a hidden unit behind a ReLU, which commutes with positive factors
+    only: the unit's incoming weights times c, its outgoing ones divided by c.
+
+    Parameters
+    ----------
+    r : int
+        Size of the matrices.
+    """
+
+    @property
+    def dim(self) -> int:
+        """One."""
+        return 1
+
+    def random(
+        self,
+        batch_shape: Sequence[int] = (),
+        *,
+        cond: float = 10.0,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Random multiples c of the identity, log c uniform in ±½ log cond.
+
+        Every element has condition number 1; over a batch the ratio of two factors is at most
+        `cond`.
+
+        Raises
+        ------
+        ValueError
+            If `cond` is below 1 or not finite.
+        """
+        check_cond(cond)
+        device = random_device(generator, device)
+        uniform = torch.rand(*batch_shape, 1, 1, generator=generator, device=device)
+        factor = torch.exp((uniform.to(torch.float64) - 0.5) * math.log(cond))
+        return (factor * torch.eye(self.r, dtype=factor.dtype, device=factor.device)).to(
+            dtype or torch.get_default_dtype()
+        )
+
+    def algebra_projection(self, matrix: Tensor) -> Tensor:
+        """The trace's share, ``tr(M)/r 1``."""
+        check_square("matrix", matrix, self.r)
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+        eye = torch.eye(self.r, dtype=matrix.dtype, device=matrix.device)
+        return mean[..., None, None] * eye
+
+    def check_element(self, g: Tensor) -> None:
+        """Raise ``ValueError`` unless `g` is a positive multiple of the identity, to 100 ε."""
+        self._check_invertible(g)
+        deviation = (g - self.algebra_projection(g)).abs().amax(dim=(-2, -1))
+        largest = g.abs().amax(dim=(-2, -1))
+        failed = (deviation > 100 * torch.finfo(g.dtype).eps * largest) | (g[..., 0, 0] <= 0)
+        if bool(failed.any()):
+            raise ValueError(f"g is no positive multiple of the identity{locate_first(failed)}")
 
 
 def log_spaced(cond: float, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The commutant of rotary position embeddings: GL(r − rotary_dim) × (C*)^{rotary_dim/2}."""
+"""Groups of rotary position embeddings: their commutant, and its orthogonal elements."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,13 @@ from quotientopt._linalg import (
     check_square,
     locate_first,
     random_device,
+    skew_part,
     standard_normal,
 )
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups.base import StructureGroup, check_cond
 from quotientopt.groups.general_linear import log_spaced, random_conditioned
+from quotientopt.groups.orthogonal import O
 
 _LAYOUTS = ("half", "interleaved")
 
@@ -229,3 +231,66 @@ class RotaryCommutant(StructureGroup):
 
     def __repr__(self) -> str:
         return f"RotaryCommutant({self.r}, rotary_dim={self.rotary_dim}, layout={self.layout!r})"
+
+
+class RotaryPhases(StructureGroup):
+    """O(r − rotary_dim) × U(1)^{rotary_dim/2}: the orthogonal elements of a rotary commutant.
+
+    An RMS norm over a head's queries or keys fixes the lengths that (C*)^{rotary_dim/2} would
+    change. What is left turns every plane by an angle and rotates the rows that pass.
+
+    Parameters
+    ----------
+    r : int
+        Number of rows of both factors.
+    rotary_dim : int, optional
+        Number of rotated rows (the default: all of them).
+    layout : {"half", "interleaved"}
+        As for :class:`~quotientopt.groups.RotaryCommutant`.
+    """
+
+    def __init__(self, r: int, rotary_dim: int | None = None, layout: str = "half") -> None:
+        super().__init__(r)
+        self.commutant = RotaryCommutant(r, rotary_dim, layout)
+
+    @property
+    def dim(self) -> int:
+        """One angle per plane, and the dimension of the rotations of the rows that pass."""
+        passing = len(self.commutant.pass_rows)
+        return len(self.commutant.planes) + passing * (passing - 1) // 2
+
+    def random(
+        self,
+        batch_shape: Sequence[int] = (),
+        *,
+        cond: float = 10.0,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Uniformly distributed elements; `cond` is checked and has no effect, as for O(r)."""
+        check_cond(cond)
+        return self.commutant.random(
+            batch_shape, cond=1.0, generator=generator, dtype=dtype, device=device
+        )
+
+    def algebra_projection(self, matrix: Tensor) -> Tensor:
+        """The skew part of the projection to the commutant's algebra."""
+        return skew_part(self.commutant.algebra_projection(matrix))
+
+    def check_element(self, g: Tensor) -> None:
+        """Raise ``ValueError`` unless `g` is orthogonal and commutes with all rotations."""
+        O(self.r).check_element(g)
+        self.commutant.check_element(g)
+
+    def _wide_inverse(self, g: Tensor) -> Tensor:
+        return g.mT
+
+    def _parameters(self) -> tuple[object, ...]:
+        return (self.commutant,)
+
+    def __repr__(self) -> str:
+        return (
+            f"RotaryPhases({self.r}, rotary_dim={self.commutant.rotary_dim}, "
+            f"layout={self.commutant.layout!r})"
+        )

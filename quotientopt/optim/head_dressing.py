@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StructureGroup
 from quotientopt.optim.averages import break_ties
 from quotientopt.sections.factor import svd_element, triangular_element
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 

@@ -5,7 +5,7 @@ from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.centred_stream import CentredStream
 from quotientopt.symmetries.find import find_symmetries
 from quotientopt.symmetries.fold import fold_norms_
-from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation
 from quotientopt.symmetries.map import SymmetryMap
 from quotientopt.symmetries.norm import Norm, Reader
 from quotientopt.symmetries.norm_kinds import register_norm
@@ -21,7 +21,9 @@ __all__ = [
     "NotUnderstoodError",
     "Reader",
     "ResidualStream",
+    "ScaleSymmetry",
     "SymmetryMap",
+    "Translation",
     "find_symmetries",
     "fold_norms_",
     "register",

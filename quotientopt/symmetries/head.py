@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quotientopt.groups import StructureGroup
+from quotientopt.groups import Scale, StructureGroup
 from quotientopt.symmetries.block import Block
+
+BY_CLASS = "class"
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """The affine part of a head's gauge: ``b ↦ b + t`` on a bias of the right factor.
+
+    Softmax ignores what is constant over the keys, so that the bias of the keys may be moved freely
+    where no rotation stands between queries and keys. Its rows sum to one, so that the bias of the
+    values adds ``W_O b`` to every output, which the output bias can take: ``b_V ↦ b_V + t``,
+    ``b_O ↦ b_O − Σ_h W_O t``. Together with a head's group G it is the semidirect product
+    G ⋉ R^r; g comes first.
+
+    Attributes
+    ----------
+    blocks : tuple of Block
+        Blocks ``(heads, r, 1)`` among the right blocks of the symmetry; all move by the same t.
+    sink : Block, optional
+        The output bias, ``(1, 1, d)``; None where nothing has to make up for t.
+    """
+
+    blocks: tuple[Block, ...]
+    sink: Block | None = None
 
 
 class HeadSymmetry:
@@ -28,12 +53,17 @@ class HeadSymmetry:
         Acts on the r rows.
     name : str
         Unique in the model, for example ``"blocks.0.attention.qk"``.
+    translation : Translation, optional
+        The affine part of the gauge: a bias of the right factor that may be translated.
+    source : str
+        How the symmetry is known: ``"class"``, or ``"found"`` with the deviation of its proof.
 
     Raises
     ------
     ValueError
-        If the blocks do not share heads and rows, the group has another size, or a factor has
-        fewer columns than rows, so that it cannot have full row rank.
+        If the blocks do not share heads and rows, the group has another size, a factor has
+        fewer columns than rows, so that it cannot have full row rank, or the translated blocks are
+        no single columns of the right factor.
     """
 
     def __init__(
@@ -42,9 +72,14 @@ class HeadSymmetry:
         right: Iterable[Block | Tensor],
         group: StructureGroup,
         name: str = "",
+        *,
+        translation: Translation | None = None,
+        source: str = BY_CLASS,
     ) -> None:
         self.name = name
         self.group = group
+        self.translation = translation
+        self.source = source
         self.left_blocks = tuple(b if isinstance(b, Block) else Block.of(b) for b in left)
         self.right_blocks = tuple(b if isinstance(b, Block) else Block.of(b) for b in right)
         shapes = {block.size[:2] for block in self.blocks}
@@ -64,6 +99,24 @@ class HeadSymmetry:
                     f"symmetry {name!r}: the {side} factor has {columns} columns, fewer than its "
                     f"{self.rank} rows, and cannot have full row rank"
                 )
+        if translation is not None:
+            self._check_translation(translation)
+
+    def _check_translation(self, translation: Translation) -> None:
+        columns = [block for block in self.right_blocks if block.size[2] == 1]
+        moved = translation.blocks
+        if not moved or not all(any(block is column for column in columns) for block in moved):
+            raise ValueError(
+                f"symmetry {self.name!r}: a translation moves biases of the right factor, got "
+                f"{[block.size for block in moved]}"
+            )
+        sink = translation.sink
+        widths = {block.size[2] for block in self.left_blocks}
+        if sink is not None and (sink.size[:2] != (1, 1) or widths != {sink.size[2]}):
+            raise ValueError(
+                f"symmetry {self.name!r}: an output bias of {sink.size[2]} entries cannot take "
+                f"what left blocks of {sorted(widths)} columns add"
+            )
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -131,7 +184,107 @@ class HeadSymmetry:
                 view = block.view()
                 view.copy_(g.to(view.device) @ view.to(torch.float64))
 
+    def random_translation(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """A random translation per head, float64 on the CPU, shape ``(heads, r)``."""
+        device = "cpu" if generator is None else generator.device
+        shape = (self.heads, self.rank)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=device).cpu()
+
+    def check_translation(self, t: Tensor) -> None:
+        """Refuse a translation of another shape, or where the symmetry has none.
+
+        Raises
+        ------
+        ValueError
+            Naming the symmetry and the shape.
+        """
+        if self.translation is None:
+            raise ValueError(f"symmetry {self.name!r} has no bias that could be translated")
+        if tuple(t.shape) != (self.heads, self.rank) or not bool(t.isfinite().all()):
+            raise ValueError(
+                f"symmetry {self.name!r} needs a finite translation of shape "
+                f"{(self.heads, self.rank)}, got {tuple(t.shape)}"
+            )
+
+    @torch.no_grad()
+    def translate_(self, t: Tensor) -> None:
+        """Translate in place, ``b ↦ b + t`` and ``b_O ↦ b_O − Σ_h W_O t`` where there is a sink.
+
+        Parameters
+        ----------
+        t : Tensor
+            Shape ``(heads, r)``. Sums are formed in float64 and rounded once.
+        """
+        self.check_translation(t)
+        assert self.translation is not None
+        t = t.to(torch.float64)
+        for block in self.translation.blocks:
+            view = block.view()
+            view.copy_(view.to(torch.float64) + t.to(view.device).unsqueeze(-1))
+        if self.translation.sink is not None:
+            view = self.translation.sink.view()
+            moved = sum(
+                torch.einsum("hrd,hr->d", left.to(torch.float64), t.to(left.device))
+                for left in self.left
+            )
+            view.copy_(view.to(torch.float64) - moved)
+
     def __repr__(self) -> str:
         return (
             f"HeadSymmetry({self.name!r}, {self.group}, heads={self.heads}, columns={self.columns})"
         )
+
+
+class ScaleSymmetry:
+    """Positive factors, one per head, on one factor alone: ``X ↦ c X``.
+
+    What a norm behind a projection does not see: normalised queries are the same from W_Q and
+    from c W_Q.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+        ``(heads, r, n)``; all blocks of a head are multiplied by the same c.
+    name : str
+        Unique in the model.
+    source : str
+        As of :class:`HeadSymmetry`.
+    """
+
+    def __init__(self, blocks: Sequence[Block], name: str, *, source: str = BY_CLASS) -> None:
+        self.blocks = tuple(blocks)
+        self.name = name
+        self.source = source
+        if not self.blocks or len({block.size[0] for block in self.blocks}) != 1:
+            raise ValueError(f"symmetry {name!r} needs blocks with the same heads")
+        self.heads, self.rank, _ = self.blocks[0].size
+        self.group = Scale(1)
+
+    def random_element(
+        self, cond: float = 10.0, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A random factor per head, float64 on the CPU, shape ``(heads, 1, 1)``."""
+        return self.group.random((self.heads,), cond=cond, generator=generator, dtype=torch.float64)
+
+    def check_element(self, element: Tensor) -> None:
+        """Refuse what is not one positive factor per head; ``ValueError`` names the symmetry."""
+        if tuple(element.shape) != (self.heads, 1, 1):
+            raise ValueError(
+                f"symmetry {self.name!r} needs an element of shape {(self.heads, 1, 1)}, "
+                f"got {tuple(element.shape)}"
+            )
+        try:
+            self.group.check_element(element)
+        except ValueError as error:
+            raise ValueError(f"symmetry {self.name!r}: {error}") from None
+
+    @torch.no_grad()
+    def act_(self, element: Tensor) -> None:
+        """Multiply in place; products are formed in float64 and rounded once."""
+        self.check_element(element)
+        for block in self.blocks:
+            view = block.view()
+            view.copy_(view.to(torch.float64) * element.to(view.device, torch.float64))
+
+    def __repr__(self) -> str:
+        return f"ScaleSymmetry({self.name!r}, heads={self.heads})"

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.residual import ResidualStream
 from quotientopt.symmetries.verification import deviations
 
 RESIDUAL = "residual"
+# After the name of a head symmetry: its translations, elements of shape (heads, r).
+TRANSLATION = ".translation"
 _BREAKERS_SHOWN = 3
 
 
@@ -31,11 +33,19 @@ class SymmetryMap:
         Names of attention modules that are not understood. They are left to plain Adam.
     gauge_free : sequence of str
         Names of attention modules that hold or read invariants: no group acts on their heads.
+    hidden_units : sequence of HeadSymmetry
+        Scales of hidden units of gated and ReLU MLPs: pairs with r = 1, one "head" per unit, the
+        left factor the columns of the matrix that reads the units, the right factor the rows (and
+        bias) of the one that writes them.
+    scales : sequence of ScaleSymmetry
+        Lengths of normalised queries and keys.
 
     Notes
     -----
     A group element of the whole model is a mapping from symmetry name to a tensor:
-    ``(heads, r, r)`` per head symmetry and, under ``"residual"``, an orthogonal ``(d, d)``.
+    ``(heads, r, r)`` per head symmetry; under its name with ``".translation"`` appended ``(heads,
+    r)`` where a bias may be translated; ``(units, 1, 1)`` per scale; under ``"residual"``, an
+    orthogonal ``(d, d)``. Linear parts act before translations.
     """
 
     def __init__(
@@ -46,15 +56,40 @@ class SymmetryMap:
         residual_reason: str = "",
         unrecognized: Sequence[str] = (),
         gauge_free: Sequence[str] = (),
+        hidden_units: Sequence[HeadSymmetry] = (),
+        scales: Sequence[ScaleSymmetry] = (),
     ) -> None:
         self.heads = tuple(heads)
+        self.hidden_units = tuple(hidden_units)
+        self.scales = tuple(scales)
         self.residual = residual
         self.residual_reason = residual_reason
         self.unrecognized = tuple(unrecognized)
         self.gauge_free = tuple(gauge_free)
-        names = [symmetry.name for symmetry in self.heads]
+        names = [*(pair.name for pair in self.pairs), *(scale.name for scale in self.scales)]
         if len(set(names)) != len(names):
             raise ValueError(f"two head symmetries share a name: {sorted(names)}")
+
+    @property
+    def pairs(self) -> tuple[HeadSymmetry, ...]:
+        """All factor pairs: those of heads, then those of hidden units."""
+        return self.heads + self.hidden_units
+
+    def parameters_of(self, name: str) -> list[Tensor]:
+        """The parameters that the symmetry of that name (as in a group element) acts on."""
+        if name == RESIDUAL and self.residual is not None:
+            return list(self.residual.parameters.values())
+        symmetry = self._actors()[name.removesuffix(TRANSLATION)]
+        if not name.endswith(TRANSLATION):
+            return [block.parameter for block in symmetry.blocks]
+        translation = getattr(symmetry, "translation", None)
+        assert translation is not None, name
+        sink = () if translation.sink is None else (translation.sink,)
+        return [block.parameter for block in (*translation.blocks, *sink)]
+
+    def _actors(self) -> dict[str, HeadSymmetry | ScaleSymmetry]:
+        linear: list[HeadSymmetry | ScaleSymmetry] = [*self.pairs, *self.scales]
+        return {symmetry.name: symmetry for symmetry in linear}
 
     def redundancy(self) -> dict[str, int]:
         """Count parameters and gauge directions.
@@ -62,11 +97,13 @@ class SymmetryMap:
         Returns
         -------
         dict
-            ``"<name>"``: dimension of each symmetry's group (heads · dim G; d(d−1)/2 for an exact
-            residual stream, (d−1)(d−2)/2 for one that is centred), and ``"total"``, their sum: the
-            number of directions in parameter space along which the model computes the same.
+            ``"<name>"``: dimension of each symmetry's group (heads · dim G, heads · r for
+            translations; d(d−1)/2 for an exact residual stream, (d−1)(d−2)/2 for one that is
+            centred), and ``"total"``, their sum: the number of directions in parameter space along
+            which the model computes the same.
         """
-        counts = {symmetry.name: symmetry.heads * symmetry.group.dim for symmetry in self.heads}
+        counts = {name: s.heads * s.group.dim for name, s in self._actors().items()}
+        counts |= {s.name + TRANSLATION: s.heads * s.rank for s in self._translated()}
         if self.residual is not None and self.residual.group is not None:
             counts[RESIDUAL] = self.residual.group.dim
         return counts | {"total": sum(counts.values())}
@@ -84,9 +121,12 @@ class SymmetryMap:
             Source of randomness.
         """
         element = {
-            symmetry.name: symmetry.random_element(cond, generator=generator)
-            for symmetry in self.heads
+            name: symmetry.random_element(cond, generator=generator)
+            for name, symmetry in self._actors().items()
         }
+        for symmetry in self._translated():
+            translation = symmetry.random_translation(generator=generator)
+            element[symmetry.name + TRANSLATION] = translation
         if self.residual is not None and self.residual.group is not None:
             element[RESIDUAL] = self.residual.group.random(generator=generator, dtype=torch.float64)
         return element
@@ -100,17 +140,27 @@ class SymmetryMap:
             If a name is unknown, or an element has the wrong shape or is not in its group. Nothing
             is changed then.
         """
-        known = {symmetry.name: symmetry for symmetry in self.heads}
-        unknown = [name for name in element if name not in known and name != RESIDUAL]
-        if unknown or (RESIDUAL in element and self.residual is None):
-            raise ValueError(
-                f"no symmetry called {(unknown or [RESIDUAL])[0]!r}; known: {sorted(known)}"
-            )
-        actors = {name: known.get(name) or self.residual for name in element}
-        for name, g in element.items():
+        known = self._actors()
+        translated = {symmetry.name + TRANSLATION: symmetry for symmetry in self._translated()}
+        names = {*known, *translated, *([RESIDUAL] if self.residual is not None else [])}
+        unknown = [name for name in element if name not in names]
+        if unknown:
+            raise ValueError(f"no symmetry called {unknown[0]!r}; known: {sorted(names)}")
+        linear = {name: g for name, g in element.items() if name not in translated}
+        actors = {name: known.get(name) or self.residual for name in linear}
+        for name, g in linear.items():
             actors[name].check_element(g)  # type: ignore[union-attr]
-        for name, g in element.items():
+        shifts = {name: t for name, t in element.items() if name in translated}
+        for name, t in shifts.items():
+            translated[name].check_translation(t)
+        for name, g in linear.items():
             actors[name].act_(g)  # type: ignore[union-attr]
+        for name, t in shifts.items():
+            translated[name].translate_(t)
+
+    def _translated(self) -> list[HeadSymmetry]:
+        """The head symmetries with an affine part."""
+        return [symmetry for symmetry in self.heads if symmetry.translation is not None]
 
     def verify(
         self,
@@ -142,19 +192,26 @@ class SymmetryMap:
         return deviations(self, model, inputs, kwargs, cond=cond, generator=generator)
 
     def __str__(self) -> str:
-        header = ("symmetry", "group", "heads", "left", "right", "redundant")
-        rows: list[tuple[str, ...]] = [header if self.heads else ("no head symmetries",)]
-        for symmetry in self.heads:
+        header = ("symmetry", "group", "heads", "left", "right", "redundant", "known by")
+        rows: list[tuple[str, ...]] = [header if self.pairs else ("no head symmetries",)]
+        for symmetry in self.pairs:
+            affine = symmetry.translation is not None
+            dimension = symmetry.group.dim + (symmetry.rank if affine else 0)
             rows.append(
                 (
                     symmetry.name,
-                    str(symmetry.group),
+                    f"{symmetry.group} ⋉ R^{symmetry.rank}" if affine else str(symmetry.group),
                     str(symmetry.heads),
                     " + ".join(str(block.size[2]) for block in symmetry.left_blocks),
                     " + ".join(str(block.size[2]) for block in symmetry.right_blocks),
-                    str(symmetry.heads * symmetry.group.dim),
+                    str(symmetry.heads * dimension),
+                    symmetry.source,
                 )
             )
+        for scale in self.scales:
+            columns = " + ".join(str(block.size[2]) for block in scale.blocks)
+            heads = str(scale.heads)
+            rows.append((scale.name, str(scale.group), heads, columns, "", heads, scale.source))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -76,11 +76,10 @@ def deviations(
                     f"output {key!r} of {type(model).__name__} is not finite; no deviation can be "
                     "measured on this input"
                 )
-        touched = _touched(symmetries)
         moved: Sequence[Tensor] = ()
         for name, element in symmetries.random_element(cond, generator=generator).items():
             restore(moved)
-            moved = touched[name]
+            moved = symmetries.parameters_of(name)
             symmetries.act_({name: element})
             result[name] = largest_deviation(_run(model, inputs, kwargs), reference)
     return result
@@ -106,23 +105,12 @@ class _KeepFloat64(TorchFunctionMode):
 
 def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
-    for name, parameters in _touched(symmetries).items():
-        if any(id(parameter) not in own for parameter in parameters):
+    for name in symmetries.redundancy():
+        if name != "total" and any(id(p) not in own for p in symmetries.parameters_of(name)):
             raise ValueError(
                 f"symmetry {name!r} acts on a tensor that is no parameter of this "
                 f"{type(model).__name__}; find the symmetries of this very model"
             )
-
-
-def _touched(symmetries: SymmetryMap) -> dict[str, list[Tensor]]:
-    """Parameters that each symmetry acts on."""
-    touched: dict[str, list[Tensor]] = {
-        symmetry.name: [block.parameter for block in symmetry.blocks]
-        for symmetry in symmetries.heads
-    }
-    if symmetries.residual is not None:
-        touched["residual"] = list(symmetries.residual.parameters.values())
-    return touched
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 import quotientopt as qo
-from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StabilizerOfOnes
 from quotientopt.models.attention import rotary_angles, rotate
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 from tests.symmetries.architectures import EXAMPLES, values
 
 ARCHITECTURES = tuple(EXAMPLES)

@@ -7,10 +7,9 @@ from torch import nn
 import quotientopt as qo
 from quotientopt.flow import VerticalLog, projected_gradient_flow, vertical_motion
 from quotientopt.flow.geometry import PairGeometry
-from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StabilizerOfOnes
 from quotientopt.manifolds import FactorQuotient, GramQuotient, ProductManifold
 from quotientopt.symmetries import HeadSymmetry
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 from tests.canonical.models import hand_made
 from tests.flow.cases import SETTINGS, attention, heads_of, randn, setting, train
 

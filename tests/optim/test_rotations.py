@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.groups import O, StabilizerOfOnes
-from quotientopt.symmetries.rotary_phases import RotaryPhases
+from quotientopt.groups import O, RotaryPhases, StabilizerOfOnes
 
 HEADS, RANK, WIDTH, STEPS = 3, 8, 20, 30
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from quotientopt.groups import GL, O, RotaryCommutant
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
 from quotientopt.symmetries.adapters.attention_groups import normalised_group
 from quotientopt.symmetries.registry import NotUnderstoodError
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, PARTIAL_ROPE, ROPE
 from tests.symmetries.test_families import CAUGHT, TOLERANCE

@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    StructureGroup,
+)
 from quotientopt.symmetries.adapters.layers import IDENTITY, own_parameter
 from quotientopt.symmetries.norm_kinds import norm_kind
 from quotientopt.symmetries.registry import NotUnderstoodError, follows
-from quotientopt.symmetries.rotary_phases import RotaryPhases
 
 # Functions of q kᵀ and v alone; anyone may register others with transformers.
 _IMPLEMENTATIONS = {
