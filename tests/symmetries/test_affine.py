@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import normalize, relu, scaled_dot_product_attention
 
 from quotientopt.groups import GL, Scale
 from quotientopt.symmetries import Block, HeadSymmetry, ScaleSymmetry, SymmetryMap, Translation
@@ -27,10 +27,10 @@ class Layer(nn.Module):
             f(x).unflatten(-1, (HEADS, RANK)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
         if self.normalised:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.o(y)
-        return x + self.down(F.relu(self.up(x)))
+        return x + self.down(relu(self.up(x)))
 
 
 def rows(layer: nn.Linear, heads: int = HEADS) -> list[Block]:
