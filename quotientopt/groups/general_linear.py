@@ -6,7 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import check_square, locate_first, random_device, random_orthogonal
+from quotientopt._linalg import (
+    check_square,
+    locate_first,
+    random_device,
+    random_orthogonal,
+    wide_dtype,
+)
 from quotientopt.groups.base import StructureGroup, check_cond
 
 
@@ -52,8 +58,8 @@ class GL(StructureGroup):
         """Random elements ``Q₁ diag(s) Q₂`` with Haar orthogonal Q₁, Q₂.
 
         The singular values s are logarithmically spaced over ``[cond^{-1/2}, cond^{1/2}]``, so
-        every matrix of the batch has condition number `cond` exactly (for r = 1 it is 1: the
-        element is ``±cond^{-1/2}``).
+        every matrix of the batch has condition number `cond` exactly. For r = 1 that is 1 whatever
+        the element: it is ±c with log c uniform over the same interval, so that factors differ.
 
         Raises
         ------
@@ -63,6 +69,8 @@ class GL(StructureGroup):
         check_cond(cond)
         device = random_device(generator, device)
         values = log_spaced(cond, self.r)
+        if self.r == 1:
+            values = random_factors(cond, batch_shape, generator, device).unsqueeze(-2)
         g = random_conditioned(batch_shape, values, generator, device)
         return g.to(dtype or torch.get_default_dtype())
 
@@ -114,11 +122,9 @@ class Scale(StructureGroup):
         """
         check_cond(cond)
         device = random_device(generator, device)
-        uniform = torch.rand(*batch_shape, 1, 1, generator=generator, device=device)
-        factor = torch.exp((uniform.to(torch.float64) - 0.5) * math.log(cond))
-        return (factor * torch.eye(self.r, dtype=factor.dtype, device=factor.device)).to(
-            dtype or torch.get_default_dtype()
-        )
+        factor = random_factors(cond, batch_shape, generator, device).unsqueeze(-1)
+        g = factor * torch.eye(self.r, dtype=factor.dtype, device=factor.device)
+        return g.to(dtype or torch.get_default_dtype())
 
     def algebra_projection(self, matrix: Tensor) -> Tensor:
         """The trace's share, ``tr(M)/r 1``."""
@@ -135,6 +141,17 @@ class Scale(StructureGroup):
         failed = (deviation > 100 * torch.finfo(g.dtype).eps * largest) | (g[..., 0, 0] <= 0)
         if bool(failed.any()):
             raise ValueError(f"g is no positive multiple of the identity{locate_first(failed)}")
+
+
+def random_factors(
+    cond: float,
+    batch_shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Factors ``(*batch_shape, 1)``, their logarithms uniform over ±½ log `cond`."""
+    uniform = torch.rand(*batch_shape, 1, generator=generator, device=device)
+    return torch.exp((uniform.to(wide_dtype(uniform.device)) - 0.5) * math.log(cond))
 
 
 def log_spaced(cond: float, count: int) -> Tensor:

@@ -139,6 +139,35 @@ def half_trainable(symmetries: Iterable[HeadSymmetry]) -> list[str]:
     ]
 
 
+class Elements:
+    """Elements of parameters that symmetries act on already."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, Tensor] = {}
+
+    def add(self, blocks: Sequence[Block]) -> bool:
+        """Take the elements of blocks, unless one of them is taken or belongs to two blocks."""
+        views = [self._view(block) for block in blocks]
+        if any(bool(view.any()) for view in views):
+            return False
+        for i, view in enumerate(views):
+            if bool(view.any()):
+                for earlier in views[: i + 1]:
+                    earlier.fill_(False)
+                return False
+            view.fill_(True)
+        return True
+
+    def _view(self, block: Block) -> Tensor:
+        storage = block.parameter.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self._taken:
+            length = storage.nbytes() // block.parameter.element_size()
+            self._taken[address] = torch.zeros(length, dtype=torch.bool)
+        offset = block.parameter.storage_offset() + block.offset
+        return self._taken[address].as_strided(block.size, block.stride, offset)
+
+
 def _signature(symmetry: HeadSymmetry) -> object:
     left, right = (
         tuple((id(block.parameter), block.size, block.stride, block.offset) for block in side)

@@ -1,24 +1,27 @@
-"""Find the symmetries of a model: ask every module's adapter, merge what is exact."""
+"""Find the symmetries of a model: by the classes of its modules, and from example inputs."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
 from quotientopt.symmetries.centred_stream import CentredStream
+from quotientopt.symmetries.discovery import Discovery, FoundStream, discover
 from quotientopt.symmetries.exactness import (
+    Elements,
     Ownership,
     half_trainable,
     with_one_dtype,
     without_conflicts,
 )
-from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.head import BY_CLASS, HeadSymmetry
 from quotientopt.symmetries.map import SymmetryMap
 from quotientopt.symmetries.registry import (
     Contribution,
@@ -29,6 +32,9 @@ from quotientopt.symmetries.residual import ResidualStream
 from quotientopt.symmetries.stream import Stream, add_up, norm_breakers
 
 _ATTENTION_WORDS = ("attention", "attn", "multihead")
+# What the forward of an attention calls: softmax alone also routes tokens to experts.
+_SOFTMAX, _PRODUCTS = "softmax", {"matmul", "einsum", "bmm", "baddbmm", "transpose", "mT"}
+_SHOWN = 3
 
 
 @dataclass
@@ -39,18 +45,27 @@ class Findings:
     not_understood: dict[str, str] = field(default_factory=dict)
 
 
-def find_symmetries(model: nn.Module) -> SymmetryMap:
-    """Find the symmetries of a model that are known to be exact.
+def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMap:
+    """Find the symmetries of a model that are known to be exact, or that its gradients show.
+
+    Without inputs a symmetry is known where the class of a module is. With the arguments of a call,
+    everything else is found by its Noether charges, ``∂_B Bᵀ = A ∂_Aᵀ``, from gradients of random
+    functions of the outputs, whatever the classes are; every pair found is proved by acting with a
+    random element of its group, and by a larger group that moves the outputs.
 
     Parameters
     ----------
     model : Module
-        Any module. Its parameters are looked at, not changed.
+        Any module. It is left as it was.
+    *inputs, **kwargs
+        Arguments of one call of the model, a batch of its data for example: several tokens per
+        text, or nothing attends to anything.
 
     Returns
     -------
     SymmetryMap
-        Head symmetries, the residual stream, and the attention modules that are not understood.
+        Symmetries of heads and of hidden units, each with how it is known, the residual stream, and
+        the attention modules that are not understood.
 
     Raises
     ------
@@ -59,7 +74,8 @@ def find_symmetries(model: nn.Module) -> SymmetryMap:
     ValueError
         If a parameter has no plain floating-point values (meta device, uninitialised, quantised,
         sharded); the message names it. A quantised base under low-rank adapters is listed as not
-        understood instead.
+        understood instead. If the model does not run on the inputs, its outputs have no gradient,
+        are not finite or differ between two runs, or there is too little memory.
 
     Warns
     -----
@@ -67,29 +83,126 @@ def find_symmetries(model: nn.Module) -> SymmetryMap:
         If the two sides of a pair have different dtypes: it is then left out and listed as
         unrecognized. If only one side of a pair is trainable: it is kept, being exact, but acting
         on it changes frozen parameters.
+
+    Notes
+    -----
+    Cost with inputs: four forward and backward passes in float64, two short runs of the smallest
+    module around each pair, and six float64 copies of the parameters, or of one module after the
+    other where that is more than half of the memory that is free.
+
+    Examples
+    --------
+    >>> print(find_symmetries(model, tokens))  # doctest: +SKIP
+    >>> find_symmetries(model, **batch).unrecognized  # doctest: +SKIP
     """
     findings = collect(model)
     ownership = Ownership(model)
-    claimed = [
-        symmetry
-        for contribution in findings.contributions.values()
-        for symmetry in contribution.heads
-    ]
+    contributions = findings.contributions.values()
+    claimed = [symmetry for contribution in contributions for symmetry in contribution.heads]
     heads, conflicting = without_conflicts(claimed, ownership)
-    heads, mixed = with_one_dtype(heads)
+    residual, reason = merge_residual(model, findings, ownership)
+    found = Discovery()
+    if inputs or kwargs:
+        found = _beside(heads, discover(model, inputs, kwargs))
+    if residual is None and found.stream is not None:
+        residual = _stream_of(found.stream, ownership)
+    heads, mixed = with_one_dtype([*heads, *found.heads])
     _warn(mixed, "mixes dtypes, which no group element can move as one: left out")
     _warn(
         half_trainable(heads),
         "is trainable on one side only: acting on it (act_, dress_) changes frozen parameters",
     )
-    residual, reason = merge_residual(model, findings, ownership)
+    unrecognized = _without_found(_unrecognized(model, findings), heads)
     return SymmetryMap(
         [_named(symmetry, ownership) for symmetry in heads],
         residual,
         residual_reason=reason,
-        unrecognized=[*_unrecognized(model, findings), *conflicting, *mixed],
+        unrecognized=[*unrecognized, *conflicting, *mixed],
         gauge_free=_gauge_free(model, findings),
+        hidden_units=[_named(symmetry, ownership) for symmetry in found.hidden_units],
+        scales=found.scales,
+        not_exercised=[*found.not_exercised, *found.not_examined],
     )
+
+
+def symmetries_from(model: nn.Module, example_inputs: Any = None) -> SymmetryMap:
+    """The symmetries of a model from a batch as a data loader gives it.
+
+    Parameters
+    ----------
+    model : Module
+    example_inputs : Tensor, tuple, list or mapping, optional
+        A tensor is the one argument, a tuple or list the positional ones, a mapping the keyword
+        arguments of the call. None: by class alone.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if example_inputs is None:
+        return find_symmetries(model)
+    if isinstance(example_inputs, Tensor):
+        return find_symmetries(model, example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return find_symmetries(model, **example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return find_symmetries(model, *example_inputs)
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple of arguments or a mapping of keyword arguments, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+def gaps(model: nn.Module, symmetries: SymmetryMap) -> str:
+    """What of a model is not understood, and the way out, in one line; empty if nothing is.
+
+    Parameters
+    ----------
+    model : Module
+    symmetries : SymmetryMap
+        Found in it.
+    """
+    kind = type(model).__name__
+    call = "pass example_inputs=batch (a tensor, a tuple or a mapping), from which it is found"
+    if symmetries.unrecognized:
+        names = ", ".join(symmetries.unrecognized[:_SHOWN])
+        more = len(symmetries.unrecognized) - _SHOWN
+        names += f" and {more} more" if more > 0 else ""
+        return f"the symmetries of {names} in {kind} are not understood: {call}"
+    if not symmetries.heads and symmetries.residual is None and not symmetries.gauge_free:
+        return (
+            f"{kind} has no attention and no low-rank pair that is known, and no residual stream: "
+            f"if it has, {call}"
+        )
+    if symmetries.residual is None and not all(map(is_lora_pair, symmetries.heads)):
+        reason = symmetries.residual_reason
+        return f"the residual stream of {kind} is not understood ({reason}): {call}"
+    return ""
+
+
+def _beside(heads: Sequence[HeadSymmetry], found: Discovery) -> Discovery:
+    """What was found beside the pairs that are known; no element belongs to two pairs."""
+    taken = Elements()
+    for symmetry in heads:
+        taken.add(symmetry.blocks)
+    found.heads = [s for s in found.heads if taken.add(s.blocks)]
+    found.hidden_units = [s for s in found.hidden_units if taken.add(s.blocks)]
+    return found
+
+
+def _stream_of(found: FoundStream, ownership: Ownership) -> ResidualStream:
+    kind = CentredStream if found.centred else ResidualStream
+    parameters = {name: ownership.parameter(name) for name in found.axes}
+    return kind(found.width, found.axes, parameters, found.broken_by)
+
+
+def _without_found(unrecognized: Sequence[str], heads: Iterable[HeadSymmetry]) -> list[str]:
+    """Those in which, or around which, no pair has been found."""
+    names = [
+        block.name for symmetry in heads if symmetry.source != BY_CLASS for block in symmetry.blocks
+    ]
+    return [module for module in unrecognized if not any(_inside(name, module) for name in names)]
 
 
 def collect(model: nn.Module) -> Findings:
@@ -204,7 +317,13 @@ def _gauge_free(model: nn.Module, findings: Findings) -> list[str]:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    return any(word in type(module).__name__.lower() for word in _ATTENTION_WORDS)
+    """By the name of its class, or by what its forward calls."""
+    if any(word in type(module).__name__.lower() for word in _ATTENTION_WORDS):
+        return True
+    called = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
+    if "scaled_dot_product_attention" in called:
+        return True
+    return _SOFTMAX in called and bool(_PRODUCTS & called)
 
 
 def _inside(name: str, other: str) -> bool:
@@ -214,11 +333,7 @@ def _inside(name: str, other: str) -> bool:
 
 def _named(symmetry: HeadSymmetry, ownership: Ownership) -> HeadSymmetry:
     """The same symmetry, every block under the first name of its parameter."""
-    left, right = (
-        [replace(block, name=ownership.first_name(block.parameter)) for block in blocks]
-        for blocks in (symmetry.left_blocks, symmetry.right_blocks)
-    )
-    return HeadSymmetry(left, right, symmetry.group, symmetry.name)
+    return symmetry.renamed(lambda block: ownership.first_name(block.parameter))
 
 
 def _warn(names: Sequence[str], what: str) -> None:

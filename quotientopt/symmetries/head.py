@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,6 +140,34 @@ class HeadSymmetry:
             sum(block.size[2] for block in side) for side in (self.left_blocks, self.right_blocks)
         )
         return left, right
+
+    @property
+    def of_units(self) -> bool:
+        """Whether the "heads" are single hidden units."""
+        return self.rank == 1 and self.heads > 1
+
+    def renamed(self, name_of: Callable[[Block], str]) -> HeadSymmetry:
+        """The same symmetry with the blocks' parameters under other names."""
+        new = {
+            id(block): replace(block, name=name_of(block))
+            for block in (*self.blocks, *self._sinks())
+        }
+        translation = self.translation
+        if translation is not None:
+            sink = translation.sink
+            moved = tuple(new[id(block)] for block in translation.blocks)
+            translation = Translation(moved, None if sink is None else new[id(sink)])
+        left, right = (
+            [new[id(block)] for block in side] for side in (self.left_blocks, self.right_blocks)
+        )
+        return HeadSymmetry(
+            left, right, self.group, self.name, translation=translation, source=self.source
+        )
+
+    def _sinks(self) -> tuple[Block, ...]:
+        if self.translation is None or self.translation.sink is None:
+            return ()
+        return (self.translation.sink,)
 
     def random_element(
         self, cond: float = 10.0, *, generator: torch.Generator | None = None

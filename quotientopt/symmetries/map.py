@@ -39,6 +39,9 @@ class SymmetryMap:
         bias) of the one that writes them.
     scales : sequence of ScaleSymmetry
         Lengths of normalised queries and keys.
+    not_exercised : sequence of str
+        Names of modules that the example inputs did not reach, and of parameters that did not fit
+        into memory: nothing is known of them.
 
     Notes
     -----
@@ -58,10 +61,12 @@ class SymmetryMap:
         gauge_free: Sequence[str] = (),
         hidden_units: Sequence[HeadSymmetry] = (),
         scales: Sequence[ScaleSymmetry] = (),
+        not_exercised: Sequence[str] = (),
     ) -> None:
         self.heads = tuple(heads)
         self.hidden_units = tuple(hidden_units)
         self.scales = tuple(scales)
+        self.not_exercised = tuple(not_exercised)
         self.residual = residual
         self.residual_reason = residual_reason
         self.unrecognized = tuple(unrecognized)
@@ -232,6 +237,8 @@ class SymmetryMap:
             )
         if self.gauge_free:
             lines.append("heads without a gauge, plain Adam: " + ", ".join(self.gauge_free))
+        if self.not_exercised:
+            lines.append("not exercised by the example inputs: " + ", ".join(self.not_exercised))
         if self.unrecognized:
             lines.append("not understood, left to plain Adam: " + ", ".join(self.unrecognized))
         return "\n".join(lines)

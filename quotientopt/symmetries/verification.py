@@ -85,7 +85,7 @@ def deviations(
     return result
 
 
-class _KeepFloat64(TorchFunctionMode):
+class KeepFloat64(TorchFunctionMode):
     """Within it, no float64 tensor is cast to float32."""
 
     def __torch_function__(
@@ -166,7 +166,7 @@ def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     # Fresh arguments: a cache among them would grow from run to run.
     inputs, kwargs = tree_map(_fresh, (tuple(inputs), dict(kwargs)))
     # The generators' state is put back after every run, so that all runs draw the same numbers.
-    with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False), _KeepFloat64():
+    with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False), KeepFloat64():
         output = model(*inputs, **kwargs)
     return dict(floating_tensors(output, "output"))
 

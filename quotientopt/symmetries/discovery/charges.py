@@ -1,0 +1,229 @@
+"""Noether charges of the rows of a model's matrices: ``X = W ∂Wᵀ`` for random functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt.symmetries.discovery.point import Gradients
+
+# Charges are compared to this share of the sum of the absolute terms they are made of, or to this
+# many times their measured noise, whichever is more; beyond the limit nothing can be told.
+PRECISION, NOISES, LIMIT = 1e-11, 100.0, 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of one parameter: all axes but one, flattened; that one runs along the columns.
+
+    Attributes
+    ----------
+    name : str
+    parameter : Parameter
+        Of the model; its layout in memory is that of the rows.
+    column_axis : int, optional
+        None for a bias, a single column.
+    rows : Tensor
+        ``(rows, columns)``, at the generic point.
+    gradient : Tensor
+        ``(functions, rows, columns)``.
+    noise : Tensor
+        ``(rows,)``, of the diagonal charges.
+    start : int
+        First of the parameter's rows that belong here: one bias may serve several matrices.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    column_axis: int | None
+    rows: Tensor
+    gradient: Tensor
+    noise: Tensor
+    start: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        parameter: nn.Parameter,
+        column_axis: int | None,
+        values: Tensor,
+        gradients: Gradients,
+    ) -> Part:
+        """Cut a parameter into rows."""
+
+        def rows(tensor: Tensor) -> Tensor:
+            # Leading axes are functions; no copy of a matrix.
+            lead = tensor.ndim - parameter.ndim
+            if column_axis is None:
+                return tensor.reshape(*tensor.shape[:lead], -1, 1)
+            return tensor.movedim(lead + column_axis, -1).flatten(lead, -2)
+
+        noise = rows(gradients.noise[name]).sum(-1)
+        return cls(name, parameter, column_axis, rows(values), rows(gradients.of[name]), noise)
+
+    def narrow(self, start: int, length: int) -> Part:
+        """Some of the rows, one after the other."""
+        chosen = slice(start, start + length)
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            gradient=self.gradient[:, chosen],
+            noise=self.noise[chosen],
+            start=start,
+        )
+
+    def offsets(self, index: Tensor) -> Tensor:
+        """Offset in memory of the first column of rows, in elements."""
+        axes = [a for a in range(self.parameter.ndim) if a != self.column_axis]
+        index = index + self.start
+        offset = torch.zeros_like(index)
+        for axis in reversed(axes):
+            size = self.parameter.shape[axis]
+            offset = offset + (index % size) * self.parameter.stride(axis)
+            index = index // size
+        return offset
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows that one map puts out or takes in: of a matrix, with the bias that goes along.
+
+    Attributes
+    ----------
+    parts : tuple of Part
+        The matrix first.
+    output : bool
+        Whether the rows are what a map puts out (its columns are summed over); else what it takes.
+    """
+
+    parts: tuple[Part, ...]
+    output: bool
+    charge: Tensor = field(init=False)
+    scale: Tensor = field(init=False)
+    precision: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        terms = [part.rows * part.gradient for part in self.parts]
+        charge = torch.stack([term.sum(-1) for term in terms]).sum(0)
+        scale = torch.stack([term.abs_().sum(-1).amax(0) for term in terms]).sum(0)
+        noise = torch.stack([part.noise for part in self.parts]).sum(0)
+        share = (noise / scale.clamp_min(torch.finfo(scale.dtype).tiny)).nan_to_num(0.0)
+        # One row whose terms happen to be tiny must not speak for all.
+        typical = scale > 1e-3 * scale.mean()
+        worst = share[typical].max().item() if bool(typical.any()) else 0.0
+        object.__setattr__(self, "charge", charge)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "precision", max(PRECISION, NOISES * worst))
+
+    @property
+    def name(self) -> str:
+        """Name of the matrix."""
+        return self.parts[0].name
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """The matrix and its column axis, whatever the bias."""
+        return self.parts[0].name, self.parts[0].column_axis
+
+    @property
+    def columns(self) -> int:
+        """Columns of all parts."""
+        return sum(part.rows.shape[-1] for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.charge[0])
+
+    @property
+    def exercised(self) -> Tensor:
+        """Whether a function depends on a row, ``(rows,)``, on the CPU like all row numbers."""
+        return (self.scale > 1e-12 * self.scale.amax()).cpu()
+
+    def products(self, first: Tensor, second: Tensor) -> Tensor:
+        """Charges ``W_i · ∂W_j`` of rows i in `first`, ``(…, p)``, and j in `second`, ``(…, q)``.
+
+        Returns
+        -------
+        Tensor
+            Shape ``(functions, …, p, q)``.
+        """
+        total: Tensor | float = 0.0
+        for part in self.parts:
+            gradient = part.gradient[:, second]
+            total = total + part.rows[first] @ gradient.mT
+        assert isinstance(total, Tensor)
+        return total
+
+    def sizes(self, first: Tensor, second: Tensor) -> Tensor:
+        """Bounds ``|W_i| |∂W_j|`` of the same products, ``(…, p, q)``."""
+        total: Tensor | float = 0.0
+        for part in self.parts:
+            lengths = torch.linalg.vector_norm(part.rows[first], dim=-1)
+            slopes = torch.linalg.vector_norm(part.gradient[:, second], dim=-1).amax(0)
+            total = total + lengths.unsqueeze(-1) * slopes.unsqueeze(-2)
+        assert isinstance(total, Tensor)
+        return total
+
+
+def rows_of(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], gradients: Gradients
+) -> Iterator[list[Rows]]:
+    """Every way to cut a parameter into rows; the versions of one with different biases together.
+
+    A bias is another parameter of the same module with as many entries, or two or three times as
+    many, of which a part is taken; those with a bias come first, one called like the matrix before
+    others.
+    """
+    for name, parameter in parameters.items():
+        if parameter.ndim < 2 or name not in gradients.of or not parameter.is_floating_point():
+            continue
+        wide = [axis for axis in range(parameter.ndim) if parameter.shape[axis] > 1]
+        contracted = gradients.contracted.get(name, {parameter.ndim - 1})
+        if len(wide) > 3 or len(wide) < 1:
+            continue
+        for axis in wide if len(wide) > 1 else [parameter.ndim - 1, 0]:
+            matrix = Part.of(name, parameter, axis, values[name], gradients)
+            others = set(wide) - {axis}
+            if axis in contracted and not others & contracted:
+                length = len(matrix.rows)
+                biases = [
+                    Part.of(bias, parameters[bias], None, values[bias], gradients).narrow(i, length)
+                    for bias in _biases(name, length, parameters, gradients)
+                    for i in range(0, parameters[bias].numel(), length)
+                ]
+                versions = [Rows((matrix, bias), True) for bias in biases]
+                yield [*versions, Rows((matrix,), True)]
+            elif others & contracted:
+                yield [Rows((matrix,), False)]
+
+
+def _biases(
+    name: str, rows: int, parameters: Mapping[str, nn.Parameter], gradients: Gradients
+) -> list[str]:
+    """Names of what may be the bias of a matrix."""
+    module, _, own = name.rpartition(".")
+    found = [
+        other
+        for other, parameter in parameters.items()
+        if other.rpartition(".")[0] == module
+        and other != name
+        and parameter.numel() in (rows, 2 * rows, 3 * rows)
+        and parameter.ndim <= 2
+        and other in gradients.of
+    ]
+    # W_Q before b_Q, in_proj_weight before in_proj_bias: the longest common ending or beginning.
+    return sorted(found, key=lambda other: -_alike(own, other.rpartition(".")[2]))
+
+
+def _alike(one: str, two: str) -> int:
+    """Length of the common beginning and of the common ending of two names."""
+    length = 0
+    for a, b in ((one, two), (one[::-1], two[::-1])):
+        for x, y in zip(a, b, strict=False):
+            if x != y:
+                break
+            length += 1
+    return length

@@ -1,0 +1,339 @@
+"""Find the symmetries of a model whose classes nobody knows, from gradients of random functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quotientopt.groups import GL, Scale
+from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.discovery.assemble import scale_of, symmetries_of
+from quotientopt.symmetries.discovery.charges import LIMIT, rows_of
+from quotientopt.symmetries.discovery.pairs import FoundPair, common_module, find_pairs
+from quotientopt.symmetries.discovery.point import Call, GenericPoint, Gradients, calls_of
+from quotientopt.symmetries.discovery.proof import Prover
+from quotientopt.symmetries.discovery.stream import FoundStream, analysed, find_stream
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
+from quotientopt.symmetries.registry import qualified
+
+# Float64 copies at once: the point, two gradients, noise, a moved point and its gradient.
+COPIES = 6
+# Of the memory that is free, the share that discovery may take before it goes module by module.
+SHARE = 0.5
+
+
+@dataclass
+class Discovery:
+    """What was found, and what was not.
+
+    Attributes
+    ----------
+    heads, hidden_units : list of HeadSymmetry
+        Proved pairs.
+    scales : list of ScaleSymmetry
+    stream : FoundStream, optional
+    not_exercised : list of str
+        Modules whose parameters no output depended on.
+    not_examined : list of str
+        Parameters outside every module that fits into memory.
+    """
+
+    heads: list[HeadSymmetry] = field(default_factory=list)
+    hidden_units: list[HeadSymmetry] = field(default_factory=list)
+    scales: list[ScaleSymmetry] = field(default_factory=list)
+    stream: FoundStream | None = None
+    not_exercised: list[str] = field(default_factory=list)
+    not_examined: list[str] = field(default_factory=list)
+
+
+def discover(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    budget: int | None = None,
+) -> Discovery:
+    """Find the factor pairs of a model by their Noether charges, and prove each one.
+
+    The model runs in evaluation mode and float64 on copies of its parameters, moved to a generic
+    point: forward and backward for two random functions of its outputs, and twice more to measure
+    rounding. Every claim is a fact about that batch; it is proved by acting with a random element
+    of the group, and a larger group must move the outputs.
+
+    Parameters
+    ----------
+    model : Module
+        Not changed.
+    inputs, kwargs
+        Arguments of one call.
+    budget : int, optional
+        Bytes that may be taken, by default half of what is free. A model that needs more is
+        examined module by module, each on the arguments of its first call.
+
+    Returns
+    -------
+    Discovery
+
+    Raises
+    ------
+    ValueError
+        If the model does not run on the arguments, has no gradient or is not deterministic in
+        evaluation mode, or if no module that has parameters fits into the budget.
+    """
+    generator = torch.Generator().manual_seed(0)
+    budget = int(SHARE * _free_memory(model)) if budget is None else budget
+    call = Call(tuple(inputs), dict(kwargs))
+    pieces = list(_pieces(model, "", budget))
+    if not pieces:
+        raise ValueError(
+            f"finding the symmetries of {type(model).__name__} needs {COPIES} float64 copies of "
+            f"its largest part, more than the {budget / 1e9:.1f} GB that may be used; use a "
+            "machine with more memory or register an adapter"
+        )
+    found = Discovery()
+    if pieces == [""]:
+        _examine(model, "", call, generator, found)
+    else:
+        calls = calls_of(model, pieces, lambda: _run_as_it_is(model, call))
+        for path in pieces:
+            if path in calls:
+                _examine(model.get_submodule(path), path, calls[path], generator, found)
+            else:
+                found.not_exercised.append(path)
+        inside = [
+            name for name, _ in model.named_parameters() if any(_within(name, p) for p in pieces)
+        ]
+        found.not_examined = [n for n, _ in model.named_parameters() if n not in inside]
+        found.stream = find_stream(
+            found.heads, found.hidden_units, dict(model.named_parameters()), {}
+        )
+    return found
+
+
+def _examine(
+    module: nn.Module, prefix: str, call: Call, generator: torch.Generator, found: Discovery
+) -> None:
+    """Add what is found in one module, with names and blocks as of the whole model."""
+    point = GenericPoint(module, call, generator)
+    reference = point.reference()
+    gradients = point.gradients()
+    parameters = dict(module.named_parameters())
+    cuts = list(rows_of(parameters, point.parameters, gradients))
+    pairs = find_pairs(cuts)
+    noise = max(
+        (rows.precision for cut in cuts for rows in cut if rows.precision < LIMIT), default=0.0
+    )
+    prover = Prover(point, reference, noise, generator)
+    names = _Names(prefix)
+
+    def symmetries(pair: FoundPair) -> list[HeadSymmetry]:
+        return list(symmetries_of(pair, names.of(pair, pairs), parameters, gradients))
+
+    candidates = [(pair, symmetries(pair)) for pair in pairs]
+    scales = list(_scales(pairs, names))
+    prover.prepare([*(s for _, members in candidates for s in members), *scales])
+    proved: list[HeadSymmetry] = []
+    for pair, members in candidates:
+        good = _all_proved(prover, members)
+        if members and not good and pair.rank > 1 and not pair.scores and len(pair.left) == 1:
+            # A ReLU's units that were all active at once look like one linear map.
+            good = _all_proved(prover, symmetries(pair.units()))
+        proved += good
+    heads = [s for s in proved if not s.of_units]
+    units = [s for s in proved if s.of_units]
+    good_scales = [s for s in (_proved_scale(prover, scale) for scale in scales) if s is not None]
+    heads, units, good_scales = _jointly(prover, heads, units, good_scales)
+    if not prefix:
+        stream = find_stream(heads, units, parameters, gradients.contracted)
+        if stream is not None:
+            found.stream = analysed(stream, point, reference, prover.proved, generator)
+    found.heads += [_prefixed(symmetry, prefix) for symmetry in heads]
+    found.hidden_units += [_prefixed(symmetry, prefix) for symmetry in units]
+    found.scales += [
+        ScaleSymmetry(_renamed(scale.blocks, prefix), scale.name, source=scale.source)
+        for scale in good_scales
+    ]
+    found.not_exercised += [qualified(prefix, path) for path in _idle(module, gradients)]
+
+
+def _all_proved(prover: Prover, symmetries: Iterable[HeadSymmetry]) -> list[HeadSymmetry]:
+    found = (_proved(prover, symmetry) for symmetry in symmetries)
+    return [symmetry for symmetry in found if symmetry is not None]
+
+
+def _proved(prover: Prover, symmetry: HeadSymmetry) -> HeadSymmetry | None:
+    """The symmetry with the deviation of its proof as source; None if it fails, or its control."""
+    if symmetry.of_units:
+        group = GL(1) if prover.signs(symmetry) <= prover.proved else Scale(1)
+        symmetry = _with(symmetry, group=group)
+    deviation = prover.deviation(symmetry)
+    if deviation > prover.proved or prover.control(symmetry) <= prover.moved:
+        return None
+    if symmetry.translation is not None:
+        moved = prover.translation(symmetry)
+        balanced = symmetry.translation.sink is None
+        if moved > prover.proved or not (
+            balanced or prover.translation(symmetry, balanced=False) > prover.moved
+        ):
+            symmetry = _with(symmetry, translation=None)
+        else:
+            deviation = max(deviation, moved)
+    return _with(symmetry, source=f"found, proved to {deviation:.0e}")
+
+
+def _proved_scale(prover: Prover, scale: ScaleSymmetry) -> ScaleSymmetry | None:
+    deviation = prover.deviation(scale)
+    if deviation > prover.proved or prover.control(scale) <= prover.moved:
+        return None
+    return ScaleSymmetry(scale.blocks, scale.name, source=f"found, proved to {deviation:.0e}")
+
+
+def _jointly(
+    prover: Prover,
+    heads: list[HeadSymmetry],
+    units: list[HeadSymmetry],
+    scales: list[ScaleSymmetry],
+) -> tuple[list[HeadSymmetry], list[HeadSymmetry], list[ScaleSymmetry]]:
+    """Those that leave the outputs of the whole alone, too; parameters may be used elsewhere."""
+    everything: list[HeadSymmetry | ScaleSymmetry] = [*heads, *units, *scales]
+    if not everything or prover.together(everything) <= prover.proved:
+        return heads, units, scales
+    good = {id(s) for s in everything if prover.together([s]) <= prover.proved}
+    return (
+        [s for s in heads if id(s) in good],
+        [s for s in units if id(s) in good],
+        [s for s in scales if id(s) in good],
+    )
+
+
+def _scales(pairs: Sequence[FoundPair], names: _Names) -> Iterator[ScaleSymmetry]:
+    """Candidates for scales: queries and keys whose own charges have no trace, head by head."""
+    for pair in pairs:
+        if not pair.scores or isinstance(pair.group, GL):
+            continue
+        for kind, sides in (("query", pair.left), ("key", (pair.right,))):
+            for number, (rows, index) in enumerate(sides):
+                trace = rows.charge[:, index].sum(-1).abs()
+                if bool((trace <= rows.precision * rows.scale[index].sum(-1)).all()):
+                    suffix = f"{kind}.{number}" if len(sides) > 1 else kind
+                    scale = scale_of(rows, index, names.unique(_scope(pair), f"{suffix}_scale"))
+                    if scale is not None:
+                        yield scale
+
+
+class _Names:
+    """Names of symmetries: the module around their parameters, and what they are there."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._given: set[str] = set()
+
+    def of(self, pair: FoundPair, pairs: Sequence[FoundPair]) -> str:
+        scope = _scope(pair)
+        if pair.scores:
+            kind = "qk"
+            # Called after the attention, also where queries and keys are one matrix inside it.
+            around = [_scope(p) for p in pairs if not p.scores and p.rank > 1]
+            scope = max((s for s in around if _within(scope, s)), key=len, default=scope)
+        elif pair.rank == 1 and pair.heads > 1:
+            kind = "hidden"
+        elif pair.heads * len(pair.left) > 1 or any(
+            other.scores and _within(_scope(other), scope) for other in pairs
+        ):
+            kind = "vo"
+        else:
+            kind = "chain"
+        return self.unique(scope, kind)
+
+    def unique(self, scope: str, kind: str) -> str:
+        name, number = qualified(self._prefix, scope, kind), 1
+        while name in self._given:
+            number += 1
+            name = qualified(self._prefix, scope, f"{kind}_{number}")
+        self._given.add(name)
+        return name
+
+
+def _scope(pair: FoundPair) -> str:
+    return common_module([*(rows.name for rows, _ in pair.left), pair.right[0].name])
+
+
+def _with(symmetry: HeadSymmetry, **changes: Any) -> HeadSymmetry:
+    """The same symmetry but for some arguments."""
+    given = {
+        "left": symmetry.left_blocks,
+        "right": symmetry.right_blocks,
+        "group": symmetry.group,
+        "name": symmetry.name,
+        "translation": symmetry.translation,
+        "source": symmetry.source,
+    }
+    return HeadSymmetry(**{**given, **changes})
+
+
+def _renamed(blocks: Iterable[Block], prefix: str) -> list[Block]:
+    return [replace(block, name=qualified(prefix, block.name)) for block in blocks]
+
+
+def _prefixed(symmetry: HeadSymmetry, prefix: str) -> HeadSymmetry:
+    """The symmetry with its blocks under the names of the whole model."""
+    return symmetry.renamed(lambda block: qualified(prefix, block.name)) if prefix else symmetry
+
+
+def _idle(module: nn.Module, gradients: Gradients) -> list[str]:
+    """Outermost modules none of whose parameters any output depends on."""
+    idle = {
+        name
+        for name, _ in module.named_parameters()
+        if name not in gradients.of or not bool(gradients.of[name].any())
+    }
+    found: list[str] = []
+    for path, part in module.named_modules():
+        own = [qualified(path, name) for name, _ in part.named_parameters()]
+        if own and all(name in idle for name in own) and not any(_within(path, p) for p in found):
+            found.append(path)
+    return found
+
+
+def _within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _pieces(module: nn.Module, path: str, budget: int) -> Iterator[str]:
+    """Paths of the outermost modules that fit into the budget."""
+    own = sum(p.numel() for p in module.parameters())
+    if own == 0:
+        return
+    if COPIES * 8 * own <= budget:
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from _pieces(child, qualified(path, name), budget)
+
+
+def _run_as_it_is(model: nn.Module, call: Call) -> None:
+    """Run in evaluation mode and the model's own dtype."""
+    training = {part: part.training for part in model.modules()}
+    try:
+        model.eval()
+        with torch.random.fork_rng():
+            model(*call.args, **call.kwargs)
+    finally:
+        for part, flag in training.items():
+            part.training = flag
+
+
+def _free_memory(model: nn.Module) -> int:
+    """Bytes that are free on the device of the parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 8 * 2**30

@@ -1,0 +1,569 @@
+"""Factor pairs from charges: which rows can be changed against each other, and by which group.
+
+For a pair (A, B) with group G and any function of the outputs the mismatch
+``D = ∂_B Bᵀ − A ∂_Aᵀ`` of the charges is orthogonal to the Lie algebra of G (Noether), and for a
+random function almost surely to nothing larger. Rows whose diagonal charges agree are found by a
+sort; heads are the classes of rows whose charges between each other agree too. What a rotation or a
+norm has left of GL(r) does not show in single rows: for queries and keys the layout of the values
+is tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quotientopt.groups import (
+    GL,
+    O,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    StructureGroup,
+)
+from quotientopt.symmetries.discovery.charges import LIMIT, Rows
+
+Place = tuple[str, int | None]
+
+# Share of the sums over query heads that must have a charge, or they are too few to compare.
+MOST = 0.75
+# Share of the rows of a matrix that must find partners before idle ones are believed to follow.
+SOME = 0.25
+# Sums over query heads are looked for in matrices of at most so many rows.
+MANY_ROWS = 20_000
+# Rows tried before a matrix is believed to consist of hidden units.
+TRIED = 8
+
+
+@dataclass(frozen=True, eq=False)
+class FoundPair:
+    """A pair as its charges show it.
+
+    Attributes
+    ----------
+    left : tuple of (Rows, Tensor)
+        Members of the left factor: rows and their index ``(heads, r)``. Several query heads of one
+        key are several members, as are several matrices that read one.
+    right : (Rows, Tensor)
+    group : StructureGroup
+    """
+
+    left: tuple[tuple[Rows, Tensor], ...]
+    right: tuple[Rows, Tensor]
+    group: StructureGroup
+
+    @property
+    def heads(self) -> int:
+        """Heads of the right factor."""
+        return self.right[1].shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Rows of a head."""
+        return self.right[1].shape[1]
+
+    @property
+    def scores(self) -> bool:
+        """Whether both factors put out what is multiplied with each other: queries and keys."""
+        return self.left[0][0].output
+
+    def units(self) -> FoundPair:
+        """The same rows one by one: what of a linear map is left where its middle is a ReLU's."""
+        ((rows, L),), (other, J) = self.left, self.right
+        return FoundPair(((rows, L.reshape(-1, 1)),), (other, J.reshape(-1, 1)), GL(1))
+
+    def places(self) -> Iterator[tuple[Place, Tensor]]:
+        """The matrices and the rows of them that take part."""
+        for rows, index in (*self.left, self.right):
+            yield rows.key, index.flatten()
+
+
+def mismatch(
+    left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``D = ∂_B Bᵀ − A ∂_Aᵀ`` head by head, and what rounding leaves undecided of it.
+
+    Returns
+    -------
+    D : Tensor
+        Shape ``(functions, heads, r, r)``.
+    tolerance : Tensor
+        Shape ``(heads, r, r)``.
+    """
+    rows, index = right
+    D = rows.products(index, index).mT
+    tolerance = rows.precision * rows.sizes(index, index).mT
+    for rows, index in left:
+        D = D - rows.products(index, index)
+        tolerance = tolerance + rows.precision * rows.sizes(index, index)
+    # The sizes are bounds; rounding in the backward pass is that of the largest of them.
+    return D, tolerance.amax(dim=(-2, -1), keepdim=True).expand_as(tolerance)
+
+
+def largest_group(
+    left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor], *, rotations: bool = True
+) -> StructureGroup | None:
+    """The largest group known here whose algebra the mismatch of all heads is orthogonal to."""
+    if max(rows.precision for rows, _ in (*left, right)) > LIMIT:
+        return None
+    D, tolerance = mismatch(left, right)
+    r = D.shape[-1]
+
+    def holds(group: StructureGroup) -> bool:
+        # The algebras are closed under transposition: it does not matter which way D is read.
+        return bool((group.algebra_projection(D).abs() <= tolerance).all())
+
+    if holds(GL(r)):
+        return GL(r)
+    if not rotations or r < 2:
+        return None
+
+    def vanishes(values: Tensor) -> Tensor:
+        return (values.abs() <= 2 * tolerance).all(dim=1).all(dim=0)
+
+    # Entry by entry first: there are many groups of rotations, and most readings have none.
+    diagonal = D.diagonal(dim1=-2, dim2=-1)
+    zero, skew = vanishes(D), vanishes(D - D.mT)
+    trace = vanishes(diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2))
+    candidates: list[StructureGroup] = []
+    if bool(skew.all()):
+        candidates.append(O(r))
+    elif r > 2:
+        candidates.append(StabilizerOfOnes(r))
+    for rotated, layout in itertools.product(range(2, r + 1, 2), ("half", "interleaved")):
+        commutant = RotaryCommutant(r, rotated, layout)
+        i, j = torch.tensor(commutant.planes).T
+        if bool(skew[i, j].all()):
+            if bool(trace[i, j].all()) and bool(zero[rotated:, rotated:].all()):
+                candidates.append(commutant)
+            if bool(skew[rotated:, rotated:].all()):
+                candidates.append(RotaryPhases(r, rotated, layout))
+    # Largest first; of equal ones the fewer rotated rows.
+    candidates.sort(key=lambda group: -group.dim)
+    return next((group for group in candidates if holds(group)), None)
+
+
+class _Index:
+    """All rows of a model by their diagonal charge."""
+
+    def __init__(self, versions: Sequence[Rows]) -> None:
+        self.versions = versions
+        charges, tolerances, where = [], [], []
+        for number, rows in enumerate(versions):
+            if rows.precision > LIMIT:
+                continue
+            charge = torch.complex(rows.charge[0], rows.charge[1]).cpu()
+            tolerance = (rows.precision * rows.scale).cpu()
+            kept = ((charge.abs() > 10 * tolerance) & rows.exercised).nonzero().squeeze(-1)
+            charges.append(charge[kept])
+            tolerances.append(tolerance[kept])
+            where.append(torch.stack((torch.full_like(kept, number), kept), -1))
+        empty = torch.zeros(0, dtype=torch.complex128)
+        charge = torch.cat(charges) if charges else empty
+        order = torch.argsort(charge.real)
+        self.charge = charge[order]
+        self.tolerance = torch.cat(tolerances)[order] if charges else empty.real
+        self.where = torch.cat(where)[order] if charges else torch.zeros(0, 2, dtype=torch.long)
+
+    def equal_pairs(self) -> dict[tuple[int, int], Tensor]:
+        """Rows of equal charge, by versions: ``(pairs, 2)`` row numbers."""
+        found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        # Every row may come in several versions, with one bias or another.
+        for step in range(1, min(9, len(self.charge))):
+            close = (self.charge[step:] - self.charge[:-step]).abs() <= (
+                self.tolerance[step:] + self.tolerance[:-step]
+            )
+            if not bool(close.any()):
+                continue
+            one, two = self.where[:-step][close], self.where[step:][close]
+            # The earlier version first, in one matrix the earlier row.
+            swap = (one[:, 0] > two[:, 0]) | ((one[:, 0] == two[:, 0]) & (one[:, 1] > two[:, 1]))
+            one[swap], two[swap] = two[swap], one[swap]
+            for a, b in torch.stack((one[:, 0], two[:, 0]), -1).unique(dim=0).tolist():
+                if self.versions[a].key != self.versions[b].key or a == b:
+                    own = (one[:, 0] == a) & (two[:, 0] == b)
+                    found[a, b].append(torch.stack((one[own, 1], two[own, 1]), -1))
+        return {key: torch.cat(parts) for key, parts in found.items()}
+
+    def lookup(self, values: Tensor, tolerance: Tensor) -> list[list[tuple[int, int]]]:
+        """For every value the rows ``(version, row)`` of that charge."""
+        widest = (tolerance + self.tolerance.max()).clamp_min(0) if len(self.charge) else tolerance
+        first = torch.searchsorted(self.charge.real.contiguous(), values.real - widest)
+        last = torch.searchsorted(self.charge.real.contiguous(), values.real + widest, right=True)
+        found = []
+        for i, (start, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+            near = (self.charge[start:end] - values[i]).abs() <= (
+                tolerance[i] + self.tolerance[start:end]
+            )
+            found.append([tuple(w) for w in self.where[start:end][near].tolist()])
+        return found
+
+
+def find_pairs(cuts: Sequence[Sequence[Rows]]) -> list[FoundPair]:
+    """All factor pairs, those of heads before single hidden units; none shares rows with another.
+
+    Parameters
+    ----------
+    cuts : sequence of sequence of Rows
+        As from :func:`~quotientopt.symmetries.discovery.charges.rows_of`.
+    """
+    versions = [rows for cut in cuts for rows in cut]
+    rank = {id(rows): number for cut in cuts for number, rows in enumerate(cut)}
+    index = _Index(versions)
+    linear = list(_linked(index, rank))
+    taken = _Taken()
+    values = [pair for pair in linear if not pair.scores and pair.rank > 1]
+    linked = {pair.left[0][0].key for pair in linear} | {pair.right[0].key for pair in linear}
+    values += _grouped_values(index, [v for v in versions if not v.output and v.key not in linked])
+    values += _several_readers(versions, linked | {pair.right[0].key for pair in values})
+    kept = []
+    for pair in sorted(values, key=_size):
+        if taken.add(pair):
+            kept.append(pair)
+    # Queries and keys by the layout of the values, and as single rows show them: the larger group.
+    scores = [pair for pair in linear if pair.scores]
+    for pair in kept:
+        scores += _queries_and_keys(pair, cuts, taken)
+    units = [pair for pair in linear if pair.rank == 1]
+    for pair in [*sorted(scores, key=_size), *sorted(units, key=_size)]:
+        if taken.add(pair):
+            kept.append(pair)
+    return kept
+
+
+def _size(pair: FoundPair) -> tuple[int, int]:
+    """Largest group first; of equal ones the one in more heads."""
+    return -pair.heads * pair.group.dim, -pair.heads
+
+
+class _Taken:
+    """Rows that belong to a pair already."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Place, set[int]] = defaultdict(set)
+
+    def add(self, pair: FoundPair) -> bool:
+        """Take the rows of a pair, unless one of them is taken."""
+        if any(self._rows[key] & set(rows.tolist()) for key, rows in pair.places()):
+            return False
+        for key, rows in pair.places():
+            self._rows[key] |= set(rows.tolist())
+        return True
+
+    def free(self, rows: Rows) -> Tensor:
+        """Numbers of the rows that are not taken."""
+        taken = self._rows[rows.key]
+        return torch.tensor([i for i in range(len(rows)) if i not in taken], dtype=torch.long)
+
+
+def _linked(index: _Index, rank: dict[int, int]) -> Iterator[FoundPair]:
+    """Pairs under GL(r) in which every row has one partner."""
+    by_cut: dict[tuple[Place, Place], list[tuple[int, Rows, Rows, Tensor]]] = defaultdict(list)
+    for (a, b), links in index.equal_pairs().items():
+        one, two = index.versions[a], index.versions[b]
+        choice = rank[id(one)] + rank[id(two)]
+        by_cut[one.key, two.key].append((choice, one, two, links))
+    for found in by_cut.values():
+        # Versions that a bias without effect makes equal: the one with the bias.
+        most = max(len(links) for *_, links in found)
+        whole = [entry for entry in found if len(entry[-1]) == most]
+        _, one, two, links = min(whole, key=lambda entry: entry[0])
+        if two.output != one.output and one.output:
+            one, two, links = two, one, links.flip(-1)
+        elif one.output == two.output and not one.output:
+            continue
+        left, right = _completed(one, two, links)
+        heads = list(_heads(one, left.unsqueeze(-1), two, right))
+        if len(heads) > 1 and not one.output:
+            # Hidden units that are active together in this batch look like one linear map.
+            heads = [(left.view(-1, 1, 1), right.unsqueeze(-1))]
+        for L, J in heads:
+            if J.shape[-1] > 1 or not one.output:
+                yield _in_order(one, L.squeeze(-1), two, J)
+
+
+def _completed(one: Rows, two: Rows, links: Tensor) -> tuple[Tensor, Tensor]:
+    """Links once per row; with those of idle rows where all others keep one distance."""
+    links = links[links[:, 1].argsort()]
+    first: dict[int, int] = {}
+    for i, j in links.tolist():
+        first.setdefault(j, i)
+    left, right = torch.tensor(list(first.values())), torch.tensor(list(first))
+    distances, counts = (left - right).unique(return_counts=True)
+    idle = (~two.exercised).nonzero().squeeze(-1)
+    if len(distances) == 1 and counts[0] >= SOME * (len(right) + len(idle)) and len(idle):
+        partners = idle + distances[0]
+        inside = (partners >= 0) & (partners < len(one))
+        silent = inside & ~one.exercised[partners.clamp(0, len(one) - 1)]
+        right = torch.cat((right, idle[silent]))
+        left = torch.cat((left, partners[silent]))
+        order = right.argsort()
+        left, right = left[order], right[order]
+    return left, right
+
+
+def _heads(left: Rows, L: Tensor, right: Rows, J: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut linked rows into heads: the classes of rows whose charges between each other agree.
+
+    Parameters
+    ----------
+    L : Tensor, shape (links, members)
+        Rows of the left matrix; the charges of all members of a link add up.
+    J : Tensor, shape (links,)
+
+    Yields
+    ------
+    L, J : Tensor
+        ``(heads, r, members)`` and ``(heads, r)``, for every size r of a head.
+    """
+
+    def same_head(a: int, others: Tensor) -> Tensor:
+        D = tolerance = torch.zeros((), dtype=torch.float64)
+        one = torch.tensor([a])
+        for i, j in ((one, others), (others, one)):
+            X = right.products(J[j], J[i]).mT
+            size = right.precision * right.sizes(J[j], J[i]).mT
+            for member in range(L.shape[-1]):
+                Li, Lj = L[i, member], L[j, member]
+                X = X - left.products(Li, Lj)
+                size = size + left.precision * left.sizes(Li, Lj)
+            D = D + X.abs().amax(0).flatten()
+            tolerance = tolerance + size.flatten()
+        return D.le(2 * tolerance).cpu()
+
+    remaining = torch.arange(len(J))
+    classes: dict[int, list[Tensor]] = defaultdict(list)
+    for tried in range(len(J)):
+        if not len(remaining):
+            break
+        if tried >= TRIED and set(classes) == {1}:
+            classes[1] += list(remaining.unsqueeze(-1))
+            break
+        same = same_head(int(remaining[0]), remaining)
+        same[0] = True
+        classes[int(same.sum())].append(remaining[same])
+        remaining = remaining[~same]
+    for members in classes.values():
+        chosen = torch.stack(members)
+        yield L[chosen], J[chosen]
+
+
+def _in_order(left: Rows, L: Tensor, right: Rows, J: Tensor) -> FoundPair:
+    """A pair under GL(r) of one member per head, the queries (where it has any) on the left."""
+    pair = FoundPair(((left, L),), (right, J), GL(J.shape[-1]))
+    if not pair.scores:
+        return pair
+    return _swapped(pair) if _keys_first(left, L, right, J) else pair
+
+
+def _swapped(pair: FoundPair) -> FoundPair:
+    ((left, L),) = pair.left
+    right, J = pair.right
+    order = L[:, 0].argsort()
+    return replace(pair, left=((right, J[order]),), right=(left, L[order]))
+
+
+def _keys_first(left: Rows, L: Tensor, right: Rows, J: Tensor) -> bool:
+    """Whether the left factor holds the keys: their bias has no effect, or they are called so.
+
+    Without rotations it cannot matter, the group acts on both alike; it is a matter of names.
+    """
+    silent = [silent_bias(left, L), silent_bias(right, J)]
+    if silent[0] != silent[1]:
+        return silent[0]
+    if left.name == right.name:
+        return bool(L.min() > J.min())
+    ends = [_letters(left.name, right.name), _letters(right.name, left.name)]
+    return "k" in ends[0] and "k" not in ends[1]
+
+
+def _letters(name: str, other: str) -> str:
+    """What of a name tells it from another."""
+    pieces, others = name.lower().split("."), other.lower().split(".")
+    differing = [a for a, b in itertools.zip_longest(pieces, others) if a != b and a]
+    return "".join(differing)
+
+
+def silent_bias(rows: Rows, index: Tensor) -> bool:
+    """Whether the bias of these rows has no effect, as that of unrotated keys has none."""
+    if len(rows.parts) < 2:
+        return False
+    matrix, bias = rows.parts[:2]
+    slopes = torch.linalg.vector_norm(matrix.gradient[:, index], dim=-1)
+    return bool((bias.gradient[:, index, 0].abs() <= 1e-9 * slopes.amax()).all())
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _grouped_values(index: _Index, inputs: Sequence[Rows]) -> Iterator[FoundPair]:
+    """Value-output pairs in which several query heads share the value: their charges add up."""
+    for left in inputs:
+        n = len(left)
+        if n > MANY_ROWS or left.precision > LIMIT:
+            continue
+        charge = torch.complex(left.charge[0], left.charge[1]).cpu()
+        tolerance = (left.precision * left.scale).cpu()
+        found = None
+        for members in _divisors(n)[1:]:
+            for step in _divisors(n // members):
+                L = torch.arange(n).view(-1, members, step).mT.reshape(-1, members)
+                sums, allowed = charge[L].sum(-1), tolerance[L].sum(-1)
+                active = (sums.abs() > 10 * allowed).nonzero().squeeze(-1)
+                if len(active) < MOST * len(L):
+                    continue
+                probe = active[:: max(1, len(active) // 3)][:3]
+                if not all(index.lookup(sums[probe], allowed[probe])):
+                    continue
+                found = _grouped_pair(index, left, L, index.lookup(sums, allowed))
+                if found is not None:
+                    break
+            if found is not None:
+                break
+        if found is not None:
+            yield found
+
+
+def _grouped_pair(
+    index: _Index, left: Rows, L: Tensor, matches: list[list[tuple[int, int]]]
+) -> FoundPair | None:
+    versions = [version for version, _ in itertools.chain.from_iterable(matches)]
+    for version in dict.fromkeys(versions):
+        right = index.versions[version]
+        partner = {i: row for i, m in enumerate(matches) for v, row in m if v == version}
+        if not right.output or len(partner) < len(L):
+            continue
+        rows = torch.tensor([partner[i] for i in range(len(L))])
+        order = rows.argsort()
+        heads = list(_heads(left, L[order], right, rows[order]))
+        if len(heads) != 1:
+            continue
+        (members, J), r = heads[0], heads[0][1].shape[-1]
+        if r == 1:
+            continue
+        return FoundPair(
+            tuple((left, members[..., m]) for m in range(members.shape[-1])), (right, J), GL(r)
+        )
+    return None
+
+
+def _several_readers(versions: Sequence[Rows], linked: set[Place]) -> Iterator[FoundPair]:
+    """Linear chains whose middle is read by several matrices: their charges add up."""
+    writers = [v for v in versions if v.output and v.key not in linked and len(v) > 1]
+    readers = [v for v in versions if not v.output and v.key not in linked]
+    for right in writers:
+        module = right.name.rpartition(".")[0].rpartition(".")[0]
+        near = [v for v in readers if len(v) == len(right) and _within(v.name, module)]
+        every = torch.arange(len(right)).unsqueeze(0)
+        for count in range(2, min(len(near), 4) + 1):
+            for chosen in itertools.combinations(near, count):
+                left = tuple((rows, every) for rows in chosen)
+                if largest_group(left, (right, every), rotations=False) is not None:
+                    yield FoundPair(left, (right, every), GL(len(right)))
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def common_module(names: Iterable[str]) -> str:
+    """Path of the innermost module around all parameters of these names."""
+    paths = [name.split(".")[:-1] for name in names]
+    common = list(
+        itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    )
+    return ".".join(parts[0] for parts in common)
+
+
+def _queries_and_keys(
+    values: FoundPair, cuts: Sequence[Sequence[Rows]], taken: _Taken
+) -> Iterator[FoundPair]:
+    """Queries and keys beside a value-output pair, with as many heads as it has.
+
+    The rows of a matrix that no pair has taken are read as queries, keys or both in the ways that
+    attention modules lay them out, and the largest group of each reading is kept.
+    """
+    h, g = values.heads, len(values.left)
+    scope = common_module([values.left[0][0].name, values.right[0].name])
+    near = [cut for cut in cuts if cut[0].output and _within(cut[0].name, scope)]
+    queries: list[tuple[Sequence[Rows], Tensor]] = []
+    keys: list[tuple[Sequence[Rows], Tensor]] = []
+    both: list[tuple[Sequence[Rows], Tensor, Tensor]] = []
+    for cut in near:
+        free = taken.free(cut[0])
+        n = len(free)
+        if n and n % h == 0:
+            keys += [(cut, free[K]) for K in _layouts(n, h, 1)]
+            if n % (h * g) == 0:
+                queries += [(cut, free[Q]) for Q in _layouts(n, h, g)]
+            if n % (h * (g + 1)) == 0:
+                both += [(cut, free[Q], free[K]) for Q, K in _fused_layouts(n, h, g)]
+    candidates = [
+        (one, Q, two, K)
+        for (one, Q), (two, K) in itertools.product(queries, keys)
+        if one is not two and Q.shape[-1] == K.shape[-1]
+    ]
+    candidates += [(cut, Q, cut, K) for cut, Q, K in both]
+    found: list[FoundPair] = []
+    for one, Q, two, K in candidates:
+        for left, right in itertools.product(one, two):
+            members = tuple((left, Q[:, m]) for m in range(g))
+            if not _may_be_scores(members, (right, K[:, 0])):
+                continue
+            group = largest_group(members, (right, K[:, 0]))
+            if group is not None:
+                found.append(FoundPair(members, (right, K[:, 0]), group))
+                break
+    for pair in found:
+        if g == 1 and _keys_first(pair.left[0][0], pair.left[0][1], *pair.right):
+            pair = _swapped(pair)
+        yield pair
+
+
+def _may_be_scores(left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor]) -> bool:
+    """Whether the traces of the charges allow a group: equal, or next to nothing under norms."""
+    rows, index = right
+    keys, sizes = rows.charge[:, index].sum(-1), rows.scale[index].sum(-1)
+    queries = torch.zeros_like(keys)
+    for rows, index in left:
+        queries = queries + rows.charge[:, index].sum(-1)
+        sizes = sizes + rows.scale[index].sum(-1)
+    precision = max(rows.precision for rows, _ in (*left, right))
+    equal = ((keys - queries).abs() <= precision * sizes).all()
+    normalised = ((keys.abs() <= 1e-3 * sizes) & (queries.abs() <= 1e-3 * sizes)).all()
+    return bool(equal) or bool(normalised)
+
+
+def _layouts(n: int, h: int, g: int) -> Iterator[Tensor]:
+    """Ways to cut n rows into h heads of g members: ``(h, g, r)`` row numbers."""
+    r = n // (h * g)
+    rows = torch.arange(n)
+    seen: list[Tensor] = []
+    for axes in ((0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)):
+        sizes = [(h, g, r)[axis] for axis in axes]
+        cut = rows.view(sizes).permute([axes.index(axis) for axis in range(3)])
+        if not any(torch.equal(cut, other) for other in seen):
+            seen.append(cut)
+            yield cut
+
+
+def _fused_layouts(n: int, h: int, g: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ways to cut n rows into queries ``(h, g, r)`` and keys ``(h, 1, r)``."""
+    r = n // (h * (g + 1))
+    rows = torch.arange(n)
+    for first in ("queries", "keys"):
+        cut = h * g * r if first == "queries" else h * r
+        one, two = rows[:cut], rows[cut:]
+        q, k = (one, two) if first == "queries" else (two, one)
+        for Q, K in zip(
+            _layouts(h * g * r, h, g), itertools.cycle(_layouts(h * r, h, 1)), strict=False
+        ):
+            yield q[Q], k[K]
+        whole = rows.view(h, g + 1, r)
+        yield (whole[:, :g], whole[:, g:]) if first == "queries" else (whole[:, 1:], whole[:, :1])

@@ -1,0 +1,288 @@
+"""A model at weights where nothing holds by accident, run in float64 without touching it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from quotientopt.symmetries.discovery.contraction import ContractionTrace
+from quotientopt.symmetries.verification import KeepFloat64, floating_tensors
+
+# Random functions of the outputs; the charges of two must agree where one could by chance.
+FUNCTIONS = 2
+# Relative size of the noise put on trained weights, and the size where they are zero.
+SPREAD, LEAST_SPREAD = 0.3, 0.1
+# Relative step of the second differences that measure rounding.
+STEP = 1e-8
+
+
+class Call(NamedTuple):
+    """Arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Gradients(NamedTuple):
+    """Gradients of the random functions at the point.
+
+    Attributes
+    ----------
+    of : dict of str to Tensor
+        Parameter name to ``(FUNCTIONS, *shape)``; missing where no output depends on it.
+    noise : dict of str to Tensor
+        What rounding leaves undecided of ``W ∂``, entry by entry, ``(*shape,)``.
+    contracted : dict of str to set of int
+        Of :class:`ContractionTrace`.
+    """
+
+    of: dict[str, Tensor]
+    noise: dict[str, Tensor]
+    contracted: dict[str, set[int]]
+
+
+class GenericPoint:
+    """A module and arguments of a call, with float64 copies of its parameters near their values.
+
+    Trained parameters are moved by random amounts (a third of their root mean square), so that
+    zero biases, gains of one and outputs that start at zero hide nothing; frozen ones are what they
+    are. The module itself is not changed.
+
+    Parameters
+    ----------
+    module : Module
+    call : Call
+    generator : torch.Generator
+        On the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the module refuses the arguments, returns nothing to differentiate or something that is
+        not finite, or does not return the same twice.
+    """
+
+    def __init__(self, module: nn.Module, call: Call, generator: torch.Generator) -> None:
+        self.module = module
+        self.call = call
+        self.generator = generator
+        self.parameters = {
+            name: self._near(parameter) for name, parameter in module.named_parameters()
+        }
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def _near(self, parameter: Tensor) -> Tensor:
+        # The same strides: blocks are views by the strides of their parameter.
+        point = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=torch.float64, device=parameter.device
+        )
+        point.copy_(parameter.detach())
+        if parameter.requires_grad and parameter.numel():
+            size = SPREAD * point.square().mean().sqrt().item() or LEAST_SPREAD
+            point.add_(self._normal(point), alpha=size)
+        return point
+
+    def _normal(self, like: Tensor) -> Tensor:
+        numbers = torch.randn(like.shape, generator=self.generator, dtype=torch.float64)
+        return numbers.to(like.device)
+
+    def outputs(
+        self, path: str = "", call: Call | None = None, values: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Floating-point outputs of the module, or of one inside it, at the point.
+
+        Parameters
+        ----------
+        path : str
+            Of the module inside.
+        call : Call, optional
+            Its arguments; by default those of the whole.
+        values : mapping of str to Tensor, optional
+            Used instead of the point's parameters.
+        """
+        values = self.parameters if values is None else values
+        module = self.module.get_submodule(path)
+        args, kwargs = tree_map(fresh, tuple(self.call if call is None else call))
+        own = {
+            name: values[self._names[id(parameter)]]
+            for name, parameter in module.named_parameters()
+        }
+        with _quiet(module):
+            output = functional_call(module, own, args, kwargs)
+        return dict(floating_tensors(output, "output"))
+
+    def reference(self) -> dict[str, Tensor]:
+        """The outputs, once it is clear that they can be compared.
+
+        Raises
+        ------
+        ValueError
+            If not, saying why.
+        """
+        name = type(self.module).__name__
+        with torch.no_grad():
+            outputs = self._first_outputs()
+            if not outputs:
+                raise ValueError(f"{name} returned no floating-point tensor to learn from")
+            again = self.outputs()
+        for key, value in outputs.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{key} of {name} is not finite on these inputs")
+            if key not in again or not torch.allclose(value, again[key], rtol=1e-9, atol=1e-12):
+                raise ValueError(
+                    f"{key} of {name} differs between two runs in evaluation mode; symmetries can "
+                    "only be found in a deterministic forward"
+                )
+        return outputs
+
+    def _first_outputs(self) -> dict[str, Tensor]:
+        try:
+            return self.outputs()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            line = str(error).strip().splitlines()
+            raise ValueError(
+                f"{type(self.module).__name__} does not run on these example inputs: "
+                f"{type(error).__name__}{': ' + line[0] if line else ''}"
+            ) from error
+
+    def gradients(self) -> Gradients:
+        """Gradients of random functions of the outputs, with their noise.
+
+        Raises
+        ------
+        ValueError
+            If no output depends on a parameter.
+        """
+        cotangents: dict[str, Tensor] = {}
+        trace = ContractionTrace(self.parameters)
+        found = self._gradients(self.parameters, cotangents, trace)
+        # X(0) − 2 X(ε) + X(2ε): what is smooth cancels to ε², what is rounded does not.
+        direction = {name: value * self._normal(value) for name, value in self.parameters.items()}
+        second = {name: self.parameters[name] * gradient[0] for name, gradient in found.items()}
+        for factor, times in ((-2.0, 1.0), (1.0, 2.0)):
+            values = {
+                name: value.add(direction[name], alpha=times * STEP)
+                for name, value in self.parameters.items()
+            }
+            for name, gradient in self._gradients(values, cotangents).items():
+                second[name].add_(values[name] * gradient[0], alpha=factor)
+        return Gradients(found, {n: x.abs_() for n, x in second.items()}, trace.contracted)
+
+    def _gradients(
+        self,
+        values: Mapping[str, Tensor],
+        cotangents: dict[str, Tensor],
+        trace: ContractionTrace | None = None,
+    ) -> dict[str, Tensor]:
+        """Gradients by name: of all functions with a trace, of the first one without.
+
+        Draws the cotangents that are not there yet.
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with torch.enable_grad():
+            with trace or nullcontext():
+                outputs = self.outputs(values=leaves)
+            outputs = {key: value for key, value in outputs.items() if value.requires_grad}
+            if not outputs:
+                raise ValueError(
+                    f"no output of {type(self.module).__name__} has a gradient: it was computed "
+                    "under no_grad, detached, or depends on no parameter"
+                )
+            for key, value in outputs.items():
+                if key not in cotangents:
+                    parts = [self._normal(value.real) for _ in range(FUNCTIONS)]
+                    cotangents[key] = torch.stack(parts) / value.numel() ** 0.5
+            rows = []
+            functions = FUNCTIONS if trace else 1
+            for index in range(functions):
+                terms = [(cotangents[k][index] * v.real).sum() for k, v in outputs.items()]
+                rows.append(
+                    torch.autograd.grad(
+                        torch.stack(terms).sum(),
+                        list(leaves.values()),
+                        retain_graph=index + 1 < functions,
+                        allow_unused=True,
+                    )
+                )
+        return {
+            name: torch.stack(gradients)
+            for name, *gradients in zip(leaves, *rows, strict=True)
+            if all(gradient is not None for gradient in gradients)
+        }
+
+    def calls(self, paths: Sequence[str]) -> dict[str, Call]:
+        """Arguments of the first call of modules inside; missing where they are not called.
+
+        Also missing where the arguments cannot be copied.
+        """
+        return calls_of(self.module, paths, lambda: self.outputs())
+
+
+def calls_of(module: nn.Module, paths: Sequence[str], run: Callable[[], object]) -> dict[str, Call]:
+    """Arguments of the first call of every module at `paths` during `run`, copied."""
+    found: dict[str, Call] = {}
+
+    def recorder(path: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if path not in found:
+                try:
+                    found[path] = Call(*tree_map(fresh, (args, kwargs)))
+                except Exception:  # whatever a deep copy of somebody's object raises
+                    return
+
+        return record
+
+    with ExitStack() as stack, torch.no_grad():
+        for path in paths:
+            hook = module.get_submodule(path).register_forward_pre_hook(
+                recorder(path), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        run()
+    return found
+
+
+def fresh(leaf: Any) -> Any:
+    """A copy of one argument, floating-point tensors in float64."""
+    if isinstance(leaf, Tensor):
+        leaf = leaf.detach()
+        return leaf.to(torch.float64 if leaf.is_floating_point() else leaf.dtype, copy=True)
+    return copy.deepcopy(leaf)
+
+
+@contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, float64 buffers, one state of the random generators; undone afterwards."""
+    training = {part: part.training for part in module.modules()}
+    # A forward may register or replace buffers, so the dictionaries are kept.
+    buffers = {part: dict(part._buffers) for part in module.modules()}
+    devices = {parameter.device for parameter in module.parameters()}
+    cuda = [device for device in devices if device.type == "cuda"]
+    kind = next((device.type for device in devices), "cpu")
+    try:
+        for part, own in buffers.items():
+            for name, buffer in own.items():
+                if buffer is not None:
+                    part._buffers[name] = fresh(buffer)
+        module.eval()
+        with (
+            torch.random.fork_rng(cuda),
+            torch.autocast(kind, enabled=False),
+            KeepFloat64(),
+        ):
+            yield
+    finally:
+        for part, own in buffers.items():
+            part._buffers.clear()
+            part._buffers.update(own)
+        for part, flag in training.items():
+            part.training = flag

@@ -1,0 +1,188 @@
+"""Proofs: a finite group element must leave the outputs alone, a larger group must move them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from quotientopt.groups import GL
+from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.discovery.pairs import common_module
+from quotientopt.symmetries.discovery.point import Call, GenericPoint
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
+from quotientopt.symmetries.verification import largest_deviation
+
+COND = 5.0
+# A proof deviates by at most this (or by what float32 inside the model leaves), a control by more.
+PROVED, MOVED = 1e-9, 1e-6
+
+Values = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+
+
+class Prover:
+    """Runs the smallest module around a symmetry's parameters, before and after acting.
+
+    What does not change the outputs of a module inside a model does not change those of the model;
+    only parameters used outside it need the whole, which :meth:`together` runs.
+
+    Parameters
+    ----------
+    point : GenericPoint
+    reference : dict of str to Tensor
+        Outputs of the whole.
+    precision : float
+        Relative noise of the model's outputs.
+    generator : torch.Generator
+    """
+
+    def __init__(
+        self,
+        point: GenericPoint,
+        reference: Outputs,
+        precision: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.point = point
+        self.generator = generator
+        self.proved = max(PROVED, precision)
+        self.moved = max(MOVED, 100 * self.proved)
+        self._whole = reference
+        self._calls: dict[str, Call] = {}
+        self._references: dict[str, Outputs | None] = {"": reference}
+
+    def prepare(self, symmetries: Iterable[HeadSymmetry | ScaleSymmetry]) -> None:
+        """Record the arguments of all modules that the proofs may run, in one run of the whole."""
+        paths = {path: None for symmetry in symmetries for path in _outwards(symmetry) if path}
+        self._calls |= self.point.calls([path for path in paths if path not in self._calls])
+
+    def deviation(self, symmetry: HeadSymmetry | ScaleSymmetry) -> float:
+        """Largest relative change of an output under a random element of the group."""
+        element = symmetry.random_element(COND, generator=self.generator)
+        return self._compare(symmetry, _elements(symmetry, element))
+
+    def control(self, symmetry: HeadSymmetry | ScaleSymmetry) -> float:
+        """The same under an element of a larger group: GL(r), or one factor moved alone."""
+        element = GL(symmetry.rank).random(
+            (symmetry.heads,), cond=COND, generator=self.generator, dtype=torch.float64
+        )
+        if symmetry.rank == 1:
+            # Of one sign and away from 1: a norm behind them takes out what units have in common.
+            element = 2 * COND * element.abs()
+        one_sided = isinstance(symmetry.group, GL) or symmetry.rank == 1
+        if isinstance(symmetry, HeadSymmetry) and one_sided:
+            return self._compare(symmetry, {id(block): element for block in symmetry.right_blocks})
+        return self._compare(symmetry, _elements(symmetry, element))
+
+    def signs(self, units: HeadSymmetry) -> float:
+        """The change when every hidden unit is multiplied by −1 on both sides."""
+        element = -torch.ones(units.heads, 1, 1, dtype=torch.float64)
+        return self._compare(units, _elements(units, element))
+
+    def translation(self, symmetry: HeadSymmetry, *, balanced: bool = True) -> float:
+        """The change under a translation of the bias; unbalanced, the output bias stays."""
+        assert symmetry.translation is not None
+        t = symmetry.random_translation(generator=self.generator)
+        values = self._copies([b.name for b in symmetry.translation.blocks])
+        for block in symmetry.translation.blocks:
+            view = block.view(values[block.name])
+            view.add_(t.to(view.device).unsqueeze(-1))
+        sink = symmetry.translation.sink
+        if sink is not None and balanced:
+            values[sink.name] = self.point.parameters[sink.name].clone()
+            for left in symmetry.left_blocks:
+                view = left.view(self.point.parameters[left.name])
+                sink.view(values[sink.name]).sub_(
+                    torch.einsum("hrd,hr->d", view, t.to(view.device))
+                )
+        return self._deviation(_outwards(symmetry), values)
+
+    def together(self, symmetries: Iterable[HeadSymmetry | ScaleSymmetry]) -> float:
+        """The change of the whole's outputs when all act at once."""
+        values: Values = {}
+        for symmetry in symmetries:
+            element = symmetry.random_element(COND, generator=self.generator)
+            self._act(symmetry.blocks, _elements(symmetry, element), values)
+        return self._deviation([""], values)
+
+    def _compare(
+        self,
+        symmetry: HeadSymmetry | ScaleSymmetry,
+        elements: Mapping[int, Tensor],
+    ) -> float:
+        values: Values = {}
+        self._act(symmetry.blocks, elements, values)
+        return self._deviation(_outwards(symmetry), values)
+
+    def _act(self, blocks: Iterable[Block], elements: Mapping[int, Tensor], values: Values) -> None:
+        for block in blocks:
+            if id(block) in elements:
+                if block.name not in values:
+                    values |= self._copies([block.name])
+                view = block.view(values[block.name])
+                view.copy_(elements[id(block)].to(view.device) @ view)
+
+    def _copies(self, names: Iterable[str]) -> Values:
+        """Copies of parameters at the point, in their layout."""
+        copies = {}
+        for name in names:
+            own = self.point.parameters[name]
+            copies[name] = torch.empty_strided(
+                own.shape, own.stride(), dtype=own.dtype, device=own.device
+            ).copy_(own)
+        return copies
+
+    def _deviation(self, paths: Iterable[str], values: Values) -> float:
+        """Change of the outputs of the first module whose outputs stay, else of the last one."""
+        deviation = float("inf")
+        for path in paths:
+            if path not in self._references:
+                self._references[path] = self._run_alone(path)
+            reference = self._references[path]
+            if not reference:
+                continue
+            with torch.no_grad():
+                outputs = self.point.outputs(
+                    path, self._calls.get(path), {**self.point.parameters, **values}
+                )
+            deviation = largest_deviation(outputs, reference)
+            if deviation <= self.proved:
+                break
+        return deviation
+
+    def _run_alone(self, path: str) -> Outputs | None:
+        call = self._calls.get(path)
+        if call is None:
+            return None
+        try:
+            with torch.no_grad():
+                first, second = (self.point.outputs(path, call) for _ in range(2))
+        except Exception:  # a module that needs what its parent prepares: the parent is run
+            return None
+        finite = all(bool(value.isfinite().all()) for value in first.values())
+        return first if finite and largest_deviation(second, first) <= self.proved else None
+
+
+def _elements(symmetry: HeadSymmetry | ScaleSymmetry, element: Tensor) -> dict[int, Tensor]:
+    """What the blocks of a symmetry are multiplied by, by block."""
+    elements = {id(block): element for block in symmetry.blocks}
+    if isinstance(symmetry, HeadSymmetry):
+        contragredient = torch.linalg.inv(element).mT
+        elements |= {id(block): contragredient for block in symmetry.left_blocks}
+    return elements
+
+
+def _outwards(symmetry: HeadSymmetry | ScaleSymmetry) -> list[str]:
+    """Paths of the modules around all parameters of a symmetry, the innermost first."""
+    names = [block.name for block in symmetry.blocks]
+    translation = symmetry.translation if isinstance(symmetry, HeadSymmetry) else None
+    if translation is not None and translation.sink is not None:
+        names.append(translation.sink.name)
+    path = common_module(names)
+    paths = [path]
+    while path:
+        path = path.rpartition(".")[0]
+        paths.append(path)
+    return paths
