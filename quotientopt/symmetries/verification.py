@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,13 +87,15 @@ def deviations(
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Within it, no float64 tensor is cast to float32."""
+    """Within it, no float64 tensor is cast to float32, and experts' products take float64."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if getattr(function, "__name__", "") in ("_grouped_mm", "grouped_mm"):
+                return _grouped_product(*args, **kwargs)
             if function is Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
@@ -101,6 +104,20 @@ class KeepFloat64(TorchFunctionMode):
                 for key, value in kwargs.items()
             }
         return function(*args, **kwargs)
+
+
+def _grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any
+) -> Tensor:
+    """``torch._grouped_mm``, whose kernels have no float64: rows up to offs[e] times b[e]."""
+    if offs is None or a.ndim != 2 or b.ndim != 3:
+        return a @ b if bias is None else a @ b + bias
+    ends = offs.tolist()
+    parts = [a[i:j] @ b[e] for e, (i, j) in enumerate(pairwise([0, *ends]))]
+    if bias is not None:
+        parts = [part + row for part, row in zip(parts, bias, strict=True)]
+    # Rows behind the last offset belong to nobody.
+    return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[-1])])
 
 
 def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:

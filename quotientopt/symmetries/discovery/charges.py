@@ -98,12 +98,21 @@ class Rows:
         The matrix first.
     output : bool
         Whether the rows are what a map puts out (its columns are summed over); else what it takes.
+    charge : Tensor
+        Diagonal charges ``W_i · ∂W_i``, ``(functions, rows)``.
+    scale : Tensor
+        Sums of the absolute values of their terms, ``(rows,)``.
+    exercised : Tensor
+        Whether any function depends on a row, ``(rows,)``, on the CPU like all row numbers.
+    precision : float
+        Share of the scale that rounding leaves undecided.
     """
 
     parts: tuple[Part, ...]
     output: bool
     charge: Tensor = field(init=False)
     scale: Tensor = field(init=False)
+    exercised: Tensor = field(init=False)
     precision: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +126,7 @@ class Rows:
         worst = share[typical].max().item() if bool(typical.any()) else 0.0
         object.__setattr__(self, "charge", charge)
         object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "exercised", (scale > 1e-12 * scale.amax()).cpu())
         object.__setattr__(self, "precision", max(PRECISION, NOISES * worst))
 
     @property
@@ -136,11 +146,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.charge[0])
-
-    @property
-    def exercised(self) -> Tensor:
-        """Whether a function depends on a row, ``(rows,)``, on the CPU like all row numbers."""
-        return (self.scale > 1e-12 * self.scale.amax()).cpu()
 
     def products(self, first: Tensor, second: Tensor) -> Tensor:
         """Charges ``W_i · ∂W_j`` of rows i in `first`, ``(…, p)``, and j in `second`, ``(…, q)``.
@@ -196,7 +201,8 @@ def rows_of(
                 ]
                 versions = [Rows((matrix, bias), True) for bias in biases]
                 yield [*versions, Rows((matrix,), True)]
-            elif others & contracted:
+            elif others & contracted and others - contracted <= {0}:
+                # What it takes in; a first axis that is not summed over counts experts or heads.
                 yield [Rows((matrix,), False)]
 
 

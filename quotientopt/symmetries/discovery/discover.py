@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quotientopt.groups import GL, Scale
+from quotientopt.groups import GL, Scale, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.assemble import scale_of, symmetries_of
 from quotientopt.symmetries.discovery.charges import LIMIT, rows_of
@@ -25,6 +25,8 @@ from quotientopt.symmetries.registry import qualified
 COPIES = 6
 # Of the memory that is free, the share that discovery may take before it goes module by module.
 SHARE = 0.5
+# In the names of attributes that hold the number or the size of heads.
+_WORDS = ("head", "rank", "d_k")
 
 
 @dataclass
@@ -124,7 +126,7 @@ def _examine(
     gradients = point.gradients()
     parameters = dict(module.named_parameters())
     cuts = list(rows_of(parameters, point.parameters, gradients))
-    pairs = find_pairs(cuts)
+    pairs = find_pairs(cuts, _numbers(module))
     noise = max(
         (rows.precision for cut in cuts for rows in cut if rows.precision < LIMIT), default=0.0
     )
@@ -139,7 +141,7 @@ def _examine(
     prover.prepare([*(s for _, members in candidates for s in members), *scales])
     proved: list[HeadSymmetry] = []
     for pair, members in candidates:
-        good = _all_proved(prover, members)
+        good = _all_proved(prover, members, pair.others)
         if members and not good and pair.rank > 1 and not pair.scores and len(pair.left) == 1:
             # A ReLU's units that were all active at once look like one linear map.
             good = _all_proved(prover, symmetries(pair.units()))
@@ -161,8 +163,30 @@ def _examine(
     found.not_exercised += [qualified(prefix, path) for path in _idle(module, gradients)]
 
 
-def _all_proved(prover: Prover, symmetries: Iterable[HeadSymmetry]) -> list[HeadSymmetry]:
-    found = (_proved(prover, symmetry) for symmetry in symmetries)
+def _numbers(module: nn.Module) -> set[int]:
+    """Whole numbers that modules and their configurations hold under names that speak of heads."""
+    found: set[int] = set()
+    for part in module.modules():
+        held = dict(vars(part))
+        for value in vars(part).values():
+            if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+                held |= vars(value)
+        found.update(
+            value
+            for name, value in held.items()
+            if type(value) is int and any(word in name for word in _WORDS)
+        )
+    return found
+
+
+def _all_proved(
+    prover: Prover, symmetries: Iterable[HeadSymmetry], others: Sequence[StructureGroup] = ()
+) -> list[HeadSymmetry]:
+    """Those that can be proved, under their own group or else under one of the others."""
+    found = []
+    for symmetry in symmetries:
+        tried = (_proved(prover, _with(symmetry, group=g)) for g in (symmetry.group, *others))
+        found.append(next((s for s in tried if s is not None), None))
     return [symmetry for symmetry in found if symmetry is not None]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +36,8 @@ MOST = 0.75
 SOME = 0.25
 # Sums over query heads are looked for in matrices of at most so many rows.
 MANY_ROWS = 20_000
+# Of queries and keys without values: matrices in one module, and rows of a head.
+MANY_CUTS, LARGE_HEAD = 8, 512
 # Rows tried before a matrix is believed to consist of hidden units.
 TRIED = 8
 
@@ -51,11 +53,14 @@ class FoundPair:
         key are several members, as are several matrices that read one.
     right : (Rows, Tensor)
     group : StructureGroup
+    others : tuple of StructureGroup
+        Groups with algebras as large that fit too; a finite element tells them apart.
     """
 
     left: tuple[tuple[Rows, Tensor], ...]
     right: tuple[Rows, Tensor]
     group: StructureGroup
+    others: tuple[StructureGroup, ...] = ()
 
     @property
     def heads(self) -> int:
@@ -105,12 +110,15 @@ def mismatch(
     return D, tolerance.amax(dim=(-2, -1), keepdim=True).expand_as(tolerance)
 
 
-def largest_group(
+def largest_groups(
     left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor], *, rotations: bool = True
-) -> StructureGroup | None:
-    """The largest group known here whose algebra the mismatch of all heads is orthogonal to."""
+) -> list[StructureGroup]:
+    """The groups known here whose algebras the mismatch of all heads is orthogonal to.
+
+    The largest of them, or all that are as large.
+    """
     if max(rows.precision for rows, _ in (*left, right)) > LIMIT:
-        return None
+        return []
     D, tolerance = mismatch(left, right)
     r = D.shape[-1]
 
@@ -119,9 +127,9 @@ def largest_group(
         return bool((group.algebra_projection(D).abs() <= tolerance).all())
 
     if holds(GL(r)):
-        return GL(r)
+        return [GL(r)]
     if not rotations or r < 2:
-        return None
+        return []
 
     def vanishes(values: Tensor) -> Tensor:
         return (values.abs() <= 2 * tolerance).all(dim=1).all(dim=0)
@@ -143,9 +151,9 @@ def largest_group(
                 candidates.append(commutant)
             if bool(skew[rotated:, rotated:].all()):
                 candidates.append(RotaryPhases(r, rotated, layout))
-    # Largest first; of equal ones the fewer rotated rows.
-    candidates.sort(key=lambda group: -group.dim)
-    return next((group for group in candidates if holds(group)), None)
+    fitting = [group for group in candidates if holds(group)]
+    largest = max((group.dim for group in fitting), default=0)
+    return [group for group in fitting if group.dim == largest]
 
 
 class _Index:
@@ -204,13 +212,15 @@ class _Index:
         return found
 
 
-def find_pairs(cuts: Sequence[Sequence[Rows]]) -> list[FoundPair]:
-    """All factor pairs, those of heads before single hidden units; none shares rows with another.
+def find_pairs(cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = ()) -> list[FoundPair]:
+    """All factor pairs; none shares rows with another.
 
     Parameters
     ----------
     cuts : sequence of sequence of Rows
         As from :func:`~quotientopt.symmetries.discovery.charges.rows_of`.
+    ranks : collection of int
+        Sizes that heads may have, where charges alone cannot tell.
     """
     versions = [rows for cut in cuts for rows in cut]
     rank = {id(rows): number for cut in cuts for number, rows in enumerate(cut)}
@@ -221,19 +231,18 @@ def find_pairs(cuts: Sequence[Sequence[Rows]]) -> list[FoundPair]:
     linked = {pair.left[0][0].key for pair in linear} | {pair.right[0].key for pair in linear}
     values += _grouped_values(index, [v for v in versions if not v.output and v.key not in linked])
     values += _several_readers(versions, linked | {pair.right[0].key for pair in values})
-    kept = []
-    for pair in sorted(values, key=_size):
-        if taken.add(pair):
-            kept.append(pair)
+    kept = [p for p in sorted(values, key=_size) if p.rank > 1 and taken.add(p)]
     # Queries and keys by the layout of the values, and as single rows show them: the larger group.
     scores = [pair for pair in linear if pair.scores]
     for pair in kept:
         scores += _queries_and_keys(pair, cuts, taken)
-    units = [pair for pair in linear if pair.rank == 1]
-    for pair in [*sorted(scores, key=_size), *sorted(units, key=_size)]:
-        if taken.add(pair):
-            kept.append(pair)
-    return kept
+    kept += [pair for pair in sorted(scores, key=_size) if taken.add(pair)]
+    units = [pair for pair in (*linear, *values) if pair.rank == 1]
+    kept += [pair for pair in sorted(units, key=_size) if taken.add(pair)]
+    alone = list(_scores_alone(cuts, taken, {*ranks, *(pair.rank for pair in kept)}))
+    # Of equal groups the first: a stable sort keeps the order in which sizes were tried.
+    alone.sort(key=lambda pair: -pair.heads * pair.group.dim)
+    return [*kept, *(pair for pair in alone if taken.add(pair))]
 
 
 def _size(pair: FoundPair) -> tuple[int, int]:
@@ -411,7 +420,8 @@ def _grouped_values(index: _Index, inputs: Sequence[Rows]) -> Iterator[FoundPair
         charge = torch.complex(left.charge[0], left.charge[1]).cpu()
         tolerance = (left.precision * left.scale).cpu()
         found = None
-        for members in _divisors(n)[1:]:
+        # One sum alone is the scale of a matrix, which is part of larger groups.
+        for members in _divisors(n)[1:-1]:
             for step in _divisors(n // members):
                 L = torch.arange(n).view(-1, members, step).mT.reshape(-1, members)
                 sums, allowed = charge[L].sum(-1), tolerance[L].sum(-1)
@@ -445,7 +455,7 @@ def _grouped_pair(
         if len(heads) != 1:
             continue
         (members, J), r = heads[0], heads[0][1].shape[-1]
-        if r == 1:
+        if J.numel() == 1:
             continue
         return FoundPair(
             tuple((left, members[..., m]) for m in range(members.shape[-1])), (right, J), GL(r)
@@ -464,7 +474,7 @@ def _several_readers(versions: Sequence[Rows], linked: set[Place]) -> Iterator[F
         for count in range(2, min(len(near), 4) + 1):
             for chosen in itertools.combinations(near, count):
                 left = tuple((rows, every) for rows in chosen)
-                if largest_group(left, (right, every), rotations=False) is not None:
+                if largest_groups(left, (right, every), rotations=False):
                     yield FoundPair(left, (right, every), GL(len(right)))
 
 
@@ -504,26 +514,107 @@ def _queries_and_keys(
                 queries += [(cut, free[Q]) for Q in _layouts(n, h, g)]
             if n % (h * (g + 1)) == 0:
                 both += [(cut, free[Q], free[K]) for Q, K in _fused_layouts(n, h, g)]
+    yield from _scores(queries, keys, both)
+
+
+def _scores(
+    queries: Sequence[tuple[Sequence[Rows], Tensor]],
+    keys: Sequence[tuple[Sequence[Rows], Tensor]],
+    both: Sequence[tuple[Sequence[Rows], Tensor, Tensor]],
+) -> Iterator[FoundPair]:
+    """The readings as queries ``(h, g, r)`` and keys ``(h, 1, r)`` that some group fits."""
     candidates = [
         (one, Q, two, K)
         for (one, Q), (two, K) in itertools.product(queries, keys)
         if one is not two and Q.shape[-1] == K.shape[-1]
     ]
     candidates += [(cut, Q, cut, K) for cut, Q, K in both]
-    found: list[FoundPair] = []
     for one, Q, two, K in candidates:
+        right_index = K[:, 0]
         for left, right in itertools.product(one, two):
-            members = tuple((left, Q[:, m]) for m in range(g))
-            if not _may_be_scores(members, (right, K[:, 0])):
+            members = tuple((left, Q[:, m]) for m in range(Q.shape[1]))
+            if not _may_be_scores(members, (right, right_index)):
                 continue
-            group = largest_group(members, (right, K[:, 0]))
-            if group is not None:
-                found.append(FoundPair(members, (right, K[:, 0]), group))
+            groups = largest_groups(members, (right, right_index))
+            if groups:
+                pair = FoundPair(members, (right, right_index), groups[0], tuple(groups[1:]))
+                single = len(members) == 1
+                yield (
+                    _swapped(pair)
+                    if single and _keys_first(left, Q[:, 0], right, right_index)
+                    else pair
+                )
                 break
-    for pair in found:
-        if g == 1 and _keys_first(pair.left[0][0], pair.left[0][1], *pair.right):
-            pair = _swapped(pair)
-        yield pair
+
+
+def _scores_alone(
+    cuts: Sequence[Sequence[Rows]], taken: _Taken, ranks: Collection[int]
+) -> Iterator[FoundPair]:
+    """Queries and keys whose values are in no pair, behind a gate or a norm for example.
+
+    Every size of a head that divides their rows is tried; of readings that fit equally well, as
+    those of interleaved rotations do, the one whose size is among `ranks` comes first.
+    """
+    scopes: dict[str, list[Sequence[Rows]]] = defaultdict(list)
+    for cut in cuts:
+        if cut[0].output and len(cut[0]) <= MANY_ROWS and len(taken.free(cut[0])):
+            owner = cut[0].name.rpartition(".")[0]
+            alone = sum(c[0].output and c[0].name.rpartition(".")[0] == owner for c in cuts) == 1
+            scopes[owner.rpartition(".")[0] if alone else owner].append(cut)
+    for near in scopes.values():
+        if len(near) > MANY_CUTS:
+            continue
+        found: list[FoundPair] = []
+        sizes = {r for cut in near for r in _divisors(len(taken.free(cut[0])))}
+        for r in sorted(sizes, key=lambda r: (r not in ranks, r if r in ranks else -r)):
+            if 2 <= r <= LARGE_HEAD:
+                found += _scores_of_size(near, taken, r, ranks)
+        yield from found
+
+
+def _scores_of_size(
+    near: Sequence[Sequence[Rows]], taken: _Taken, r: int, ranks: Collection[int]
+) -> Iterator[FoundPair]:
+    free = {id(cut): taken.free(cut[0]) for cut in near}
+    # Keys: all rows of a matrix, or those of a fused [k v], one after the other or head by head.
+    keys: list[tuple[Sequence[Rows], Tensor]] = []
+    for cut in near:
+        rows = free[id(cut)]
+        n = len(rows)
+        if n and n % r == 0:
+            keys += [(cut, rows[K]) for K in _layouts(n, n // r, 1)]
+        if n and n % (2 * r) == 0:
+            halves = [rows[: n // 2], rows[n // 2 :]]
+            for half, K in itertools.product(halves, _layouts(n // 2, n // (2 * r), 1)):
+                keys.append((cut, half[K]))
+            by_head = rows.view(-1, 2, r)
+            keys += [(cut, by_head[:, :1]), (cut, by_head[:, 1:])]
+    for two, K in keys:
+        h = len(K)
+        queries = [
+            (cut, free[id(cut)][Q])
+            for cut in near
+            if cut is not two and len(free[id(cut)]) and len(free[id(cut)]) % (h * r) == 0
+            for Q in _layouts(len(free[id(cut)]), h, len(free[id(cut)]) // (h * r))
+        ]
+        yield from _scores(queries, [(two, K)], [])
+    # Queries and keys in one matrix, without or with values that are left over: there are many
+    # ways to cut it, so that only sizes are tried that heads have elsewhere.
+    for cut in near if r in ranks or not ranks else ():
+        rows = free[id(cut)]
+        n = len(rows)
+        for h in _divisors(n // r) if n % r == 0 else ():
+            g = n // (r * h) - 1
+            if g >= 1:
+                both = [(cut, rows[Q], rows[K]) for Q, K in _fused_layouts(n, h, g)]
+                yield from _scores([], [], both)
+            g = n // (r * h) - 2
+            if g < 1:
+                continue
+            both = [(cut, rows[Q], rows[K]) for Q, K in _fused_layouts(h * (g + 1) * r, h, g)]
+            whole = rows.view(h, g + 2, r)
+            both.append((cut, whole[:, :g], whole[:, g : g + 1]))
+            yield from _scores([], [], both)
 
 
 def _may_be_scores(left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor]) -> bool:
@@ -537,7 +628,9 @@ def _may_be_scores(left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tenso
     precision = max(rows.precision for rows, _ in (*left, right))
     equal = ((keys - queries).abs() <= precision * sizes).all()
     normalised = ((keys.abs() <= 1e-3 * sizes) & (queries.abs() <= 1e-3 * sizes)).all()
-    return bool(equal) or bool(normalised)
+    if not (bool(equal) or bool(normalised)):
+        return False
+    return all(bool(rows.exercised[index].any(-1).all()) for rows, index in (*left, right))
 
 
 def _layouts(n: int, h: int, g: int) -> Iterator[Tensor]:
@@ -561,9 +654,7 @@ def _fused_layouts(n: int, h: int, g: int) -> Iterator[tuple[Tensor, Tensor]]:
         cut = h * g * r if first == "queries" else h * r
         one, two = rows[:cut], rows[cut:]
         q, k = (one, two) if first == "queries" else (two, one)
-        for Q, K in zip(
-            _layouts(h * g * r, h, g), itertools.cycle(_layouts(h * r, h, 1)), strict=False
-        ):
+        for Q, K in itertools.product(_layouts(h * g * r, h, g), _layouts(h * r, h, 1)):
             yield q[Q], k[K]
         whole = rows.view(h, g + 1, r)
         yield (whole[:, :g], whole[:, g:]) if first == "queries" else (whole[:, 1:], whole[:, :1])

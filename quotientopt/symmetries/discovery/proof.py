@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from quotientopt.groups import GL
+from quotientopt.groups import GL, O, RotaryPhases, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.pairs import common_module
 from quotientopt.symmetries.discovery.point import Call, GenericPoint
@@ -61,20 +61,28 @@ class Prover:
     def deviation(self, symmetry: HeadSymmetry | ScaleSymmetry) -> float:
         """Largest relative change of an output under a random element of the group."""
         element = symmetry.random_element(COND, generator=self.generator)
+        if isinstance(symmetry.group, (O, RotaryPhases)):
+            element = _reflected(symmetry.group, element)
         return self._compare(symmetry, _elements(symmetry, element))
 
     def control(self, symmetry: HeadSymmetry | ScaleSymmetry) -> float:
-        """The same under an element of a larger group: GL(r), or one factor moved alone."""
+        """The least change under a larger group: one factor moved alone, or both by GL(r)."""
         element = GL(symmetry.rank).random(
             (symmetry.heads,), cond=COND, generator=self.generator, dtype=torch.float64
         )
         if symmetry.rank == 1:
             # Of one sign and away from 1: a norm behind them takes out what units have in common.
             element = 2 * COND * element.abs()
-        one_sided = isinstance(symmetry.group, GL) or symmetry.rank == 1
-        if isinstance(symmetry, HeadSymmetry) and one_sided:
-            return self._compare(symmetry, {id(block): element for block in symmetry.right_blocks})
-        return self._compare(symmetry, _elements(symmetry, element))
+        moved = []
+        if isinstance(symmetry, HeadSymmetry):
+            # One factor alone, or what is claimed of a pair holds of each of its factors.
+            alone = element
+            if not isinstance(symmetry.group, GL) and symmetry.rank > 1:
+                alone = symmetry.random_element(COND, generator=self.generator)
+            moved.append(self._compare(symmetry, {id(b): alone for b in symmetry.right_blocks}))
+            if isinstance(symmetry.group, GL) or symmetry.rank == 1:
+                return moved[0]
+        return min(*moved, self._compare(symmetry, _elements(symmetry, element)), float("inf"))
 
     def signs(self, units: HeadSymmetry) -> float:
         """The change when every hidden unit is multiplied by −1 on both sides."""
@@ -122,7 +130,9 @@ class Prover:
                 if block.name not in values:
                     values |= self._copies([block.name])
                 view = block.view(values[block.name])
-                view.copy_(elements[id(block)].to(view.device) @ view)
+                element = elements[id(block)].to(view.device)
+                # A single number per head may stand for a multiple of the identity.
+                view.copy_(element * view if element.shape[-1] == 1 else element @ view)
 
     def _copies(self, names: Iterable[str]) -> Values:
         """Copies of parameters at the point, in their layout."""
@@ -163,6 +173,21 @@ class Prover:
             return None
         finite = all(bool(value.isfinite().all()) for value in first.values())
         return first if finite and largest_deviation(second, first) <= self.proved else None
+
+
+def _reflected(group: StructureGroup, element: Tensor) -> Tensor:
+    """Elements of negative determinant, where the group has them.
+
+    Rotations alone are a smaller group with the same algebra.
+    """
+    mirror = torch.ones(element.shape[-1], dtype=element.dtype)
+    mirror[-1] = -1
+    flipped = torch.where(torch.linalg.det(element)[:, None, None] > 0, element * mirror, element)
+    try:
+        group.check_element(flipped)
+    except ValueError:
+        return element
+    return flipped
 
 
 def _elements(symmetry: HeadSymmetry | ScaleSymmetry, element: Tensor) -> dict[int, Tensor]:
