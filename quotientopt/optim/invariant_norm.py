@@ -22,7 +22,13 @@ from quotientopt.optim.pair_geometry import (
     refuse_unknown_geometry,
 )
 from quotientopt.optim.pair_stack import refuse_scattered, shape_key, stack_factors
-from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries import (
+    Block,
+    HeadSymmetry,
+    SymmetryMap,
+    find_symmetries,
+    warn_of_gaps,
+)
 
 _rests: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDictionary()
 
@@ -111,7 +117,11 @@ def _resolve(
     """The parameters of a target and the symmetries to use."""
     if isinstance(target, nn.Module):
         parameters: list[Tensor] = list(target.parameters())
-        symmetries = find_symmetries(target) if symmetries is None else symmetries
+        if symmetries is None:
+            symmetries = find_symmetries(target)
+            warn_of_gaps(
+                target, symmetries, "invariant_grad_norm is Euclidean, and sees the gauge,"
+            )
     elif isinstance(target, Optimizer):
         inner = unwrapped(target)
         parameters = [p for group in inner.param_groups for p in group["params"]]

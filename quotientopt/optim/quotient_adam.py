@@ -60,6 +60,9 @@ class QuotientAdam(SymmetricOptimizer):
         Decoupled weight decay, which is linear and hence equivariant.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
+    example_inputs : Tensor, tuple, list or mapping, optional
+        A batch, with which the model is called once: what no class tells is then found and proved
+        (see :func:`quotientopt.find_symmetries`).
     head_frame : {"balanced", "orthonormal", "svd"} or None
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
         of the dressed covariance. ``"orthonormal"``: each factor seen through orthonormal
@@ -131,6 +134,8 @@ class QuotientAdam(SymmetricOptimizer):
     >>> optimizer = QuotientAdam(model, lr=1e-2, weight_decay=0.1)      # doctest: +SKIP
     """
 
+    _torch_name = "torch.optim.AdamW"
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -140,6 +145,7 @@ class QuotientAdam(SymmetricOptimizer):
         weight_decay: float = 1e-2,
         *,
         symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+        example_inputs: Any = None,
         head_frame: str | None = "balanced",
         residual_frame: str | None = "per_matrix",
         refresh_every: int = 10,
@@ -176,7 +182,7 @@ class QuotientAdam(SymmetricOptimizer):
         self._engine: Engine | None = None
         self._leaves = Leaves()
         self._nonfinite = NonfiniteGate()
-        super().__init__(model_or_params, defaults, symmetries)
+        super().__init__(model_or_params, defaults, symmetries, example_inputs)
 
     def _refuse_options(self, options: Mapping[str, Any]) -> None:
         refuse_bad_hyperparameters(options)

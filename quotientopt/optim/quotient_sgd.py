@@ -60,6 +60,9 @@ class QuotientSGD(SymmetricOptimizer):
         others coupled to the gradient, as in torch.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
+    example_inputs : Tensor, tuple, list or mapping, optional
+        A batch, with which the model is called once: what no class tells is then found and proved
+        (see :func:`quotientopt.find_symmetries`).
     metric : {"preconditioned", "right-invariant"}
         ``"preconditioned"``: each factor is measured by what it does to ``AᵀB``; this is scaled
         gradient descent. ``"right-invariant"``: each factor is measured relative to itself, with
@@ -99,6 +102,8 @@ class QuotientSGD(SymmetricOptimizer):
     >>> optimizer = QuotientSGD(model, lr=0.1, momentum=0.9)      # doctest: +SKIP
     """
 
+    _torch_name = "torch.optim.SGD"
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -108,6 +113,7 @@ class QuotientSGD(SymmetricOptimizer):
         weight_decay: float = 0.0,
         *,
         symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+        example_inputs: Any = None,
         metric: str = "preconditioned",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -121,7 +127,7 @@ class QuotientSGD(SymmetricOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(model_or_params, defaults, symmetries)
+        super().__init__(model_or_params, defaults, symmetries, example_inputs)
 
     def _refuse_options(self, options: Mapping[str, Any]) -> None:
         refuse_bad_options(options)

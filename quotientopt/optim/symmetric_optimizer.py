@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from quotientopt.optim.checks import refuse_foreign_symmetries
 from quotientopt.optim.leaves import parameter_name
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
 
 
 class SymmetricOptimizer(Optimizer):
@@ -30,28 +30,44 @@ class SymmetricOptimizer(Optimizer):
         Options of param groups.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
+    example_inputs : Tensor, tuple, list or mapping, optional
+        Arguments of one call of the model, from which symmetries are found that no class tells.
+
+    Raises
+    ------
+    TypeError
+        If there are example inputs and no model.
 
     Warns
     -----
     UserWarning
-        If there is neither a model nor symmetries.
+        If there is neither a model nor symmetries, or something in the model is not understood.
     """
 
     symmetries: SymmetryMap
+    _torch_name = "torch.optim"
 
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
         defaults: dict[str, Any],
         symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
+        example_inputs: Any = None,
     ) -> None:
         self._refuse_options(defaults)
+        if example_inputs is not None and not isinstance(model_or_params, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} finds symmetries from example_inputs in a model; pass the "
+                "model itself, or symmetries=find_symmetries(model, ...)"
+            )
         self._names: dict[int, str] = {}
         # Of the parameters at the last plan; empty before the first one.
         self._signature: tuple[Any, ...] = ()
         if isinstance(model_or_params, nn.Module):
             if symmetries is None:
-                symmetries = find_symmetries(model_or_params)
+                symmetries = symmetries_from(model_or_params, example_inputs)
+                as_torch = f"{type(self).__name__} steps as {self._torch_name}"
+                warn_of_gaps(model_or_params, symmetries, as_torch, stacklevel=4)
             self._names |= {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = list(model_or_params.parameters())
         elif symmetries is None:

@@ -3,7 +3,12 @@
 from quotientopt.symmetries import adapters as _adapters  # noqa: F401 -- registers them
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.centred_stream import CentredStream
-from quotientopt.symmetries.find import find_symmetries
+from quotientopt.symmetries.find import (
+    find_symmetries,
+    gaps,
+    symmetries_from,
+    warn_of_gaps,
+)
 from quotientopt.symmetries.fold import fold_norms_
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation
 from quotientopt.symmetries.map import SymmetryMap
@@ -26,6 +31,9 @@ __all__ = [
     "Translation",
     "find_symmetries",
     "fold_norms_",
+    "gaps",
     "register",
     "register_norm",
+    "symmetries_from",
+    "warn_of_gaps",
 ]

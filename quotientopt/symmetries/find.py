@@ -101,9 +101,9 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     claimed = [symmetry for contribution in contributions for symmetry in contribution.heads]
     heads, conflicting = without_conflicts(claimed, ownership)
     residual, reason = merge_residual(model, findings, ownership)
-    found = Discovery()
+    found, overlapping = Discovery(), list[str]()
     if inputs or kwargs:
-        found = _beside(heads, discover(model, inputs, kwargs))
+        found, overlapping = _beside(heads, discover(model, inputs, kwargs))
     if residual is None and found.stream is not None:
         residual = _stream_of(found.stream, ownership)
     heads, mixed = with_one_dtype([*heads, *found.heads])
@@ -122,6 +122,7 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         hidden_units=[_named(symmetry, ownership) for symmetry in found.hidden_units],
         scales=found.scales,
         not_exercised=[*found.not_exercised, *found.not_examined],
+        overlapping=overlapping,
     )
 
 
@@ -181,14 +182,39 @@ def gaps(model: nn.Module, symmetries: SymmetryMap) -> str:
     return ""
 
 
-def _beside(heads: Sequence[HeadSymmetry], found: Discovery) -> Discovery:
-    """What was found beside the pairs that are known; no element belongs to two pairs."""
+def warn_of_gaps(
+    model: nn.Module, symmetries: SymmetryMap, consequence: str, *, stacklevel: int = 3
+) -> None:
+    """Warn of what is not understood (:func:`gaps`), with what follows from it."""
+    missing = gaps(model, symmetries)
+    if missing:
+        warnings.warn(
+            f"{consequence} where it must: {missing}; symmetries=find_symmetries(model) says that "
+            "this is meant",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _beside(heads: Sequence[HeadSymmetry], found: Discovery) -> tuple[Discovery, list[str]]:
+    """What was found beside the pairs that are known, and the names of what overlaps.
+
+    No element belongs to two pairs, or an optimizer could not give it one frame: heads go before
+    linear chains, as those through the latent projections that their keys and values come from.
+    """
     taken = Elements()
     for symmetry in heads:
         taken.add(symmetry.blocks)
-    found.heads = [s for s in found.heads if taken.add(s.blocks)]
-    found.hidden_units = [s for s in found.hidden_units if taken.add(s.blocks)]
-    return found
+    known = {symmetry.name for symmetry in heads}
+    kept = [s for s in found.heads if taken.add(s.blocks)]
+    units = [s for s in found.hidden_units if taken.add(s.blocks)]
+    overlapping = [
+        f"{s.name} ({s.group})"
+        for s in (*found.heads, *found.hidden_units)
+        if s not in kept and s not in units and s.name not in known
+    ]
+    found.heads, found.hidden_units = kept, units
+    return found, overlapping
 
 
 def _stream_of(found: FoundStream, ownership: Ownership) -> ResidualStream:

@@ -42,6 +42,8 @@ class SymmetryMap:
     not_exercised : sequence of str
         Names of modules that the example inputs did not reach, and of parameters that did not fit
         into memory: nothing is known of them.
+    overlapping : sequence of str
+        Names and groups of pairs that are exact as well, on weights of those listed.
 
     Notes
     -----
@@ -62,11 +64,13 @@ class SymmetryMap:
         hidden_units: Sequence[HeadSymmetry] = (),
         scales: Sequence[ScaleSymmetry] = (),
         not_exercised: Sequence[str] = (),
+        overlapping: Sequence[str] = (),
     ) -> None:
         self.heads = tuple(heads)
         self.hidden_units = tuple(hidden_units)
         self.scales = tuple(scales)
         self.not_exercised = tuple(not_exercised)
+        self.overlapping = tuple(overlapping)
         self.residual = residual
         self.residual_reason = residual_reason
         self.unrecognized = tuple(unrecognized)
@@ -237,6 +241,8 @@ class SymmetryMap:
             )
         if self.gauge_free:
             lines.append("heads without a gauge, plain Adam: " + ", ".join(self.gauge_free))
+        if self.overlapping:
+            lines.append("exact too, on the same weights: " + ", ".join(self.overlapping))
         if self.not_exercised:
             lines.append("not exercised by the example inputs: " + ", ".join(self.not_exercised))
         if self.unrecognized:

@@ -126,7 +126,15 @@ def _examine(
     gradients = point.gradients()
     parameters = dict(module.named_parameters())
     cuts = list(rows_of(parameters, point.parameters, gradients))
-    pairs = find_pairs(cuts, _numbers(module))
+    idle = _idle(module, gradients)
+    # Beside matrices that did nothing a pair may look larger than it is: one token attends to
+    # itself alone, and its heads are one linear map.
+    still = [f"{path}." for path in idle if any(p.ndim > 1 for p in _parameters(module, path))]
+    pairs = [
+        pair
+        for pair in find_pairs(cuts, _numbers(module))
+        if not any(_within(path, _scope(pair)) for path in still)
+    ]
     noise = max(
         (rows.precision for cut in cuts for rows in cut if rows.precision < LIMIT), default=0.0
     )
@@ -146,7 +154,8 @@ def _examine(
             # A ReLU's units that were all active at once look like one linear map.
             good = _all_proved(prover, symmetries(pair.units()))
         proved += good
-    heads = [s for s in proved if not s.of_units]
+    # Chains last: where they overlap with heads, heads are what an optimizer takes.
+    heads = sorted((s for s in proved if not s.of_units), key=lambda s: "chain" in s.name)
     units = [s for s in proved if s.of_units]
     good_scales = [s for s in (_proved_scale(prover, scale) for scale in scales) if s is not None]
     heads, units, good_scales = _jointly(prover, heads, units, good_scales)
@@ -160,7 +169,7 @@ def _examine(
         ScaleSymmetry(_renamed(scale.blocks, prefix), scale.name, source=scale.source)
         for scale in good_scales
     ]
-    found.not_exercised += [qualified(prefix, path) for path in _idle(module, gradients)]
+    found.not_exercised += [qualified(prefix, path) for path in idle]
 
 
 def _numbers(module: nn.Module) -> set[int]:
@@ -266,8 +275,8 @@ class _Names:
             scope = max((s for s in around if _within(scope, s)), key=len, default=scope)
         elif pair.rank == 1 and pair.heads > 1:
             kind = "hidden"
-        elif pair.heads * len(pair.left) > 1 or any(
-            other.scores and _within(_scope(other), scope) for other in pairs
+        elif _in_heads(pair) or any(
+            other.scores and other.heads == 1 and _within(_scope(other), scope) for other in pairs
         ):
             kind = "vo"
         else:
@@ -281,6 +290,11 @@ class _Names:
             name = qualified(self._prefix, scope, f"{kind}_{number}")
         self._given.add(name)
         return name
+
+
+def _in_heads(pair: FoundPair) -> bool:
+    """Whether one matrix reads several heads: a value-output pair, not a chain of linear maps."""
+    return pair.heads * len(pair.left) > 1 and len({rows.key for rows, _ in pair.left}) == 1
 
 
 def _scope(pair: FoundPair) -> str:
@@ -322,6 +336,10 @@ def _idle(module: nn.Module, gradients: Gradients) -> list[str]:
         if own and all(name in idle for name in own) and not any(_within(path, p) for p in found):
             found.append(path)
     return found
+
+
+def _parameters(module: nn.Module, path: str) -> Iterator[nn.Parameter]:
+    return module.get_submodule(path).parameters()
 
 
 def _within(name: str, path: str) -> bool:
