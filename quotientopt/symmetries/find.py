@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
-from quotientopt.symmetries.centred_stream import CentredStream
 from quotientopt.symmetries.discovery import Discovery, FoundStream, discover
 from quotientopt.symmetries.exactness import (
     Elements,
@@ -28,8 +27,13 @@ from quotientopt.symmetries.registry import (
     NotUnderstoodError,
     lookup,
 )
-from quotientopt.symmetries.residual import ResidualStream
-from quotientopt.symmetries.stream import Stream, add_up, norm_breakers
+from quotientopt.symmetries.residual import (
+    CentredStream,
+    ResidualStream,
+    Stream,
+    add_up,
+    norm_breakers,
+)
 
 _ATTENTION_WORDS = ("attention", "attn", "multihead")
 # What the forward of an attention calls: softmax alone also routes tokens to experts.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.norm import Norm, Reader
+
+if TYPE_CHECKING:
+    from quotientopt.symmetries.norm import Norm, Reader
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quotientopt.symmetries import find_symmetries, registry
-from quotientopt.symmetries.norm_kinds import norm_kind, register_norm
+from quotientopt.symmetries.norm import norm_kind, register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
 from tests.symmetries.architectures import attention, randomize_, small_gpt, values
 from tests.symmetries.families import FAMILIES, WIDTH, build, text, transformers

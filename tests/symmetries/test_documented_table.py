@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from quotientopt.symmetries import find_symmetries, fold_norms_
-from quotientopt.symmetries.centred_stream import CentredStream
+from quotientopt.symmetries.residual import CentredStream
 from tests.symmetries.architectures import EXAMPLES
 from tests.symmetries.families import FAMILIES, make_neutral_, transformers
 

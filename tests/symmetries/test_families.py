@@ -7,7 +7,7 @@ import torch
 
 from quotientopt.groups import GL, RotaryCommutant, StabilizerOfOnes
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
-from quotientopt.symmetries.centred_stream import CentredStream
+from quotientopt.symmetries.residual import CentredStream
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import (
     FAMILIES,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from quotientopt.symmetries import SymmetryMap, find_symmetries, fold_norms_
-from quotientopt.symmetries.centred_stream import CentredStream
-from quotientopt.symmetries.uncentred import UncentredLayerNorm
+from quotientopt.symmetries.norm import UncentredLayerNorm
+from quotientopt.symmetries.residual import CentredStream
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, OutputsOnly, build, gains, transformers
 from tests.symmetries.test_families import CAUGHT, TOLERANCE, deviation, doubled, run

@@ -16,7 +16,7 @@ from quotientopt.groups import (
     StructureGroup,
 )
 from quotientopt.symmetries.adapters.layers import IDENTITY, own_parameter
-from quotientopt.symmetries.norm_kinds import norm_kind
+from quotientopt.symmetries.norm import norm_kind
 from quotientopt.symmetries.registry import NotUnderstoodError, follows
 
 # Functions of q kᵀ and v alone; anyone may register others with transformers.

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from quotientopt.groups import GL, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.norm import Norm, Reader
-from quotientopt.symmetries.norm_kinds import norm_kind
+from quotientopt.symmetries.norm import Norm, Reader, norm_kind
 from quotientopt.symmetries.registry import (
     Adapter,
     Contribution,

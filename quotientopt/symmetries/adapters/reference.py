@@ -20,7 +20,7 @@ from quotientopt.symmetries.adapters.layers import (
     input_heads,
     output_heads,
 )
-from quotientopt.symmetries.norm_kinds import register_norm
+from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,

@@ -27,7 +27,7 @@ from quotientopt.symmetries.adapters.layers import (
     require,
     understands,
 )
-from quotientopt.symmetries.norm_kinds import register_norm
+from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import Adapter, Contribution, NotUnderstoodError, qualified
 
 ATTENTION_READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -14,7 +14,7 @@ from quotientopt.symmetries.adapters.layers import (
     understands,
 )
 from quotientopt.symmetries.adapters.separate_projections import plain_attention
-from quotientopt.symmetries.norm_kinds import register_norm
+from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import Contribution, qualified
 
 T5 = "transformers.models.t5.modeling_t5.T5"

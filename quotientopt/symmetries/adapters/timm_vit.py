@@ -17,7 +17,7 @@ from quotientopt.symmetries.adapters.layers import (
     understands,
 )
 from quotientopt.symmetries.adapters.torch_attention import UNKNOWN_REST
-from quotientopt.symmetries.norm_kinds import register_norm
+from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import Contribution, follows, qualified
 
 # Where timm has kept them from version to version.
