@@ -25,7 +25,10 @@ from quotientopt.symmetries.map import SymmetryMap
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
+    bare_modules,
+    inside,
     lookup,
+    unwrapped,
 )
 from quotientopt.symmetries.residual import (
     CentredStream,
@@ -33,6 +36,7 @@ from quotientopt.symmetries.residual import (
     Stream,
     add_up,
     norm_breakers,
+    unknown_layers,
 )
 
 _ATTENTION_WORDS = ("attention", "attn", "multihead")
@@ -220,8 +224,8 @@ def collect(model: nn.Module) -> Findings:
             quantised[id(parameter)] = f"parameter {name!r} has dtype {parameter.dtype} (quantised)"
     findings = Findings()
     opaque: list[str] = []
-    for name, module in model.named_modules():
-        if any(_inside(name, root) for root in opaque):
+    for name, module in bare_modules(model):
+        if any(inside(name, root) for root in opaque):
             continue
         try:
             adapter = lookup(module)
@@ -269,7 +273,7 @@ def find_stream(
         problems = (
             f"{name or 'model'}: {why}"
             for name, why in findings.not_understood.items()
-            if not _looks_like_attention(model.get_submodule(name))
+            if not _looks_like_attention(unwrapped(model.get_submodule(name)))
         )
         return None, next(problems, "no model or layer with a known residual stream")
     stream = add_up(model, recognised, ownership)
@@ -279,6 +283,11 @@ def find_stream(
     stream.breakers += [
         f"{name or 'model'}, which is not understood ({why})"
         for name, why in findings.not_understood.items()
+    ]
+    stream.breakers += [
+        f"{name}, a layer that is not known"
+        for name in unknown_layers(model, recognised)
+        if name not in findings.not_understood
     ]
     return stream, ""
 
@@ -292,23 +301,23 @@ def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
     ]
     # Adapters beside quantised matrices are no pairs of those matrices.
     whole = [name for name in covered if not _is_low_rank(findings.contributions[name])]
-    attentions = [name for name, module in model.named_modules() if _looks_like_attention(module)]
+    attentions = [name for name, module in bare_modules(model) if _looks_like_attention(module)]
     # A model changed in one attention is not itself the attention that is not understood.
     suspects = attentions + [
         name
         for name in findings.not_understood
-        if not any(_inside(attention, name) for attention in attentions)
+        if not any(inside(attention, name) for attention in attentions)
     ]
     names: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in bare_modules(model):
         if (
             name in suspects
             and next(module.parameters(), None) is not None
             and not any(
-                _inside(name, other) or _inside(other, name)
+                inside(name, other) or inside(other, name)
                 for other in (whole if any(map(_is_quantised, module.parameters())) else covered)
             )
-            and not any(_inside(name, other) for other in names)
+            and not any(inside(name, other) for other in names)
         ):
             names.append(name)
     return [name or type(model).__name__ for name in names]
@@ -328,11 +337,6 @@ def _looks_like_attention(module: nn.Module) -> bool:
     if "scaled_dot_product_attention" in called:
         return True
     return _SOFTMAX in called and bool(_PRODUCTS & called)
-
-
-def _inside(name: str, other: str) -> bool:
-    """Whether module ``name`` is ``other`` or lies inside it."""
-    return not other or name == other or name.startswith(f"{other}.")
 
 
 def _named(symmetry: HeadSymmetry, ownership: Ownership) -> HeadSymmetry:

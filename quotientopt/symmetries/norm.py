@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quotientopt.symmetries.registry import class_names, follows
+from quotientopt.symmetries.registry import ByClass
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class NormKind:
     neutral: float
 
 
-_kinds: dict[str, NormKind] = {}
+_kinds: ByClass[NormKind] = ByClass()
 
 
 def register_norm(class_name: str, *, centres: bool = False, neutral: float = 1.0) -> None:
@@ -112,10 +112,7 @@ def register_norm(class_name: str, *, centres: bool = False, neutral: float = 1.
 
 def norm_kind(norm: nn.Module) -> NormKind | None:
     """The kind of a module that computes what a registered norm class computes, else None."""
-    for name in class_names(norm):
-        if name in _kinds:
-            return _kinds[name] if follows(norm, name) else None
-    return None
+    return _kinds.find(norm)
 
 
 register_norm("torch.nn.modules.normalization.LayerNorm", centres=True)

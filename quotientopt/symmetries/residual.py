@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quotientopt.groups import O, StabilizerOfOnes
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.norm import Norm, Reader
-from quotientopt.symmetries.registry import Contribution
+from quotientopt.symmetries.registry import Contribution, bare_modules, inside, plain, qualified
 
 SHOWN = 3
 
@@ -184,12 +184,34 @@ def add_up(
     outside = [
         name
         for name, _ in model.named_parameters()
-        if not any(not root or name.startswith(f"{root}.") for root in contributions)
+        if not any(not root or plain(name).startswith(f"{root}.") for root in contributions)
     ]
     if outside:
         breakers[f"parameters outside the recognised stream ({outside[0]}, …)"] = None
     stream.breakers = list(breakers)
     return stream
+
+
+def unknown_layers(model: nn.Module, contributions: Mapping[str, Contribution]) -> Iterable[str]:
+    """Names of layers in the lists of a model that use the stream in a way nobody knows."""
+    # Who hands hidden states on knows its embeddings and norms, and not what lies between.
+    whole = [
+        root
+        for root, contribution in contributions.items()
+        if not contribution.outputs
+        and not contribution.consumers
+        and not any(other != root and inside(other, root) for other in contributions)
+    ]
+    modules = list(bare_modules(model))
+    for path, layers in modules:
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for index, layer in layers.named_children():
+            name = qualified(path, index)
+            known = any(inside(name, root) for root in whole)
+            known |= any(inside(root, name) for root in contributions)
+            if not known and next(layer.parameters(), None) is not None:
+                yield name
 
 
 def norm_breakers(norm: Norm, ownership: Ownership) -> list[str]:
