@@ -28,6 +28,7 @@ from quotientopt.symmetries.registry import (
     bare_modules,
     inside,
     lookup,
+    plain,
     unwrapped,
 )
 from quotientopt.symmetries.residual import (
@@ -210,7 +211,9 @@ def _without_found(unrecognized: Sequence[str], heads: Iterable[HeadSymmetry]) -
     names = [
         block.name for symmetry in heads if symmetry.source != BY_CLASS for block in symmetry.blocks
     ]
-    return [module for module in unrecognized if not any(_inside(name, module) for name in names)]
+    return [
+        module for module in unrecognized if not any(inside(plain(name), module) for name in names)
+    ]
 
 
 def collect(model: nn.Module) -> Findings:
