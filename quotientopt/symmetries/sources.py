@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # What hands cosines and sines to an attention lives in the model, not in the attention.
-_HANDED_IN = {"position_embeddings", "freqs_cis", "rotary_emb"}
+_TURNS = ("apply_rotary", "apply_multimodal_rotary")
 _HANDED_IN_BY = "RotaryEmbedding"
 _PLAIN_BASES = ("PreTrainedModel", "GenerationMixin")
 
@@ -90,17 +90,17 @@ def named_text(class_name: str) -> str | None:
             used = child.id if isinstance(child, ast.Name) else getattr(child, "arg", None)
             if not isinstance(used, str):
                 continue
+            if used.startswith(_TURNS):
+                for other in source.classes:
+                    method = source.methods(other).get("forward")
+                    if other.endswith(_HANDED_IN_BY) and method is not None:
+                        handed_in.add(ast.unparse(method))
             if used in source.functions:
                 pending.append((used, source.functions[used]))
             elif used in source.constants:
                 pending.append((used, source.constants[used]))
             elif used in source.imports and isinstance(child, ast.Name):
                 texts[f"import {used}"] = source.imports[used]
-            elif used in _HANDED_IN:
-                for other in source.classes:
-                    method = source.methods(other).get("forward")
-                    if other.endswith(_HANDED_IN_BY) and method is not None:
-                        handed_in.add(ast.unparse(method))
     lines = [f"{label}: {texts[label]}" for label in sorted(texts)]
     return "\n".join([*sorted(source.bases(name)), *lines, *sorted(handed_in)])
 
