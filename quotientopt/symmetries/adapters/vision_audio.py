@@ -47,11 +47,12 @@ register_sublayer(Sublayer(("up_proj",), ("down_proj",)), "dinov3_vit.DINOv3ViTM
 register_sublayer(
     Sublayer(VIT_PROJECTIONS[:3], VIT_PROJECTIONS[3:]),
     "vit.ViTAttention",
+    "dinov2.Dinov2Attention",
     "dinov3_vit.DINOv3ViTAttention",
 )
 
 
-@known("vit.ViTAttention")
+@known("vit.ViTAttention", "dinov2.Dinov2Attention")
 def vit_attention(module: Any, name: str) -> Contribution:
     """GL(r) on both pairs of every head."""
     require_known_attention(module)
