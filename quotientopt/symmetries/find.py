@@ -128,6 +128,7 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         residual_reason=reason,
         unrecognized=[*unrecognized, *conflicting, *mixed],
         gauge_free=_gauge_free(model, findings),
+        left_alone={name: why for c in contributions for name, why in c.left_alone.items()},
         hidden_units=[_named(symmetry, ownership) for symmetry in found.hidden_units],
         scales=found.scales,
         not_exercised=[*found.not_exercised, *found.not_examined],
@@ -300,7 +301,7 @@ def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
     covered = [
         name
         for name, contribution in findings.contributions.items()
-        if contribution.heads or contribution.gauge_free
+        if contribution.heads or contribution.gauge_free or contribution.left_alone
     ]
     # Adapters beside quantised matrices are no pairs of those matrices.
     whole = [name for name in covered if not _is_low_rank(findings.contributions[name])]

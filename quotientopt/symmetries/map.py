@@ -39,6 +39,8 @@ class SymmetryMap:
         bias) of the one that writes them.
     scales : sequence of ScaleSymmetry
         Lengths of normalised queries and keys.
+    left_alone : mapping of str to str
+        Name of a pair on which no group acts to what stands in the way.
     not_exercised : sequence of str
         Names of modules that the example inputs did not reach, and of parameters that did not fit
         into memory: nothing is known of them.
@@ -62,11 +64,13 @@ class SymmetryMap:
         hidden_units: Sequence[HeadSymmetry] = (),
         scales: Sequence[ScaleSymmetry] = (),
         not_exercised: Sequence[str] = (),
+        left_alone: Mapping[str, str] | None = None,
     ) -> None:
         self.heads = tuple(heads)
         self.hidden_units = tuple(hidden_units)
         self.scales = tuple(scales)
         self.not_exercised = tuple(not_exercised)
+        self.left_alone = dict(left_alone or {})
         self.residual = residual
         self.residual_reason = residual_reason
         self.unrecognized = tuple(unrecognized)
@@ -237,6 +241,10 @@ class SymmetryMap:
             )
         if self.gauge_free:
             lines.append("heads without a gauge, plain Adam: " + ", ".join(self.gauge_free))
+        for why in dict.fromkeys(self.left_alone.values()):
+            first, *more = [name for name, reason in self.left_alone.items() if reason == why]
+            others = f" and {len(more)} more" if more else ""
+            lines.append(f"left alone: {first}{others}, {why}")
         if self.not_exercised:
             lines.append("not exercised by the example inputs: " + ", ".join(self.not_exercised))
         if self.unrecognized:

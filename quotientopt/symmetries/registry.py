@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import nn
 
-from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.sources import class_text, named_text
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ class Contribution:
         Name of a module to *all* that reads the hidden states it returns.
     gauge_free : bool
         Whether the module is an attention that holds or reads invariants: no group acts on it.
+    hidden_units : list of HeadSymmetry
+        Scales of hidden units of feed-forward layers.
+    scales : list of ScaleSymmetry
+        Lengths that a norm does not see.
+    left_alone : dict of str to str
+        Name of a pair on which no group acts to what stands in the way.
     """
 
     heads: list[HeadSymmetry] = field(default_factory=list)
@@ -55,6 +61,9 @@ class Contribution:
     outputs: dict[str, str | None] = field(default_factory=dict)
     consumers: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
     gauge_free: bool = False
+    hidden_units: list[HeadSymmetry] = field(default_factory=list)
+    scales: list[ScaleSymmetry] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
 
 
 class NotUnderstoodError(Exception):

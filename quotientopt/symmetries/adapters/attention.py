@@ -191,6 +191,7 @@ def projected_attention(
     layers: Sequence[str],
     qk_group: StructureGroup | None,
     kind: str = LINEAR,
+    between: str = "",
 ) -> Contribution:
     """Pairs of an attention with four projections, whose heads follow one another.
 
@@ -208,6 +209,8 @@ def projected_attention(
         Group of the query-key pair; None leaves it alone.
     kind : str
         Class of the layers.
+    between : str
+        What stands between the heads and the output layer and leaves no value-output pair.
     """
     views = []
     for path in layers[:3]:
@@ -228,6 +231,7 @@ def projected_attention(
         value=views[2],
         output=output,
         qk_group=qk_group,
+        between=between,
     )
     return contribution
 
@@ -323,7 +327,15 @@ def _with_output(
     pick = consecutive(width // rank)
     output = input_heads(layer, qualified(name, path), width, pick, kind)
     contribution = Contribution()
-    add_attention(contribution, name, output=output, qk_group=qk_group, **views)
+    add_attention(
+        contribution,
+        name,
+        query=views["query"],
+        key=views["key"],
+        value=views["value"],
+        output=output,
+        qk_group=qk_group,
+    )
     return contribution
 
 

@@ -83,6 +83,8 @@ register_sublayer(
     "llama4.Llama4TextMLP",
 )
 register_sublayer(FUSED_GATED, "phi3.Phi3MLP")
+# A norm behind its hidden units, and squared ReLU.
+register_sublayer(GATED, "bitnet.BitNetMLP")
 register_sublayer(Sublayer(("c_fc",), ("c_proj",)), "starcoder2.Starcoder2MLP")
 register_sublayer(Sublayer(("c_fc",), ("c_proj",), kind=CONV1D), "gpt2.GPT2MLP")
 register_sublayer(Sublayer(("fc1",), ("fc2",)), "phi.PhiMLP")
@@ -142,6 +144,7 @@ def rotary_attention(
     query_key_norms: tuple[str, ...] = (),
     whole: bool = False,
     output: str = "o_proj",
+    between: str = "",
 ) -> Contribution:
     """(C*)^{r/2} on the query-key pair and GL(r) on the value-output pair of key-value heads.
 
@@ -166,6 +169,7 @@ def rotary_attention(
         rank=rank,
         layers=("q_proj", "k_proj", "v_proj", output),
         qk_group=normalised_group(used, group, whole=whole),
+        between=between,
     )
 
 
@@ -242,12 +246,29 @@ known("olmo2.Olmo2Attention", "olmo3.Olmo3Attention")(
     functools.partial(rotary_attention, query_key_norms=("q_norm", "k_norm"), whole=True)
 )
 known("glm.GlmAttention")(functools.partial(rotary_attention, layout="interleaved", partial=True))
+known("bitnet.BitNetAttention")(
+    functools.partial(rotary_attention, between="attn_sub_norm normalises all heads together")
+)
+
+
+@known("qwen3_next.Qwen3NextAttention")
+def gated_attention(module: Any, name: str) -> Contribution:
+    """Nothing: queries and keys are normalised with gains, and every entry of a head is gated."""
+    return Contribution(
+        left_alone={
+            qualified(name, "qk"): "queries and keys are normalised, with gains",
+            qualified(name, "vo"): "a gate multiplies every entry of the heads",
+        }
+    )
+
+
 known("qwen2_5_vl.Qwen2_5_VLAttention")(rotary_attention)
 known("qwen3_vl.Qwen3VLTextAttention")(
     functools.partial(rotary_attention, query_key_norms=("q_norm", "k_norm"))
 )
 register_sublayer(
     SEPARATE,
+    "qwen3_next.Qwen3NextAttention",
     "cohere.CohereAttention",
     "cohere2.Cohere2Attention",
     "llama4.Llama4TextAttention",
@@ -258,6 +279,7 @@ register_sublayer(
     "qwen2_5_vl.Qwen2_5_VLAttention",
     "qwen3_vl.Qwen3VLTextAttention",
 )
+register_sublayer(SEPARATE, "bitnet.BitNetAttention")
 register_sublayer(Sublayer(SEPARATE.readers, ("dense",)), "phi.PhiAttention")
 
 

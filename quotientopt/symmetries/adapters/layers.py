@@ -186,6 +186,7 @@ def add_attention(
     value: Sequence[HeadView],
     output: Sequence[HeadView],
     qk_group: StructureGroup | None = None,
+    between: str = "",
 ) -> None:
     """Add the query-key and the value-output pair of an attention.
 
@@ -199,11 +200,19 @@ def add_attention(
         the query heads of one key-value head are next to each other then.
     qk_group : StructureGroup, optional
         Group of the query-key pair; None leaves it alone.
+    between : str
+        What stands between the heads and the output layer and leaves no value-output pair.
     """
     if qk_group is not None:
         right = blocks_of(key)
         left = blocks_of(query, right[0].size[0])
         add_pair(contribution, qualified(name, "qk"), qk_group, left, right)
+    else:
+        reason = "queries and keys are normalised, with gains or centred"
+        contribution.left_alone[qualified(name, "qk")] = reason
+    if between:
+        contribution.left_alone[qualified(name, "vo")] = between
+        return
     right = blocks_of(value)
     left = blocks_of(output, right[0].size[0])
     add_pair(contribution, qualified(name, "vo"), GL(right[0].size[1]), left, right)
