@@ -40,6 +40,11 @@ class Ownership:
                         self._owner[alias] = (id(module), attribute)
                     self._owners[id(parameter)].add(self._owner[name])
                     self._first_name.setdefault(id(parameter), name)
+        # A wrapper around the whole model may leave its own part of the names out.
+        for name, parameter in model.named_parameters():
+            self._parameters[name] = parameter
+            self._owner[name] = self._owner[plain(name)]
+            self._first_name[id(parameter)] = name
         for parameter in _sharing_memory(list(model.parameters())):
             # An owner that no adapter can declare: acting on one would change the other.
             self._owners[id(parameter)].add((0, "another parameter"))
