@@ -2,7 +2,6 @@
 
 from quotientopt.symmetries import adapters as _adapters  # noqa: F401 -- registers them
 from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.centred_stream import CentredStream
 from quotientopt.symmetries.find import (
     find_symmetries,
     gaps,
@@ -12,10 +11,9 @@ from quotientopt.symmetries.find import (
 from quotientopt.symmetries.fold import fold_norms_
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation
 from quotientopt.symmetries.map import SymmetryMap
-from quotientopt.symmetries.norm import Norm, Reader
-from quotientopt.symmetries.norm_kinds import register_norm
+from quotientopt.symmetries.norm import Norm, Reader, register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
-from quotientopt.symmetries.residual import ResidualStream
+from quotientopt.symmetries.residual import CentredStream, ResidualStream
 
 __all__ = [
     "Block",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.registry import qualified
+from quotientopt.symmetries.registry import plain, qualified
 
 Owner = tuple[int, str]
 
@@ -35,10 +35,16 @@ class Ownership:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
                     name = qualified(prefix, attribute)
-                    self._parameters[name] = parameter
-                    self._owner[name] = (id(module), attribute)
+                    for alias in {name, plain(name)}:
+                        self._parameters[alias] = parameter
+                        self._owner[alias] = (id(module), attribute)
                     self._owners[id(parameter)].add(self._owner[name])
                     self._first_name.setdefault(id(parameter), name)
+        # A wrapper around the whole model may leave its own part of the names out.
+        for name, parameter in model.named_parameters():
+            self._parameters[name] = parameter
+            self._owner[name] = self._owner[plain(name)]
+            self._first_name[id(parameter)] = name
         for parameter in _sharing_memory(list(model.parameters())):
             # An owner that no adapter can declare: acting on one would change the other.
             self._owners[id(parameter)].add((0, "another parameter"))

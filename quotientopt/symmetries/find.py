@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
-from quotientopt.symmetries.centred_stream import CentredStream
 from quotientopt.symmetries.discovery import Discovery, FoundStream, discover
 from quotientopt.symmetries.exactness import (
     Elements,
@@ -26,10 +25,20 @@ from quotientopt.symmetries.map import SymmetryMap
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
+    bare_modules,
+    inside,
     lookup,
+    plain,
+    unwrapped,
 )
-from quotientopt.symmetries.residual import ResidualStream
-from quotientopt.symmetries.stream import Stream, add_up, norm_breakers
+from quotientopt.symmetries.residual import (
+    CentredStream,
+    ResidualStream,
+    Stream,
+    add_up,
+    norm_breakers,
+    unknown_layers,
+)
 
 _ATTENTION_WORDS = ("attention", "attn", "multihead")
 # What the forward of an attention calls: softmax alone also routes tokens to experts.
@@ -119,6 +128,7 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         residual_reason=reason,
         unrecognized=[*unrecognized, *conflicting, *mixed],
         gauge_free=_gauge_free(model, findings),
+        left_alone={name: why for c in contributions for name, why in c.left_alone.items()},
         hidden_units=[_named(symmetry, ownership) for symmetry in found.hidden_units],
         scales=found.scales,
         not_exercised=[*found.not_exercised, *found.not_examined],
@@ -228,7 +238,9 @@ def _without_found(unrecognized: Sequence[str], heads: Iterable[HeadSymmetry]) -
     names = [
         block.name for symmetry in heads if symmetry.source != BY_CLASS for block in symmetry.blocks
     ]
-    return [module for module in unrecognized if not any(_inside(name, module) for name in names)]
+    return [
+        module for module in unrecognized if not any(inside(plain(name), module) for name in names)
+    ]
 
 
 def collect(model: nn.Module) -> Findings:
@@ -242,8 +254,8 @@ def collect(model: nn.Module) -> Findings:
             quantised[id(parameter)] = f"parameter {name!r} has dtype {parameter.dtype} (quantised)"
     findings = Findings()
     opaque: list[str] = []
-    for name, module in model.named_modules():
-        if any(_inside(name, root) for root in opaque):
+    for name, module in bare_modules(model):
+        if any(inside(name, root) for root in opaque):
             continue
         try:
             adapter = lookup(module)
@@ -291,7 +303,7 @@ def find_stream(
         problems = (
             f"{name or 'model'}: {why}"
             for name, why in findings.not_understood.items()
-            if not _looks_like_attention(model.get_submodule(name))
+            if not _looks_like_attention(unwrapped(model.get_submodule(name)))
         )
         return None, next(problems, "no model or layer with a known residual stream")
     stream = add_up(model, recognised, ownership)
@@ -302,6 +314,11 @@ def find_stream(
         f"{name or 'model'}, which is not understood ({why})"
         for name, why in findings.not_understood.items()
     ]
+    stream.breakers += [
+        f"{name}, a layer that is not known"
+        for name in unknown_layers(model, recognised)
+        if name not in findings.not_understood
+    ]
     return stream, ""
 
 
@@ -310,27 +327,27 @@ def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
     covered = [
         name
         for name, contribution in findings.contributions.items()
-        if contribution.heads or contribution.gauge_free
+        if contribution.heads or contribution.gauge_free or contribution.left_alone
     ]
     # Adapters beside quantised matrices are no pairs of those matrices.
     whole = [name for name in covered if not _is_low_rank(findings.contributions[name])]
-    attentions = [name for name, module in model.named_modules() if _looks_like_attention(module)]
+    attentions = [name for name, module in bare_modules(model) if _looks_like_attention(module)]
     # A model changed in one attention is not itself the attention that is not understood.
     suspects = attentions + [
         name
         for name in findings.not_understood
-        if not any(_inside(attention, name) for attention in attentions)
+        if not any(inside(attention, name) for attention in attentions)
     ]
     names: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in bare_modules(model):
         if (
             name in suspects
             and next(module.parameters(), None) is not None
             and not any(
-                _inside(name, other) or _inside(other, name)
+                inside(name, other) or inside(other, name)
                 for other in (whole if any(map(_is_quantised, module.parameters())) else covered)
             )
-            and not any(_inside(name, other) for other in names)
+            and not any(inside(name, other) for other in names)
         ):
             names.append(name)
     return [name or type(model).__name__ for name in names]
@@ -350,11 +367,6 @@ def _looks_like_attention(module: nn.Module) -> bool:
     if "scaled_dot_product_attention" in called:
         return True
     return _SOFTMAX in called and bool(_PRODUCTS & called)
-
-
-def _inside(name: str, other: str) -> bool:
-    """Whether module ``name`` is ``other`` or lies inside it."""
-    return not other or name == other or name.startswith(f"{other}.")
 
 
 def _named(symmetry: HeadSymmetry, ownership: Ownership) -> HeadSymmetry:

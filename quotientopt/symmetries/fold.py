@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.find import collect, find_stream, find_symmetries
 from quotientopt.symmetries.map import SymmetryMap
-from quotientopt.symmetries.norm import Norm
-from quotientopt.symmetries.stream import SHOWN, Stream, norm_breakers
-from quotientopt.symmetries.uncentred import UncentredLayerNorm
+from quotientopt.symmetries.norm import Norm, UncentredLayerNorm
+from quotientopt.symmetries.residual import SHOWN, Stream, norm_breakers
 
 
 @torch.no_grad()
@@ -28,7 +27,7 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
       Gains then multiply by one and stop training (``requires_grad`` False).
     - Centring goes into what writes to the stream: embeddings, output matrices and their biases
       lose their mean over the residual axis. Every LayerNorm becomes an
-      :class:`~quotientopt.symmetries.uncentred.UncentredLayerNorm`, with the same parameters.
+      :class:`~quotientopt.symmetries.norm.UncentredLayerNorm`, with the same parameters.
 
     An optimizer created before has to be created anew.
 

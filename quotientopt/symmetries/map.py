@@ -39,6 +39,8 @@ class SymmetryMap:
         bias) of the one that writes them.
     scales : sequence of ScaleSymmetry
         Lengths of normalised queries and keys.
+    left_alone : mapping of str to str
+        Name of a pair on which no group acts to what stands in the way.
     not_exercised : sequence of str
         Names of modules that the example inputs did not reach, and of parameters that did not fit
         into memory: nothing is known of them.
@@ -65,12 +67,14 @@ class SymmetryMap:
         scales: Sequence[ScaleSymmetry] = (),
         not_exercised: Sequence[str] = (),
         overlapping: Sequence[str] = (),
+        left_alone: Mapping[str, str] | None = None,
     ) -> None:
         self.heads = tuple(heads)
         self.hidden_units = tuple(hidden_units)
         self.scales = tuple(scales)
         self.not_exercised = tuple(not_exercised)
         self.overlapping = tuple(overlapping)
+        self.left_alone = dict(left_alone or {})
         self.residual = residual
         self.residual_reason = residual_reason
         self.unrecognized = tuple(unrecognized)
@@ -243,6 +247,10 @@ class SymmetryMap:
             lines.append("heads without a gauge, plain Adam: " + ", ".join(self.gauge_free))
         if self.overlapping:
             lines.append("exact too, on the same weights: " + ", ".join(self.overlapping))
+        for why in dict.fromkeys(self.left_alone.values()):
+            first, *more = [name for name, reason in self.left_alone.items() if reason == why]
+            others = f" and {len(more)} more" if more else ""
+            lines.append(f"left alone: {first}{others}, {why}")
         if self.not_exercised:
             lines.append("not exercised by the example inputs: " + ", ".join(self.not_exercised))
         if self.unrecognized:

@@ -1,8 +1,13 @@
-"""Norms on the residual stream: what they do to it, and what reads their output."""
+"""Norms on the residual stream: what they do to it, what reads their output, known classes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quotientopt.symmetries.registry import ByClass
 
 
 @dataclass(frozen=True)
@@ -50,3 +55,66 @@ class Norm:
     bias: str | None = None
     neutral: float = 1.0
     readers: tuple[Reader, ...] | None = None
+
+
+class UncentredLayerNorm(nn.LayerNorm):
+    """A LayerNorm that does not subtract the mean: ``γ ∘ x / √(mean(x²) + ε) + β``.
+
+    :func:`quotientopt.fold_norms_` puts it in the place of a LayerNorm once everything that writes
+    to the stream writes vectors of mean zero. On such vectors both compute the same, and this one
+    commutes with all of O(d) (γ = 1). Parameters and ``state_dict`` keys are those of LayerNorm.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axes of `x`."""
+        x = functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return x if self.bias is None else x + self.bias
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """What a norm class computes: the attributes of :class:`Norm` of the same names."""
+
+    centres: bool
+    neutral: float
+
+
+_kinds: ByClass[NormKind] = ByClass()
+
+
+def register_norm(class_name: str, *, centres: bool = False, neutral: float = 1.0) -> None:
+    """Make a norm class known, so that adapters can find its gain, bias and centring.
+
+    Its gain is its parameter ``weight``, its bias its parameter ``bias``; either may be missing.
+
+    Parameters
+    ----------
+    class_name : str
+        Qualified name, ``"transformers.models.llama.modeling_llama.LlamaRMSNorm"``; nothing is
+        imported.
+    centres : bool
+        Whether it subtracts the mean.
+    neutral : float
+        Value of ``weight`` that multiplies by one; zero where the norm multiplies by 1 + weight.
+
+    Raises
+    ------
+    TypeError
+        If the name is not qualified.
+    """
+    if not isinstance(class_name, str) or "." not in class_name:
+        raise TypeError(
+            f'register_norm needs a qualified class name such as "package.module.Norm", '
+            f"got {class_name!r}"
+        )
+    _kinds[class_name] = NormKind(centres, neutral)
+
+
+def norm_kind(norm: nn.Module) -> NormKind | None:
+    """The kind of a module that computes what a registered norm class computes, else None."""
+    return _kinds.find(norm)
+
+
+register_norm("torch.nn.modules.normalization.LayerNorm", centres=True)
+register_norm("torch.nn.modules.normalization.RMSNorm")
+register_norm("quotientopt.symmetries.norm.UncentredLayerNorm")

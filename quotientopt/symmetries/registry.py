@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import nn
 
-from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.norm import Norm, Reader
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
+from quotientopt.symmetries.sources import class_text, named_text
+
+if TYPE_CHECKING:
+    from quotientopt.symmetries.norm import Norm, Reader
 
 
 @dataclass
@@ -41,6 +45,12 @@ class Contribution:
         Name of a module to *all* that reads the hidden states it returns.
     gauge_free : bool
         Whether the module is an attention that holds or reads invariants: no group acts on it.
+    hidden_units : list of HeadSymmetry
+        Scales of hidden units of feed-forward layers.
+    scales : list of ScaleSymmetry
+        Lengths that a norm does not see.
+    left_alone : dict of str to str
+        Name of a pair on which no group acts to what stands in the way.
     """
 
     heads: list[HeadSymmetry] = field(default_factory=list)
@@ -51,6 +61,9 @@ class Contribution:
     outputs: dict[str, str | None] = field(default_factory=dict)
     consumers: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
     gauge_free: bool = False
+    hidden_units: list[HeadSymmetry] = field(default_factory=list)
+    scales: list[ScaleSymmetry] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
 
 
 class NotUnderstoodError(Exception):
@@ -73,11 +86,67 @@ class NotUnderstoodError(Exception):
 
 Adapter = Callable[[nn.Module, str], Contribution]
 AdapterT = TypeVar("AdapterT", bound=Adapter)
-
-_adapters: dict[str, Adapter] = {}
+T = TypeVar("T")
 
 # Methods a subclass may override without changing what forward computes.
 _HARMLESS = {"extra_repr", "_reset_parameters", "reset_parameters"}
+
+# Modules that hand their calls on to one inside them: attribute and name of that one.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+class ByClass(Generic[T]):
+    """Values by qualified class name, found for a class, its subclasses and its copies.
+
+    A copy is a class of another name whose source text is the same, see
+    :mod:`quotientopt.symmetries.sources`; only classes of the transformers package are compared.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, T] = {}
+        self._copied: dict[str, str] | None = None
+
+    def __setitem__(self, class_name: str, value: T) -> None:
+        self._values[class_name] = value
+        self._copied = None
+
+    def __getitem__(self, class_name: str) -> T:
+        return self._values[class_name]
+
+    def copy(self) -> ByClass[T]:
+        """The same values, apart from what is added later."""
+        copied: ByClass[T] = ByClass()
+        copied._values = dict(self._values)
+        return copied
+
+    def name_for(self, module: nn.Module) -> str | None:
+        """Name of the nearest known class among those of a module; None if there is none."""
+        for base in type(unwrapped(module)).__mro__:
+            name = f"{base.__module__}.{base.__qualname__}"
+            if name in self._values:
+                return name
+            copied = self._name_of_original(base)
+            if copied is not None:
+                return copied
+        return None
+
+    def find(self, module: nn.Module) -> T | None:
+        """The value for a module that computes what its nearest known class does, else None."""
+        name = self.name_for(module)
+        return self._values[name] if name is not None and follows(module, name) else None
+
+    def _name_of_original(self, base: type) -> str | None:
+        if not _may_be_copy(base):
+            return None
+        if self._copied is None:
+            names = [name for name in self._values if name.startswith(_COPIED_FROM)]
+            texts = {name: named_text(name) for name in names}
+            self._copied = {text: name for name, text in texts.items() if text is not None}
+        return self._copied.get(class_text(base) or "")
+
+
+_COPIED_FROM = "transformers.models."
+_adapters: ByClass[Adapter] = ByClass()
 
 
 def register(class_name: str) -> Callable[[AdapterT], AdapterT]:
@@ -122,28 +191,29 @@ def lookup(module: nn.Module) -> Adapter | None:
     NotUnderstoodError
         If there is one, but the module computes something else than the registered class.
     """
-    for name in class_names(module):
-        if name in _adapters:
-            if not follows(module, name):
-                raise NotUnderstoodError(f"{type(module).__name__} changes the methods of {name}")
-            return _adapters[name]
-    return None
+    if unwrapped(module) is not module:
+        return None
+    name = _adapters.name_for(module)
+    if name is None:
+        return None
+    if not follows(module, name):
+        raise NotUnderstoodError(f"{type(module).__name__} changes the methods of {name}")
+    return _adapters[name]
 
 
 def follows(module: nn.Module, class_name: str) -> bool:
     """Whether a module computes what the class of that qualified name computes.
 
-    True for the class itself and for subclasses that override neither ``forward`` nor another
-    method of the class.
+    True for the class itself, for copies of it and for subclasses of either that override neither
+    ``forward`` nor another method of the class.
     """
-    # Accelerate replaces the forward of an instance only to move data between devices.
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    module = unwrapped(module)
+    if _forward_is_replaced(module):
         return False
-    names = list(class_names(module))
-    if class_name not in names:
-        return False
-    position = names.index(class_name)
     ancestors = type(module).__mro__
+    position = next((i for i, base in enumerate(ancestors) if _is_class(base, class_name)), None)
+    if position is None:
+        return False
     methods = {
         attribute
         for base in ancestors[position : ancestors.index(nn.Module)]
@@ -154,12 +224,66 @@ def follows(module: nn.Module, class_name: str) -> bool:
     return not (methods - _HARMLESS) & overridden
 
 
+def _forward_is_replaced(module: nn.Module) -> bool:
+    """Whether an instance has a forward of its own that computes something else."""
+    # Accelerate replaces it to move data between devices, and to cast under mixed precision.
+    if "forward" not in vars(module) or hasattr(module, "_hf_hook"):
+        return False
+    original = vars(module).get("_original_forward")
+    return getattr(original, "__func__", None) is not type(module).forward
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` or a checkpointing wrapper; the module itself if bare."""
+    while True:
+        inner = next((m for name, m in module._modules.items() if name in _WRAPPED), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def plain(name: str) -> str:
+    """A module's or parameter's name as it is without wrappers."""
+    if not any(part in name for part in _WRAPPED):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The distinct modules of a model that are no wrappers, by their names without wrappers."""
+    for name, module in model.named_modules():
+        if unwrapped(module) is module:
+            yield plain(name), module
+
+
+def _is_class(base: type, class_name: str) -> bool:
+    if f"{base.__module__}.{base.__qualname__}" == class_name:
+        return True
+    if not class_name.startswith(_COPIED_FROM) or not _may_be_copy(base):
+        return False
+    text = class_text(base)
+    return text is not None and text == named_text(class_name)
+
+
+def _may_be_copy(base: type) -> bool:
+    # Without the package there is nothing to compare with, and its models cannot be here.
+    return "transformers" in sys.modules and not base.__module__.startswith(_NEVER_COPIES)
+
+
+_NEVER_COPIES = ("torch.", "builtins", "quotientopt.", "transformers.modeling_", "peft.")
+
+
 def qualified(prefix: str, *names: str) -> str:
     """Join module and parameter names with dots, leaving out empty ones."""
     return ".".join(name for name in (prefix, *names) if name)
 
 
+def inside(name: str, other: str) -> bool:
+    """Whether module ``name`` is ``other`` or lies inside it."""
+    return not other or name == other or name.startswith(f"{other}.")
+
+
 def class_names(module: nn.Module) -> Iterator[str]:
     """Qualified names of a module's class and of its bases, nearest first."""
-    for base in type(module).__mro__:
+    for base in type(unwrapped(module)).__mro__:
         yield f"{base.__module__}.{base.__qualname__}"

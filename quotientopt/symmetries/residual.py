@@ -1,14 +1,19 @@
-"""The residual stream: which axis of which parameter lives in it, and what breaks O(d)."""
+"""The residual stream: its axes, what breaks O(d), and how the adapters' contributions add up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quotientopt.groups import O
+from quotientopt.groups import O, StabilizerOfOnes
+from quotientopt.symmetries.exactness import Ownership
+from quotientopt.symmetries.norm import Norm, Reader
+from quotientopt.symmetries.registry import Contribution, bare_modules, inside, plain, qualified
+
+SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,3 +91,179 @@ class ResidualStream:
             rows = self.parameters[name].detach().movedim(axis, -1)
             q = element.to(device=rows.device, dtype=torch.float64)
             rows.copy_(rows.to(torch.float64) @ q.mT)
+
+
+@dataclass(frozen=True, eq=False)
+class CentredStream(ResidualStream):
+    """A residual stream that nothing but the centring of LayerNorms singles a vector out of.
+
+    O(d) is broken, but the rotations and reflections that fix the all-ones vector, a copy of
+    O(d − 1), are symmetries. :func:`quotientopt.fold_norms_` makes all of O(d) exact.
+    """
+
+    @property
+    def group(self) -> StabilizerOfOnes:
+        """The stabiliser of the all-ones vector in O(d)."""
+        return StabilizerOfOnes(self.dimension)
+
+    def check_element(self, element: Tensor) -> None:
+        """Refuse what is not an orthogonal d×d matrix that fixes the all-ones vector.
+
+        Raises
+        ------
+        ValueError
+            Naming what is wrong.
+        """
+        if tuple(element.shape) != (self.dimension, self.dimension):
+            raise ValueError(
+                f"the residual stream needs an element of shape {(self.dimension,) * 2}, "
+                f"got {tuple(element.shape)}"
+            )
+        try:
+            self.group.check_element(element)
+        except ValueError as error:
+            raise ValueError(
+                f"the residual stream is centred ({self.broken_by[0]}, …): {error}"
+            ) from None
+
+
+@dataclass
+class Stream:
+    """The residual stream as the adapters' contributions add up to it.
+
+    Attributes
+    ----------
+    axes : dict of str to int
+        First name of a parameter to its axis that is the stream.
+    parameters : dict of str to Parameter
+    writers : set of str
+        Those that are added to the stream.
+    norms : list of Norm
+        One per norm module, its readers complete.
+    raw_readers : list of str
+        What reads hidden states that went through no norm.
+    breakers : list of str
+        What breaks O(d), apart from the norms.
+    """
+
+    axes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    writers: set[str] = field(default_factory=set)
+    norms: list[Norm] = field(default_factory=list)
+    raw_readers: list[str] = field(default_factory=list)
+    breakers: list[str] = field(default_factory=list)
+
+    @property
+    def widths(self) -> set[int]:
+        """Widths of the stream; several, if there are several streams."""
+        return {self.parameters[name].shape[axis] for name, axis in self.axes.items()}
+
+
+def add_up(
+    model: nn.Module, contributions: Mapping[str, Contribution], ownership: Ownership
+) -> Stream:
+    """Add up the contributions of all modules, by module name, that know part of the stream."""
+    stream = Stream()
+    breakers: dict[str, None] = {}
+    declared: set[str] = set()
+    for contribution in contributions.values():
+        breakers |= dict.fromkeys(contribution.residual_breakers)
+        for name, axis in contribution.residual_axes.items():
+            declared.add(name)
+            first = ownership.first_name(name)
+            if stream.axes.setdefault(first, axis) != axis:
+                breakers[f"two different axes of {first}"] = None
+            if name in contribution.writers:
+                stream.writers.add(first)
+    stream.parameters = {name: ownership.parameter(name) for name in stream.axes}
+    breakers |= dict.fromkeys(_close(stream, model, contributions.values()))
+    declared |= {norm.gain for norm in stream.norms if norm.gain is not None}
+    gains = [ownership.parameter(norm.gain) for norm in stream.norms if norm.gain is not None]
+    for name in ownership.used_elsewhere([*stream.parameters.values(), *gains], declared):
+        breakers[f"another use of {name}"] = None
+    outside = [
+        name
+        for name, _ in model.named_parameters()
+        if not any(not root or plain(name).startswith(f"{root}.") for root in contributions)
+    ]
+    if outside:
+        breakers[f"parameters outside the recognised stream ({outside[0]}, …)"] = None
+    stream.breakers = list(breakers)
+    return stream
+
+
+def unknown_layers(model: nn.Module, contributions: Mapping[str, Contribution]) -> Iterable[str]:
+    """Names of layers in the lists of a model that use the stream in a way nobody knows."""
+    # Who hands hidden states on knows its embeddings and norms, and not what lies between.
+    whole = [
+        root
+        for root, contribution in contributions.items()
+        if not contribution.outputs
+        and not contribution.consumers
+        and not any(other != root and inside(other, root) for other in contributions)
+    ]
+    modules = list(bare_modules(model))
+    for path, layers in modules:
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for index, layer in layers.named_children():
+            name = qualified(path, index)
+            known = any(inside(name, root) for root in whole)
+            known |= any(inside(root, name) for root in contributions)
+            if not known and next(layer.parameters(), None) is not None:
+                yield name
+
+
+def norm_breakers(norm: Norm, ownership: Ownership) -> list[str]:
+    """How a norm breaks O(d); empty for one that neither centres nor has a gain other than one."""
+    breakers = [f"centring of {norm.name}"] if norm.centres else []
+    if norm.gain is not None:
+        gain = ownership.parameter(norm.gain)
+        if gain.requires_grad:
+            breakers.append(f"trainable gain {norm.gain}")
+        elif not bool((gain == norm.neutral).all()):
+            neutral = "one" if norm.neutral == 1 else f"{norm.neutral:g}"
+            breakers.append(f"gain {norm.gain}, which is not {neutral}")
+    return breakers
+
+
+def _close(
+    stream: Stream, model: nn.Module, contributions: Iterable[Contribution]
+) -> Iterable[str]:
+    """Collect the norms, join hidden states that modules return to what reads them.
+
+    Returns what breaks O(d) because nothing is known to read it.
+    """
+    consumers: dict[str, tuple[Reader, ...]] = {}
+    outputs: dict[str, str | None] = {}
+    norms: dict[int, Norm] = {}
+    for contribution in contributions:
+        outputs |= contribution.outputs
+        for name, readers in contribution.consumers.items():
+            consumers[name] = (*consumers.get(name, ()), *readers)
+    returned: dict[str, list[str]] = {}
+    for module_name, norm_name in outputs.items():
+        if norm_name is not None:
+            returned.setdefault(norm_name, []).append(module_name)
+        elif module_name in consumers:
+            stream.raw_readers += [reader.weight for reader in consumers[module_name]]
+    for contribution in contributions:
+        for norm in contribution.norms:
+            parts = [norm.readers]
+            parts += [consumers.get(name) for name in returned.get(norm.name, ())]
+            # A module in several places is one norm, read in all of them.
+            key = id(model.get_submodule(norm.name))
+            if key in norms:
+                norm = norms[key]
+                parts.append(norm.readers)
+            known = [part for part in parts if part is not None]
+            complete = tuple(reader for part in known for reader in part)
+            # A norm that nobody is known to read is read by somebody unknown.
+            whole = len(known) == len(parts) and bool(complete)
+            norms[key] = replace(norm, readers=complete if whole else None)
+    stream.norms = list(norms.values())
+    return [
+        f"hidden states that {name or 'the model'} returns"
+        for name in outputs
+        if name not in consumers
+    ]

@@ -84,15 +84,18 @@ class Family:
     attentions : int
         Number of attention modules; shared ones count once.
     groups : tuple of str
-        Expected groups of the query-key and the value-output pairs; None where left alone.
-    heads : int
+        Expected groups of the pairs of one attention, query-key first, or of all attentions of the
+        model; None where left alone.
+    heads : int or tuple of int
         Heads of every pair: key-value heads where queries are grouped.
-    members : int
+    members : int or tuple of int
         Query heads per key-value head.
     folds : bool
         Whether ``fold_norms_`` makes O(d) exact, the head untied.
     tied : bool
         Whether the head can be tied to the embedding.
+    width : int
+        Of the residual stream.
     """
 
     title: str
@@ -100,11 +103,18 @@ class Family:
     settings: dict[str, Any]
     inputs: Callable[[], dict[str, Tensor]] = text
     attentions: int = 2
-    groups: tuple[str | None, str | None] = ("GL(8)", "GL(8)")
-    heads: int = HEADS
-    members: int = 1
+    groups: tuple[str | None, ...] = ("GL(8)", "GL(8)")
+    heads: int | tuple[int, ...] = HEADS
+    members: int | tuple[int, ...] = 1
     folds: bool = False
     tied: bool = True
+    width: int = WIDTH
+
+    @property
+    def claimed(self) -> list[str]:
+        """Groups of all pairs of the model, in order."""
+        groups = [group for group in self.groups if group is not None]
+        return groups if len(self.groups) > 3 else groups * self.attentions
 
     def model(self, **settings: Any) -> nn.Module:
         return build(self.class_name, **{**self.settings, **settings})
@@ -126,6 +136,119 @@ ENCODER = {
 DECODER = {**ENCODER, "num_key_value_heads": 2, "head_dim": RANK, "rope_parameters": ROPE}
 TOWER = {key: ENCODER[key] for key in list(ENCODER)[:4]}
 SEQ2SEQ = {"decoder_start_token_id": 0, "pad_token_id": 0, "vocab_size": VOCABULARY}
+
+
+INTERLEAVED = ("RotaryCommutant(8, rotary_dim=8, layout='interleaved')", "GL(8)")
+PARTLY_INTERLEAVED = ("RotaryCommutant(8, rotary_dim=4, layout='interleaved')", "GL(8)")
+LATENT_GROUPS = (
+    "GL(6)",
+    "GL(5)",
+    "RotaryCommutant(4, rotary_dim=4, layout='interleaved')",
+)
+UNROTATED = ("GL(8)", "GL(8)")
+NORMALISED = (None, "GL(8)")
+WINDOW = {"sliding_window": 3}
+LAYERED = {key: value for key, value in DECODER.items() if key != "rope_parameters"}
+# grouped_mm, the fast implementation of experts, knows no float64.
+EXPERTS = {
+    "experts_implementation": "eager",
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+LATENT = {
+    **ENCODER,
+    **EXPERTS,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "head_dim": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": ROPE,
+}
+GPT_J = {
+    "n_embd": WIDTH,
+    "n_head": HEADS,
+    "n_layer": 2,
+    "vocab_size": VOCABULARY,
+    "rotary_dim": 4,
+    "n_positions": 32,
+    "n_ctx": 32,
+}
+BART = {
+    **SEQ2SEQ,
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 32,
+    "scale_embedding": True,
+}
+PATCHES = {**TOWER, "image_size": 16, "patch_size": 8}
+AUDIO = {
+    **TOWER,
+    "vocab_size": VOCABULARY,
+    "conv_dim": (8, 8),
+    "conv_stride": (2, 2),
+    "conv_kernel": (3, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+
+
+IMAGE_TOKEN = 3
+IMAGES_AND_TEXT = {
+    "text_config": {**DECODER, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [0],
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+    "image_token_id": IMAGE_TOKEN,
+    "video_token_id": 4,
+    "vision_start_token_id": 2,
+}
+
+
+def illustrated() -> dict[str, Tensor]:
+    """Texts with an image of 4 × 4 patches each, of which 2 × 2 become one token."""
+    ids = tokens(9)
+    ids[:, 1], ids[:, 2:6] = 2, IMAGE_TOKEN
+    return {
+        "input_ids": ids,
+        "pixel_values": values(32, 96),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+    }
+
+
+def translation() -> dict[str, Tensor]:
+    return {**text(), "decoder_input_ids": tokens(5)}
+
+
+def waves() -> dict[str, Tensor]:
+    return {"input_values": values(2, 60)}
 
 
 def decoder(title: str, class_name: str, **settings: Any) -> Family:
@@ -232,7 +355,7 @@ FAMILIES = {
             "relative_attention_num_buckets": 8,
             "feed_forward_proj": "gated-gelu",
         },
-        inputs=lambda: {**text(), "decoder_input_ids": tokens(5)},
+        inputs=translation,
         attentions=6,
         folds=True,
     ),
@@ -257,6 +380,263 @@ FAMILIES = {
         inputs=lambda: {"input_features": values(2, 6, 16), "decoder_input_ids": tokens(5)},
         attentions=6,
     ),
+    "mixtral": decoder("Mixtral", "MixtralForCausalLM", **EXPERTS),
+    "qwen3-moe": decoder("Qwen3-MoE", "Qwen3MoeForCausalLM", groups=NORMALISED, **EXPERTS),
+    "gpt-oss": decoder(
+        "gpt-oss (attention sinks, sliding window)", "GptOssForCausalLM", **EXPERTS, **WINDOW
+    ),
+    "gemma": decoder("Gemma", "GemmaForCausalLM"),
+    "gemma3": Family(
+        "Gemma 3 (queries and keys normalised, with gains)",
+        "Gemma3ForCausalLM",
+        {**LAYERED, **WINDOW, "query_pre_attn_scalar": 16},
+        groups=NORMALISED,
+        heads=2,
+        members=2,
+    ),
+    "granite": decoder(
+        "Granite",
+        "GraniteForCausalLM",
+        attention_bias=True,
+        residual_multiplier=0.5,
+        embedding_multiplier=2.0,
+        logits_scaling=3.0,
+    ),
+    "smollm3": decoder(
+        "SmolLM3 (some layers without positions)",
+        "SmolLM3ForCausalLM",
+        groups=(*ROTARY, *UNROTATED),
+        no_rope_layers=[1, 0],
+    ),
+    "olmo": decoder("OLMo (norms without gains)", "OlmoForCausalLM", folds=False),
+    "olmo2": decoder(
+        "OLMo 2 (queries and keys normalised, with gains)",
+        "Olmo2ForCausalLM",
+        groups=NORMALISED,
+        folds=False,
+    ),
+    "olmo3": decoder("OLMo 3", "Olmo3ForCausalLM", groups=NORMALISED, folds=False, **WINDOW),
+    "starcoder2": decoder("StarCoder2", "Starcoder2ForCausalLM", use_bias=True),
+    "cohere": decoder(
+        "Cohere (neighbouring rows rotated)",
+        "CohereForCausalLM",
+        groups=INTERLEAVED,
+        folds=False,
+        use_qk_norm=False,
+    ),
+    "cohere2": decoder(
+        "Cohere 2 (some layers without positions)",
+        "Cohere2ForCausalLM",
+        groups=(*INTERLEAVED, *UNROTATED),
+        folds=False,
+        layer_types=["sliding_attention", "full_attention"],
+        **WINDOW,
+    ),
+    "seed-oss": decoder("SeedOss", "SeedOssForCausalLM", attention_bias=True),
+    "ministral": decoder("Ministral", "MinistralForCausalLM", **WINDOW),
+    "llama4": decoder(
+        "Llama 4, text (some layers without positions)",
+        "Llama4ForCausalLM",
+        groups=(*INTERLEAVED, *UNROTATED),
+        no_rope_layers=[1, 0],
+        intermediate_size_mlp=48,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=4,
+        use_qk_norm=False,
+        **EXPERTS,
+    ),
+    "phi": decoder(
+        "Phi (m rows rotated)",
+        "PhiForCausalLM",
+        groups=PARTLY_ROTARY,
+        rope_parameters=PARTIAL_ROPE,
+    ),
+    "falcon": Family(
+        "Falcon (fused by groups)",
+        "FalconForCausalLM",
+        {
+            **ENCODER,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "alibi": False,
+            "bias": True,
+            "rope_parameters": ROPE,
+        },
+        groups=ROTARY,
+        heads=2,
+        members=2,
+        folds=True,
+    ),
+    "mpt": Family(
+        "MPT (ALiBi, fused)",
+        "MptForCausalLM",
+        {
+            "d_model": WIDTH,
+            "n_heads": HEADS,
+            "n_layers": 2,
+            "vocab_size": VOCABULARY,
+            "max_seq_len": 32,
+        },
+        folds=True,
+    ),
+    "gpt-j": Family(
+        "GPT-J (m neighbouring rows rotated)",
+        "GPTJForCausalLM",
+        GPT_J,
+        groups=PARTLY_INTERLEAVED,
+        folds=True,
+    ),
+    "codegen": Family(
+        "CodeGen (fused in four parts)",
+        "CodeGenForCausalLM",
+        {**GPT_J, "n_embd": 2 * WIDTH, "n_head": 2 * HEADS},
+        groups=4 * PARTLY_INTERLEAVED,
+        folds=True,
+        width=2 * WIDTH,
+    ),
+    "stablelm": decoder(
+        "StableLM (m rows rotated)",
+        "StableLmForCausalLM",
+        groups=PARTLY_ROTARY,
+        rope_parameters=PARTIAL_ROPE,
+        use_qkv_bias=True,
+    ),
+    "persimmon": Family(
+        "Persimmon (fused head by head, queries and keys normalised)",
+        "PersimmonForCausalLM",
+        {**ENCODER, "rope_parameters": PARTIAL_ROPE},
+        groups=NORMALISED,
+        folds=True,
+    ),
+    "helium": decoder(
+        "Helium (neighbouring rows rotated)",
+        "HeliumForCausalLM",
+        groups=INTERLEAVED,
+        attention_bias=True,
+    ),
+    "ernie4.5": decoder(
+        "ERNIE 4.5 (neighbouring rows rotated)",
+        "Ernie4_5ForCausalLM",
+        groups=INTERLEAVED,
+        use_bias=True,
+    ),
+    "glm": decoder(
+        "GLM (m neighbouring rows rotated)",
+        "GlmForCausalLM",
+        groups=PARTLY_INTERLEAVED,
+        attention_bias=True,
+        rope_parameters=PARTIAL_ROPE,
+    ),
+    "glm4": decoder(
+        "GLM-4 (norms around branches)",
+        "Glm4ForCausalLM",
+        groups=PARTLY_INTERLEAVED,
+        folds=False,
+        attention_bias=True,
+        rope_parameters=PARTIAL_ROPE,
+    ),
+    "deepseek2": Family(
+        "DeepSeek V2 (latent attention)",
+        "DeepseekV2ForCausalLM",
+        LATENT,
+        groups=LATENT_GROUPS,
+        heads=(4, 1),
+        folds=True,
+    ),
+    "deepseek3": Family(
+        "DeepSeek V3 (latent attention)",
+        "DeepseekV3ForCausalLM",
+        LATENT,
+        groups=LATENT_GROUPS,
+        heads=(4, 1),
+        folds=True,
+    ),
+    "qwen2.5-vl": Family(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        IMAGES_AND_TEXT,
+        inputs=illustrated,
+        groups=(*ROTARY, *ROTARY, *ROTARY, *ROTARY),
+        attentions=4,
+        heads=2,
+        members=(1, 2),
+        tied=False,
+    ),
+    "qwen3-vl": Family(
+        "Qwen3-VL (queries and keys of the text normalised)",
+        "Qwen3VLForConditionalGeneration",
+        IMAGES_AND_TEXT,
+        inputs=illustrated,
+        groups=(*ROTARY, *ROTARY, *NORMALISED, *NORMALISED),
+        attentions=4,
+        heads=2,
+        members=(1, 2),
+        tied=False,
+    ),
+    "xlm-roberta": Family("XLM-R", "XLMRobertaForMaskedLM", ENCODER),
+    "camembert": Family("CamemBERT", "CamembertForMaskedLM", ENCODER),
+    "electra": Family("ELECTRA", "ElectraForMaskedLM", {**ENCODER, "embedding_size": 16}),
+    "mpnet": Family("MPNet (relative bias)", "MPNetForMaskedLM", ENCODER),
+    "modernbert": Family(
+        "ModernBERT (fused, rotary)",
+        "ModernBertForMaskedLM",
+        {**ENCODER, "attention_bias": True, "norm_bias": True, "local_attention": 4},
+        groups=ROTARY,
+    ),
+    "eurobert": Family(
+        "EuroBERT (rotary)",
+        "EuroBertForMaskedLM",
+        DECODER,
+        groups=ROTARY,
+        heads=2,
+        members=2,
+        folds=True,
+    ),
+    "deberta-v2": Family(
+        "DeBERTa v2 (disentangled positions)",
+        "DebertaV2ForMaskedLM",
+        {
+            **ENCODER,
+            "relative_attention": True,
+            "position_biased_input": False,
+            "pos_att_type": ["c2p", "p2c"],
+            "max_relative_positions": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "type_vocab_size": 0,
+        },
+    ),
+    "bart": Family("BART", "BartForConditionalGeneration", BART, inputs=translation, attentions=6),
+    "mbart": Family(
+        "mBART", "MBartForConditionalGeneration", BART, inputs=translation, attentions=6
+    ),
+    "pegasus": Family(
+        "Pegasus",
+        "PegasusForConditionalGeneration",
+        BART,
+        inputs=translation,
+        attentions=6,
+        folds=True,
+    ),
+    "siglip": Family(
+        "SigLIP",
+        "SiglipModel",
+        {"text_config": {**ENCODER, "projection_size": WIDTH}, "vision_config": PATCHES},
+        inputs=pairs,
+        attentions=5,
+        tied=False,
+    ),
+    "dinov2": Family("DINOv2 (layer scale)", "Dinov2Model", PATCHES, inputs=images, tied=False),
+    "dinov3": Family(
+        "DINOv3 (rotary, layer scale)",
+        "DINOv3ViTModel",
+        {**PATCHES, "num_register_tokens": 2},
+        inputs=images,
+        groups=ROTARY,
+        tied=False,
+    ),
+    "wav2vec2": Family("wav2vec 2.0", "Wav2Vec2ForCTC", AUDIO, inputs=waves, tied=False),
+    "hubert": Family("HuBERT", "HubertForCTC", AUDIO, inputs=waves, tied=False),
 }
 
 
@@ -270,7 +650,8 @@ class OutputsOnly(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Any:
         outputs = self.model(**inputs)
-        return outputs[self.output if self.output in outputs else "logits_per_text"]
+        names = (self.output, "logits_per_text", "last_hidden_state")
+        return outputs[next(name for name in names if name in outputs)]
 
 
 def gains(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
@@ -278,7 +659,11 @@ def gains(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
     return [
         (module.weight, 0.0 if "Gemma" in type(module).__name__ else 1.0)
         for name, module in model.named_modules()
-        if "Norm" in type(module).__name__ and not name.endswith(("q_norm", "k_norm"))
+        if "Norm" in type(module).__name__
+        and hasattr(module, "weight")
+        and not name.rpartition(".")[2].startswith(("q_", "k_", "kv_"))
+        and not name.endswith("feature_projection.layer_norm")
+        and ".feature_extractor." not in name
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quotientopt.symmetries import find_symmetries, registry
-from quotientopt.symmetries.norm_kinds import norm_kind, register_norm
+from quotientopt.symmetries.norm import norm_kind, register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
 from tests.symmetries.architectures import attention, randomize_, small_gpt, values
 from tests.symmetries.families import FAMILIES, WIDTH, build, text, transformers
@@ -18,12 +18,21 @@ ATTENTIONS = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 
 def test_an_unknown_architecture_is_listed():
     settings = {**FAMILIES["llama"].settings}
-    model = build("Olmo2ForCausalLM", **settings)
+    model = build("NemotronForCausalLM", **settings)
     symmetries = find_symmetries(model)
     assert symmetries.heads == ()
     assert symmetries.residual is None
     assert symmetries.unrecognized == ATTENTIONS
     assert "not understood, left to plain Adam: model.layers.0" in str(symmetries)
+
+
+def test_known_embeddings_around_unknown_layers_claim_no_rotations():
+    model = build("ApertusForCausalLM", **FAMILIES["llama"].settings).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+    residual = find_symmetries(model).residual
+    assert "model.layers.0, a layer that is not known" in residual.broken_by
 
 
 def test_an_unknown_attention_function_is_listed():
@@ -39,8 +48,9 @@ def test_an_unknown_attention_function_is_listed():
 def test_modules_that_are_built_differently_are_listed(name):
     """An attribute that another version does not have must not be an error."""
     model = FAMILIES[name].model()
+    widths = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "v_head_dim")
     for module in model.modules():
-        for attribute in ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim"):
+        for attribute in widths:
             vars(module).pop(attribute, None)
     symmetries = find_symmetries(model)
     assert symmetries.heads == ()
@@ -173,10 +183,10 @@ class WhiteningNorm(nn.Module):
 
 @pytest.fixture
 def scratch(monkeypatch):
-    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
-    from quotientopt.symmetries import norm_kinds
+    monkeypatch.setattr(registry, "_adapters", registry._adapters.copy())
+    from quotientopt.symmetries import norm
 
-    monkeypatch.setattr(norm_kinds, "_kinds", dict(norm_kinds._kinds))
+    monkeypatch.setattr(norm, "_kinds", norm._kinds.copy())
 
 
 def test_an_adapter_may_hide_what_is_inside(scratch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from quotientopt.symmetries import find_symmetries, fold_norms_
-from quotientopt.symmetries.centred_stream import CentredStream
+from quotientopt.symmetries.residual import CentredStream
 from tests.symmetries.architectures import EXAMPLES
 from tests.symmetries.families import FAMILIES, make_neutral_, transformers
 
@@ -26,20 +26,29 @@ OTHERS = {
 BROKEN = {
     "outside the recognised layers": "broken by what a layer does not see",
     "skip connection": "broken by norms that write to the stream",
+    "no plain LayerNorm": "broken by norms of a class of its own",
     "activation behind": "broken by an activation that writes to the stream",
+    "activation of": "broken by an activation that writes to the stream",
+    "layer scale": "broken by layer scales",
+    "images, which": "broken by images, which are not followed",
+    "pooling by": "broken by a pooling head",
     "no model or layer": "not seen from inside",
 }
 
 
 def group_cell(symmetries, suffix: str) -> str:
-    groups = {str(s.group) for s in symmetries.heads if s.name.endswith(suffix)}
+    groups = {str(s.group) for s in symmetries.heads if suffix in s.name.rpartition(".")[2]}
     if not groups:
         return "left alone"
-    (group,) = groups
-    rows, rotated = re.search(r"\((\d+)(?:, rotary_dim=(\d+))?", group).groups()
-    if rotated is None:
-        return "GL(r)"
-    return "(C*)^(r/2)" if rotated == rows else "GL(r − m) × (C*)^(m/2)"
+    cells = set()
+    for group in groups:
+        rows, rotated = re.search(r"\((\d+)(?:, rotary_dim=(\d+))?", group).groups()
+        if rotated is None:
+            cells.add("GL(r)")
+        else:
+            whole = rotated == rows
+            cells.add("(C*)^(r/2)" if whole else "GL(r − m) × (C*)^(m/2)")
+    return " and ".join(sorted(cells))
 
 
 def residual_cell(model: nn.Module) -> str:

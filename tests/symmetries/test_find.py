@@ -253,7 +253,7 @@ def test_acting_with_an_unknown_name_changes_nothing():
 
 
 def test_user_adapter(monkeypatch):
-    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
+    monkeypatch.setattr(registry, "_adapters", registry._adapters.copy())
 
     @register(f"{__name__}.HomeMadeAttention")
     def home_made(module, name):
@@ -278,7 +278,7 @@ def test_user_adapter(monkeypatch):
 
 
 def test_adapter_naming_an_unknown_parameter(monkeypatch):
-    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
+    monkeypatch.setattr(registry, "_adapters", registry._adapters.copy())
     register("torch.nn.modules.linear.Linear")(
         lambda module, name: Contribution(residual_axes={"typo": 0})
     )

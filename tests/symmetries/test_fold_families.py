@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from quotientopt.symmetries import SymmetryMap, find_symmetries, fold_norms_
-from quotientopt.symmetries.centred_stream import CentredStream
-from quotientopt.symmetries.uncentred import UncentredLayerNorm
+from quotientopt.symmetries.norm import UncentredLayerNorm
+from quotientopt.symmetries.residual import CentredStream
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, OutputsOnly, build, gains, transformers
 from tests.symmetries.test_families import CAUGHT, TOLERANCE, deviation, doubled, run
@@ -53,7 +53,7 @@ def test_rotating_before_folding_is_caught(name):
     model, inputs = family.model(**tie(name, False)).double(), doubled(family)
     before = run(model, inputs)
     broken = find_symmetries(model).residual
-    rotation = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q
+    rotation = torch.linalg.qr(torch.randn(family.width, family.width, dtype=torch.float64)).Q
     exact = type(broken)(broken.dimension, broken.axes, broken.parameters)
     SymmetryMap(residual=exact).act_({"residual": rotation})
     assert deviation(run(model, inputs), before) > CAUGHT
@@ -102,6 +102,28 @@ REFUSED = {
     "albert": r"attention\.LayerNorm, whose output is read by a skip connection",
     "clip": "pre_layrnorm, whose output is read by a skip connection",
     "whisper": r"activation behind model\.encoder\.conv2",
+    "gemma3": r"post_attention_layernorm\.weight, whose output is read by a skip connection",
+    "glm4": r"post_self_attn_layernorm\.weight, whose output is read by a skip connection",
+    "olmo": r"centring of model\.norm, which is no plain LayerNorm",
+    "olmo2": r"post_attention_layernorm\.weight, whose output is read by a skip connection",
+    "olmo3": r"post_attention_layernorm\.weight, whose output is read by a skip connection",
+    "cohere": r"centring of model\.norm, which is no plain LayerNorm",
+    "cohere2": r"centring of model\.norm, which is no plain LayerNorm",
+    "qwen2.5-vl": r"images, which model\.visual writes",
+    "qwen3-vl": r"images, which model\.visual writes",
+    "xlm-roberta": r"embeddings\.LayerNorm, whose output is read by a skip connection",
+    "camembert": r"embeddings\.LayerNorm, whose output is read by a skip connection",
+    "electra": r"attention\.output\.LayerNorm, whose output is read by a skip connection",
+    "mpnet": r"embeddings\.LayerNorm, whose output is read by a skip connection",
+    "modernbert": r"embeddings\.norm, whose output is read by a skip connection",
+    "deberta-v2": r"embeddings\.LayerNorm, whose output is read by a skip connection",
+    "bart": "layernorm_embedding, whose output is read by a skip connection",
+    "mbart": "layernorm_embedding, whose output is read by a skip connection",
+    "siglip": r"pooling by vision_model\.head",
+    "dinov2": r"layer scale encoder\.layer\.0\.layer_scale1",
+    "dinov3": r"layer scale model\.layer\.0\.layer_scale1",
+    "wav2vec2": r"activation of wav2vec2\.encoder\.pos_conv_embed",
+    "hubert": r"activation of hubert\.encoder\.pos_conv_embed",
 }
 
 

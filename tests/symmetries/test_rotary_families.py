@@ -6,7 +6,7 @@ from torch import nn
 
 from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
-from quotientopt.symmetries.adapters.attention_groups import normalised_group
+from quotientopt.symmetries.adapters.attention import normalised_group
 from quotientopt.symmetries.registry import NotUnderstoodError
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, PARTIAL_ROPE, ROPE

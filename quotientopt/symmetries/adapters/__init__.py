@@ -1,57 +1,28 @@
-"""Adapters that come with the package; importing a module registers its adapters."""
+"""Adapters that come with the package; importing a module registers its adapters.
+
+- ``torch_attention``: ``torch.nn.MultiheadAttention`` and the layers built on it;
+- ``reference``: the models and attentions of this package;
+- ``decoders``, ``encoders``, ``encoder_decoders``, ``vision_audio``: the transformers package, by
+  one class of each text; timm;
+- ``peft_lora``: low-rank pairs.
+"""
 
 from quotientopt.symmetries.adapters import (
-    albert,
-    bert,
-    bloom,
-    clip,
-    distilbert,
-    gemma2,
-    generic_heads,
-    gpt2,
-    gpt_neox,
-    invariant_attention,
-    llama,
-    mistral,
-    opt,
+    decoders,
+    encoder_decoders,
+    encoders,
     peft_lora,
-    phi3,
-    qwen2,
-    qwen3,
     reference,
-    relational_attention,
-    roberta,
-    t5,
-    timm_vit,
     torch_attention,
-    vit,
-    whisper,
+    vision_audio,
 )
 
 __all__ = [
-    "albert",
-    "bert",
-    "bloom",
-    "clip",
-    "distilbert",
-    "gemma2",
-    "generic_heads",
-    "gpt2",
-    "gpt_neox",
-    "invariant_attention",
-    "llama",
-    "mistral",
-    "opt",
+    "decoders",
+    "encoder_decoders",
+    "encoders",
     "peft_lora",
-    "phi3",
-    "qwen2",
-    "qwen3",
     "reference",
-    "relational_attention",
-    "roberta",
-    "t5",
-    "timm_vit",
     "torch_attention",
-    "vit",
-    "whisper",
+    "vision_audio",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from quotientopt.groups import GL, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.norm import Norm, Reader
-from quotientopt.symmetries.norm_kinds import norm_kind
+from quotientopt.symmetries.norm import Norm, Reader, norm_kind
 from quotientopt.symmetries.registry import (
     Adapter,
+    ByClass,
     Contribution,
     NotUnderstoodError,
     follows,
+    lookup,
     qualified,
     register,
+    unwrapped,
 )
 
 LINEAR = "torch.nn.modules.linear.Linear"
@@ -28,10 +31,28 @@ EMBEDDING = "torch.nn.modules.sparse.Embedding"
 CONV1D = "transformers.pytorch_utils.Conv1D"
 CONV2D = "torch.nn.modules.conv.Conv2d"
 IDENTITY = "torch.nn.modules.linear.Identity"
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
-_OUTPUT_AXIS = {LINEAR: 0, CONV1D: 1, CONV2D: 0, EMBEDDING: 1}
+_OUTPUT_AXIS = {LINEAR: 0, CONV1D: 1, CONV2D: 0, EMBEDDING: 1, FALCON_LINEAR: 0}
+
+# Embeddings that scale their rows, or count positions from elsewhere.
+_embeddings: ByClass[bool] = ByClass()
 
 Pick = Callable[[Tensor], Tensor]
+
+
+def transformers_classes(*names: str) -> list[str]:
+    """Qualified names in the transformers package, from ``"llama.LlamaAttention"`` and the like.
+
+    Names of more than two parts are qualified already.
+    """
+    qualified_names = []
+    for name in names:
+        family, _, class_name = name.partition(".")
+        if "." not in class_name:
+            name = f"transformers.models.{family}.modeling_{family}.{class_name}"
+        qualified_names.append(name)
+    return qualified_names
 
 
 class HeadView(NamedTuple):
@@ -73,6 +94,7 @@ def require(module: Any, *class_names: str) -> Any:
     NotUnderstoodError
         Otherwise.
     """
+    module = unwrapped(module)
     if not any(follows(module, class_name) for class_name in class_names):
         found = f"{type(module).__module__}.{type(module).__qualname__}"
         raise NotUnderstoodError(f"a {found} in the place of a plain {class_names[0]}")
@@ -87,6 +109,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     NotUnderstoodError
         If the value is computed from other parameters (parametrizations, weight norm).
     """
+    module = unwrapped(module)
     if name not in module._parameters:
         raise NotUnderstoodError(f"{name} of {type(module).__name__} is not a parameter")
     return module._parameters[name]
@@ -163,7 +186,7 @@ def add_attention(
     value: Sequence[HeadView],
     output: Sequence[HeadView],
     qk_group: StructureGroup | None = None,
-    query_groups: int = 1,
+    between: str = "",
 ) -> None:
     """Add the query-key and the value-output pair of an attention.
 
@@ -173,18 +196,26 @@ def add_attention(
     name : str
         Qualified name of the attention.
     query, key, value, output : sequence of HeadView
-        ``(heads, r, n)``; key and value have ``heads / query_groups`` heads.
+        ``(heads, r, n)``. Queries and outputs may have a multiple of the heads of keys and values:
+        the query heads of one key-value head are next to each other then.
     qk_group : StructureGroup, optional
         Group of the query-key pair; None leaves it alone.
-    query_groups : int
-        Query heads per key-value head, next to each other.
+    between : str
+        What stands between the heads and the output layer and leaves no value-output pair.
     """
     if qk_group is not None:
-        left, right = _blocks(query, query_groups), _blocks(key)
+        right = blocks_of(key)
+        left = blocks_of(query, right[0].size[0])
         add_pair(contribution, qualified(name, "qk"), qk_group, left, right)
-    vo_group = GL(value[0].view.shape[1])
-    left, right = _blocks(output, query_groups), _blocks(value)
-    add_pair(contribution, qualified(name, "vo"), vo_group, left, right)
+    else:
+        reason = "queries and keys are normalised, with gains or centred"
+        contribution.left_alone[qualified(name, "qk")] = reason
+    if between:
+        contribution.left_alone[qualified(name, "vo")] = between
+        return
+    right = blocks_of(value)
+    left = blocks_of(output, right[0].size[0])
+    add_pair(contribution, qualified(name, "vo"), GL(right[0].size[1]), left, right)
 
 
 def add_pair(
@@ -231,7 +262,8 @@ def add_embedding(contribution: Contribution, layer: Any, name: str, kind: str =
     """Add an embedding whose rows are added to the stream."""
     if layer.max_norm is not None:
         raise NotUnderstoodError(f"{name} renormalises its rows when it is read")
-    require(layer, kind)
+    if _embeddings.find(layer) is None:
+        require(layer, kind)
     present_parameter(layer, "weight")
     add_vectors(contribution, qualified(name, "weight"), 1)
 
@@ -256,7 +288,7 @@ def add_norm(
         raise NotUnderstoodError(f"{name} normalises over several axes")
     parameters = {}
     for part in ("weight", "bias"):
-        parameter = norm._parameters.get(part)
+        parameter = unwrapped(norm)._parameters.get(part)
         if parameter is None and getattr(norm, part, None) is not None:
             raise NotUnderstoodError(f"{part} of {name} is not a parameter")
         if parameter is not None:
@@ -313,6 +345,230 @@ def add_branch(
         add_norm(contribution, module.get_submodule(norm), qualified(name, norm), read)
 
 
+@dataclass(frozen=True)
+class Sublayer:
+    """The matrices of a module that is a branch of a layer, ``x + f(x)``.
+
+    Attributes
+    ----------
+    readers, writers : tuple of str
+        Paths of affine layers in the module that read the stream, and that write to it. Those of an
+        attention are its queries, keys and values, in this order.
+    kind : str
+        Class of these layers.
+    parts : tuple of str
+        Paths of sublayers in the module, and of linear layers, that read what the module reads;
+        those that are None are left out.
+    reading, writing : mapping of str to int
+        Names of parameters of the module itself to their axis that is the stream.
+    biases : mapping of str to str
+        Name of such a parameter to the name of its bias.
+    """
+
+    readers: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    kind: str = LINEAR
+    parts: tuple[str, ...] = ()
+    reading: Mapping[str, int] = field(default_factory=dict)
+    writing: Mapping[str, int] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+
+
+# Per class a sublayer, or a function of the module where it depends on the configuration.
+_sublayers: ByClass[Sublayer | Callable[[Any], Sublayer]] = ByClass()
+
+
+def register_sublayer(form: Sublayer | Callable[[Any], Sublayer], *names: str) -> None:
+    """Make modules of those classes, and copies of them, known as branches of layers.
+
+    Parameters
+    ----------
+    form : Sublayer or callable
+        A callable takes the module.
+    *names : str
+        See :func:`transformers_classes`.
+    """
+    for class_name in transformers_classes(*names):
+        _sublayers[class_name] = form
+
+
+def sublayer_of(module: nn.Module) -> Sublayer:
+    """The registered form of a module; NotUnderstoodError if there is none."""
+    form = _sublayers.find(module)
+    if form is None:
+        found = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise NotUnderstoodError(f"a {found} in the place of an attention or feed-forward layer")
+    return form if isinstance(form, Sublayer) else form(unwrapped(module))
+
+
+def add_sublayer(
+    contribution: Contribution,
+    module: nn.Module,
+    name: str,
+    form: Sublayer | None = None,
+    *,
+    cross: bool = False,
+) -> list[Reader]:
+    """Add what a branch reads the stream with and writes to it with.
+
+    Parameters
+    ----------
+    contribution : Contribution
+    module : Module
+    name : str
+        Its qualified name.
+    form : Sublayer, optional
+        By default the one registered for the module's class.
+    cross : bool
+        Whether keys and values read another stream.
+
+    Returns
+    -------
+    list of Reader
+        All that reads what the module reads.
+    """
+    form = sublayer_of(module) if form is None else form
+    readers = [
+        add_reader(contribution, module.get_submodule(path), qualified(name, path), form.kind)
+        for path in (form.readers[:1] if cross else form.readers)
+    ]
+    for parameter, axis in form.reading.items():
+        present_parameter(module, parameter)
+        bias = form.biases.get(parameter)
+        if bias is not None and own_parameter(module, bias) is None:
+            bias = None
+        weight = qualified(name, parameter)
+        contribution.residual_axes[weight] = axis
+        readers.append(Reader(weight, axis, None if bias is None else qualified(name, bias)))
+    for path in form.parts:
+        part = getattr(module, path, None)
+        if part is None:
+            continue
+        if follows(part, LINEAR):
+            readers.append(add_reader(contribution, part, qualified(name, path)))
+        else:
+            readers += add_sublayer(contribution, part, qualified(name, path))
+    for path in form.writers:
+        add_writer(contribution, module.get_submodule(path), qualified(name, path), form.kind)
+    for parameter, axis in form.writing.items():
+        present_parameter(module, parameter)
+        add_vectors(contribution, qualified(name, parameter), axis)
+    return readers
+
+
+class Branch(NamedTuple):
+    """One branch of a layer.
+
+    Attributes
+    ----------
+    sublayer : str or Sublayer
+        Path of a module that is one, or paths in the layer itself.
+    before : str, optional
+        Path of the norm in front, whose output is read by nothing but branches of this layer.
+    after : str, optional
+        Path of a norm whose output is the stream, or is added to it.
+    scale : str, optional
+        Path of a module that multiplies the branch by a trainable diagonal.
+    cross : bool
+        Whether it is an attention whose keys and values read another stream.
+    """
+
+    sublayer: str | Sublayer
+    before: str | None = None
+    after: str | None = None
+    scale: str | None = None
+    cross: bool = False
+
+    @classmethod
+    def beside(
+        cls, norm: str, sublayer: str | Sublayer, *, first: bool, cross: bool = False
+    ) -> Branch:
+        """A branch with its norm in front, or else behind."""
+        before, after = (norm, None) if first else (None, norm)
+        return cls(sublayer, before, after, cross=cross)
+
+
+def layer_adapter(*branches: Branch) -> Adapter:
+    """The adapter of layers made of those branches; a branch whose module is None is left out."""
+
+    def adapter(module: Any, name: str) -> Contribution:
+        contribution = Contribution()
+        add_branches(contribution, module, name, *branches)
+        return contribution
+
+    return adapter
+
+
+def add_branches(contribution: Contribution, module: Any, name: str, *branches: Branch) -> None:
+    """Add branches of a layer, with the norms in front of them and behind them."""
+    norms: dict[str, list[Reader]] = {}
+    for branch in branches:
+        if isinstance(branch.sublayer, str):
+            part = module.get_submodule(branch.sublayer)
+            path = qualified(name, branch.sublayer)
+            readers = add_sublayer(contribution, part, path, cross=branch.cross)
+        else:
+            readers = add_sublayer(contribution, module, name, branch.sublayer, cross=branch.cross)
+        if branch.before is not None and not follows(module.get_submodule(branch.before), IDENTITY):
+            norms.setdefault(branch.before, []).extend(readers)
+        if branch.after is not None:
+            norm = module.get_submodule(branch.after)
+            add_norm(contribution, norm, qualified(name, branch.after))
+        if branch.scale is not None and not follows(module.get_submodule(branch.scale), IDENTITY):
+            contribution.residual_breakers.append(f"layer scale {qualified(name, branch.scale)}")
+    for path, readers in norms.items():
+        add_norm(contribution, module.get_submodule(path), qualified(name, path), readers)
+
+
+def add_embeddings(contribution: Contribution, module: nn.Module, name: str, *paths: str) -> None:
+    """Add embeddings whose rows are added to the stream; those that are None are left out."""
+    for path in paths:
+        head, _, last = path.rpartition(".")
+        embedding = getattr(module.get_submodule(head), last)
+        if embedding is not None:
+            add_embedding(contribution, embedding, qualified(name, path))
+
+
+def stack_adapter(*embeddings: str, norm: str | None) -> Adapter:
+    """The adapter of a model that returns hidden states: embeddings, layers and a last norm."""
+
+    def adapter(module: Any, name: str) -> Contribution:
+        last = None if norm is None else qualified(name, norm)
+        contribution = Contribution(outputs={name: last})
+        add_embeddings(contribution, module, name, *embeddings)
+        if norm is not None and last is not None:
+            add_norm(contribution, module.get_submodule(norm), last, [])
+        return contribution
+
+    return adapter
+
+
+def head_adapter(source: str, *paths: str) -> Adapter:
+    """The adapter of a model around one that returns hidden states, and of what reads them."""
+
+    def adapter(module: Any, name: str) -> Contribution:
+        contribution = Contribution()
+        require_known(module.get_submodule(source))
+        add_consumer(contribution, module, name, source, *paths)
+        return contribution
+
+    return adapter
+
+
+def require_known(module: nn.Module) -> nn.Module:
+    """Return the module if there is an adapter for its class; NotUnderstoodError otherwise."""
+    if lookup(unwrapped(module)) is None:
+        found = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise NotUnderstoodError(f"{found} is not known")
+    return module
+
+
+def register_embedding(*names: str) -> None:
+    """Make classes known that look rows up in their weight, up to constants and positions."""
+    for class_name in transformers_classes(*names):
+        _embeddings[class_name] = True
+
+
 def add_consumer(
     contribution: Contribution, module: nn.Module, name: str, source: str, *paths: str
 ) -> None:
@@ -347,10 +603,13 @@ def _matrix(layer: nn.Module, kind: str, axis: int, size: int) -> nn.Parameter:
     return weight
 
 
-def _blocks(views: Sequence[HeadView], groups: int = 1) -> list[Block]:
-    """Blocks of all views; with groups, one for each member of a group of adjacent heads."""
-    return [
-        Block.of(view.unflatten(0, (-1, groups))[:, member], parameter, name)
-        for parameter, name, view in views
-        for member in range(groups)
-    ]
+def blocks_of(views: Sequence[HeadView], heads: int | None = None) -> list[Block]:
+    """Blocks of all views; several of a view that has more heads, which follow one another."""
+    blocks = []
+    for parameter, name, view in views:
+        groups, rest = divmod(len(view), heads or len(view))
+        if rest or not groups:
+            raise NotUnderstoodError(f"{len(view)} heads of {name} for {heads} others")
+        members = view.unflatten(0, (-1, groups))
+        blocks += [Block.of(members[:, member], parameter, name) for member in range(groups)]
+    return blocks

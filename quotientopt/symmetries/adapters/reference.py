@@ -1,4 +1,4 @@
-"""The package's own GPT, Llama and vision Transformer."""
+"""The package's own models and attentions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from quotientopt.symmetries.adapters.layers import (
     input_heads,
     output_heads,
 )
-from quotientopt.symmetries.norm_kinds import register_norm
+from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
+    bare_modules,
     follows,
     qualified,
     register,
@@ -32,6 +33,7 @@ from quotientopt.symmetries.registry import (
 MODELS = "quotientopt.models"
 ATTENTION = f"{MODELS}.attention.Attention"
 INVARIANT_ATTENTION = "quotientopt.nn.invariant_attention.InvariantAttention"
+RELATIONAL_ATTENTION = "quotientopt.nn.relational_attention.RelationalAttention"
 LAYERS = (
     LINEAR,
     EMBEDDING,
@@ -75,9 +77,39 @@ def attention(module: Any, name: str) -> Contribution:
         value=views["value"],
         output=output,
         qk_group=group,
-        query_groups=heads // shared,
     )
     return contribution
+
+
+@register(INVARIANT_ATTENTION)
+def invariant_attention(module: Any, name: str) -> Contribution:
+    """GL(r) on both pairs of every key-value head; less on rotary queries and keys."""
+    if module.parametrization != "fixed-rank":
+        return Contribution(gauge_free=True)
+    contribution = Contribution()
+    shape = module.shape
+    heads, shared, rank = shape.heads, shape.key_value_heads, shape.head_width
+    query, key, value = (
+        output_heads(getattr(module, part), qualified(name, part), count * rank, consecutive(count))
+        for part, count in (("query", heads), ("key", shared), ("value", shared))
+    )
+    output = input_heads(module.output, qualified(name, "output"), heads * rank, consecutive(heads))
+    add_attention(
+        contribution,
+        name,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        qk_group=shape.groups()["qk"],
+    )
+    return contribution
+
+
+@register(RELATIONAL_ATTENTION)
+def relational_attention(module: Any, name: str) -> Contribution:
+    """No matrix acts on the axis d, and none is a product of two."""
+    return Contribution(gauge_free=True)
 
 
 @register(f"{MODELS}.gpt.GPT")
@@ -140,7 +172,7 @@ def _add_blocks_and_head(
 
 def _require_layers(module: nn.Module, class_names: tuple[str, ...]) -> None:
     """Refuse a model in which some layer was replaced by one of another class."""
-    for path, layer in module.named_modules():
+    for path, layer in bare_modules(module):
         if not any(follows(layer, class_name) for class_name in class_names):
             raise NotUnderstoodError(f"{path} is a {type(layer).__name__}")
         for parameter_name in ("weight", "bias"):

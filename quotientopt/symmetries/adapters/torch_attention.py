@@ -19,20 +19,20 @@ from quotientopt.symmetries.adapters.layers import (
     own_parameter,
     present_parameter,
     require,
+    understands,
 )
 from quotientopt.symmetries.norm import Reader
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
     qualified,
-    register,
 )
 
 MULTIHEAD_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 UNKNOWN_REST = "readers and writers of the stream outside the recognised layers"
 
 
-@register(MULTIHEAD_ATTENTION)
+@understands(MULTIHEAD_ATTENTION)
 def multihead_attention(module: Any, name: str) -> Contribution:
     """GL(r) on the query-key and on the value-output pair of every head."""
     width, heads = module.embed_dim, module.num_heads
@@ -53,8 +53,10 @@ def multihead_attention(module: Any, name: str) -> Contribution:
     return contribution
 
 
-@register("torch.nn.modules.transformer.TransformerEncoderLayer")
-@register("torch.nn.modules.transformer.TransformerDecoderLayer")
+@understands(
+    "torch.nn.modules.transformer.TransformerEncoderLayer",
+    "torch.nn.modules.transformer.TransformerDecoderLayer",
+)
 def transformer_layer(module: Any, name: str) -> Contribution:
     """Residual axes of an encoder or decoder layer; it cannot know the rest of the stream."""
     contribution = Contribution(residual_breakers=[UNKNOWN_REST])

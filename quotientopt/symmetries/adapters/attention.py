@@ -1,0 +1,346 @@
+"""Attentions: groups of their pairs by positions and norms, pairs by the layout of projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from quotientopt.groups import (
+    GL,
+    O,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    StructureGroup,
+)
+from quotientopt.symmetries.adapters.layers import (
+    IDENTITY,
+    LINEAR,
+    HeadView,
+    Pick,
+    add_attention,
+    consecutive,
+    input_heads,
+    narrowed,
+    output_heads,
+    own_parameter,
+    present_parameter,
+)
+from quotientopt.symmetries.norm import norm_kind
+from quotientopt.symmetries.registry import (
+    Contribution,
+    NotUnderstoodError,
+    follows,
+    qualified,
+)
+
+# Functions of q kᵀ and v alone; anyone may register others with transformers.
+_IMPLEMENTATIONS = {
+    None,
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+}
+
+# All turn the planes (j, j + rotary_dim/2); they differ in the angles.
+_ROTARY_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}
+
+
+def require_known_attention(module: Any) -> None:
+    """Refuse an attention function that somebody registered with transformers.
+
+    Raises
+    ------
+    NotUnderstoodError
+        Naming it.
+    """
+    implementation = module.config._attn_implementation
+    if isinstance(implementation, str):
+        implementation = implementation.removeprefix("paged|")
+    if implementation not in _IMPLEMENTATIONS:
+        raise NotUnderstoodError(f"the attention implementation {implementation!r} is not known")
+
+
+def rotary_group(
+    config: Any,
+    rank: int,
+    *,
+    partial: bool = False,
+    layout: str = "half",
+    layer_type: str | None = None,
+) -> StructureGroup:
+    """The commutant of the rotary embedding that a configuration of transformers describes.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    rank : int
+        Width of a head.
+    partial : bool
+        Whether the model can leave the last rows of a head as they are.
+    layout : {"half", "interleaved"}
+        Which rows make a plane, see :class:`~quotientopt.groups.RotaryCommutant`.
+    layer_type : str, optional
+        Where layers of several types have rotary embeddings of their own: the layer's.
+
+    Raises
+    ------
+    NotUnderstoodError
+        For a kind of rotary embedding that is not known.
+    """
+    parameters = config.rope_parameters
+    if layer_type is not None and layer_type in parameters:
+        parameters = parameters[layer_type]
+    kind = parameters.get("rope_type")
+    if kind not in _ROTARY_TYPES:
+        raise NotUnderstoodError(f"the rotary embedding {kind!r} is not known")
+    factor = 1.0
+    # The proportional kind turns all planes, some of them with frequency zero.
+    if partial and kind != "proportional":
+        factor = parameters.get("partial_rotary_factor", 1.0)
+    rows = int(rank * factor)
+    if rows % 2 or rows > rank:
+        raise NotUnderstoodError(f"a rotary embedding of {rows} rows in a head of {rank}")
+    return RotaryCommutant(rank, rows, layout) if rows else GL(rank)
+
+
+def normalised_group(
+    norms: Sequence[nn.Module], group: StructureGroup, *, whole: bool = False
+) -> StructureGroup | None:
+    """What is left of a query-key group when queries and keys are normalised.
+
+    GL(r) becomes O(r), the stabiliser of ones in it if the norm also centres; a rotary commutant
+    becomes the unitary phases of its planes. Gains break all of it unless they are frozen and
+    multiply by one number wherever the group mixes rows; then None is returned, which leaves
+    queries and keys alone.
+
+    Parameters
+    ----------
+    norms : sequence of Module
+        Norms of queries and keys, over the r rows of a head; identities do nothing. Gains of shape
+        ``(r,)``, or ``(heads, r)``.
+    group : GL or RotaryCommutant
+        The group without the norms.
+    whole : bool
+        Whether the norms are over the rows of all heads at once, with gains of shape
+        ``(heads * r,)``.
+
+    Raises
+    ------
+    NotUnderstoodError
+        If a norm is not known, or not over one head.
+    """
+    norms = [norm for norm in norms if not follows(norm, IDENTITY)]
+    if not norms:
+        return group
+    kinds = [norm_kind(norm) for norm in norms]
+    if None in kinds:
+        unknown = type(norms[kinds.index(None)]).__name__
+        raise NotUnderstoodError(f"{unknown} on queries or keys is not known")
+    centres = any(kind is not None and kind.centres for kind in kinds)
+    rotary = isinstance(group, RotaryCommutant)
+    # A list, so that every norm is checked.
+    intact = [_commutes(norm, group, whole) for norm in norms]
+    if not all(intact) or (centres and (rotary or whole)):
+        return None
+    if isinstance(group, RotaryCommutant):
+        return RotaryPhases(group.r, group.rotary_dim, group.layout)
+    return StabilizerOfOnes(group.r) if centres else O(group.r)
+
+
+def _commutes(norm: nn.Module, group: StructureGroup, whole: bool) -> bool:
+    """Whether gain and bias of a norm commute with the unitary part of the group, and stay so."""
+    over = NotUnderstoodError(f"the norm of queries or keys is not over {group.r} rows")
+    shape = getattr(norm, "normalized_shape", (group.r,))
+    if len(shape) != 1 or (shape[0] % group.r if whole else shape[0] != group.r):
+        raise over
+    for part in ("weight", "bias"):
+        if getattr(norm, part, None) is None:
+            continue
+        parameter = own_parameter(norm, part)
+        if parameter is None or (parameter.shape[-1] % group.r):
+            raise over
+        if not whole and parameter.shape[-1] != group.r:
+            raise over
+        values = parameter.detach().reshape(-1, group.r)
+        if parameter.requires_grad or (part == "bias" and bool((values != 0).any())):
+            return False
+        mixed = _mixed_rows(group)
+        if any(bool((values[:, rows] != values[:, rows[:1]]).any()) for rows in mixed):
+            return False
+    return True
+
+
+def _mixed_rows(group: StructureGroup) -> list[list[int]]:
+    """Sets of rows that the group mixes."""
+    if isinstance(group, RotaryCommutant):
+        return [*map(list, group.planes), *([list(group.pass_rows)] if group.pass_rows else [])]
+    return [list(range(group.r))]
+
+
+def projected_attention(
+    module: Any,
+    name: str,
+    *,
+    rank: int,
+    layers: Sequence[str],
+    qk_group: StructureGroup | None,
+    kind: str = LINEAR,
+    between: str = "",
+) -> Contribution:
+    """Pairs of an attention with four projections, whose heads follow one another.
+
+    Parameters
+    ----------
+    module : Module
+    name : str
+        Its qualified name.
+    rank : int
+        Width of a head.
+    layers : sequence of str
+        Paths of the query, key, value and output layers; missing biases are left out. There may be
+        fewer heads of keys and values than of queries.
+    qk_group : StructureGroup, optional
+        Group of the query-key pair; None leaves it alone.
+    kind : str
+        Class of the layers.
+    between : str
+        What stands between the heads and the output layer and leaves no value-output pair.
+    """
+    views = []
+    for path in layers[:3]:
+        layer = module.get_submodule(path)
+        rows = present_parameter(layer, "weight").shape[0 if kind == LINEAR else 1]
+        pick = consecutive(_heads(rows, rank))
+        views.append(output_heads(layer, qualified(name, path), rows, pick, kind))
+    width = len(views[0][0].view) * rank
+    pick = consecutive(width // rank)
+    layer = module.get_submodule(layers[3])
+    output = input_heads(layer, qualified(name, layers[3]), width, pick, kind)
+    contribution = Contribution()
+    add_attention(
+        contribution,
+        name,
+        query=views[0],
+        key=views[1],
+        value=views[2],
+        output=output,
+        qk_group=qk_group,
+        between=between,
+    )
+    return contribution
+
+
+def stacked_attention(
+    module: Any,
+    name: str,
+    *,
+    rank: int,
+    heads: int,
+    shared: int | None = None,
+    layers: tuple[str, str],
+    qk_group: StructureGroup | None,
+    kind: str = LINEAR,
+) -> Contribution:
+    """Pairs of an attention with one projection: first all queries, then all keys, all values.
+
+    Parameters
+    ----------
+    module, name, rank, qk_group, kind
+        See :func:`projected_attention`.
+    heads : int
+        Heads of the queries.
+    shared : int, optional
+        Heads of keys and values.
+    layers : tuple of str
+        Paths of the fused layer and of the output layer.
+    """
+    shared = heads if shared is None else shared
+    rows = (heads + 2 * shared) * rank
+    starts = {"query": (heads, 0), "key": (shared, heads), "value": (shared, heads + shared)}
+    views = {
+        part: output_heads(
+            module.get_submodule(layers[0]),
+            qualified(name, layers[0]),
+            rows,
+            narrowed(count, start * rank, count * rank),
+            kind,
+        )
+        for part, (count, start) in starts.items()
+    }
+    return _with_output(module, name, layers[1], heads * rank, rank, views, qk_group, kind)
+
+
+def grouped_attention(
+    module: Any,
+    name: str,
+    *,
+    rank: int,
+    shared: int,
+    groups: int = 1,
+    layers: tuple[str, str],
+    qk_group: StructureGroup | None,
+    kind: str = LINEAR,
+) -> Contribution:
+    """Pairs of an attention with one projection: group by group some queries, a key and a value.
+
+    Parameters
+    ----------
+    module, name, rank, layers, qk_group, kind
+        See :func:`stacked_attention`.
+    shared : int
+        Heads of keys and values.
+    groups : int
+        Queries per key.
+    """
+    rows = shared * (groups + 2) * rank
+
+    def heads(*members: int) -> list[HeadView]:
+        return [view for member in members for view in fused(member)]
+
+    def fused(member: int) -> list[HeadView]:
+        pick: Pick = lambda rows: rows.unflatten(0, (shared, groups + 2, rank))[:, member]  # noqa: E731
+        layer = module.get_submodule(layers[0])
+        return output_heads(layer, qualified(name, layers[0]), rows, pick, kind)
+
+    views = {"query": heads(*range(groups)), "key": heads(groups), "value": heads(groups + 1)}
+    width = shared * groups * rank
+    return _with_output(module, name, layers[1], width, rank, views, qk_group, kind)
+
+
+def _with_output(
+    module: Any,
+    name: str,
+    path: str,
+    width: int,
+    rank: int,
+    views: dict[str, list[HeadView]],
+    qk_group: StructureGroup | None,
+    kind: str,
+) -> Contribution:
+    layer = module.get_submodule(path)
+    pick = consecutive(width // rank)
+    output = input_heads(layer, qualified(name, path), width, pick, kind)
+    contribution = Contribution()
+    add_attention(
+        contribution,
+        name,
+        query=views["query"],
+        key=views["key"],
+        value=views["value"],
+        output=output,
+        qk_group=qk_group,
+    )
+    return contribution
+
+
+def _heads(rows: int, rank: int) -> int:
+    heads, rest = divmod(rows, rank)
+    if rest or not heads:
+        raise NotUnderstoodError(f"{rows} rows for heads of {rank}")
+    return heads
