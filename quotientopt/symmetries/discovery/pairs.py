@@ -237,6 +237,8 @@ def find_pairs(cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = ()) -> l
     for pair in kept:
         scores += _queries_and_keys(pair, cuts, taken)
     kept += [pair for pair in sorted(scores, key=_size) if taken.add(pair)]
+    for pair in [pair for pair in kept if pair.scores]:
+        kept += [found for found in _shared_rotary_keys(pair, cuts, taken) if taken.add(found)]
     units = [pair for pair in (*linear, *values) if pair.rank == 1]
     kept += [pair for pair in sorted(units, key=_size) if taken.add(pair)]
     alone = list(_scores_alone(cuts, taken, {*ranks, *(pair.rank for pair in kept)}))
@@ -514,7 +516,21 @@ def _queries_and_keys(
                 queries += [(cut, free[Q]) for Q in _layouts(n, h, g)]
             if n % (h * (g + 1)) == 0:
                 both += [(cut, free[Q], free[K]) for Q, K in _fused_layouts(n, h, g)]
+        if g == 1 and cut[0].key == values.right[0].key:
+            both += [(cut, Q, K) for Q, K in _beside_values(values.right[1], free)]
     yield from _scores(queries, keys, both)
+
+
+def _beside_values(values: Tensor, free: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries and keys at constant distances from the values of the same matrix, head by head."""
+    if not len(free):
+        return
+    r = values.shape[1]
+    known = set(free.tolist())
+    shifts = range(-int(values.min()) // r * r, int(free.max()) + 1, r)
+    inside = [s for s in shifts if s and known.issuperset((values + s).flatten().tolist())]
+    for a, b in itertools.permutations(inside, 2):
+        yield (values + a).unsqueeze(1), (values + b).unsqueeze(1)
 
 
 def _scores(
@@ -545,6 +561,32 @@ def _scores(
                     else pair
                 )
                 break
+
+
+def _shared_rotary_keys(
+    pair: FoundPair, cuts: Sequence[Sequence[Rows]], taken: _Taken
+) -> Iterator[FoundPair]:
+    """Rotated rows of queries whose other rows are in a pair, and the one key that all read.
+
+    As in multi-head latent attention: the key is the first or the last rows of some other matrix.
+    """
+    if len(pair.left) > 1:
+        return
+    own = pair.left[0][0]
+    rows = taken.free(own)
+    if not len(rows) or len(rows) % pair.heads:
+        return
+    r = len(rows) // pair.heads
+    scope = common_module([own.name, pair.right[0].name])
+    queries, keys = [], []
+    for cut in cuts:
+        if cut[0].key == own.key:
+            queries.append((cut, rows.view(1, pair.heads, r)))
+        elif cut[0].output and _within(cut[0].name, scope):
+            free = taken.free(cut[0])
+            if len(free) > r:
+                keys += [(cut, part.view(1, 1, r)) for part in (free[-r:], free[:r])]
+    yield from _scores(queries, keys, [])
 
 
 def _scores_alone(
