@@ -88,6 +88,18 @@ class SymmetryMap:
         """All factor pairs: those of heads, then those of hidden units."""
         return self.heads + self.hidden_units
 
+    @property
+    def linear(self) -> tuple[HeadSymmetry | ScaleSymmetry, ...]:
+        """All but the translations and the residual stream: the pairs, then the scales."""
+        return (*self.pairs, *self.scales)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a group element of the model may name; ``"residual"`` also where O(d) is broken."""
+        translated = [symmetry.name + TRANSLATION for symmetry in self._translated()]
+        residual = [] if self.residual is None else [RESIDUAL]
+        return (*self._actors(), *translated, *residual)
+
     def parameters_of(self, name: str) -> list[Tensor]:
         """The parameters that the symmetry of that name (as in a group element) acts on."""
         if name == RESIDUAL and self.residual is not None:
@@ -101,8 +113,7 @@ class SymmetryMap:
         return [block.parameter for block in (*translation.blocks, *sink)]
 
     def _actors(self) -> dict[str, HeadSymmetry | ScaleSymmetry]:
-        linear: list[HeadSymmetry | ScaleSymmetry] = [*self.pairs, *self.scales]
-        return {symmetry.name: symmetry for symmetry in linear}
+        return {symmetry.name: symmetry for symmetry in self.linear}
 
     def redundancy(self) -> dict[str, int]:
         """Count parameters and gauge directions.
