@@ -36,6 +36,7 @@ def affine(model: nn.Module) -> SymmetryMap:
         residual_reason=found.residual_reason,
         unrecognized=found.unrecognized,
         hidden_units=units,
+        further=found.further,
     )
 
 
