@@ -29,7 +29,7 @@ from quotientopt.canonical.reading import (
     BlockView,
     of_unit_length,
     query_groups,
-    require_heads,
+    require_pairs,
     right_blocks,
     rotated,
     stored,
@@ -146,7 +146,7 @@ def align_(
     """
     own, other = symmetries or (None, None)
     own, other = symmetries_of(model, own), symmetries_of(reference, other)
-    require_heads(model, own)
+    require_pairs(model, own)
     refuse_different(model, reference, own, other)
     refuse_uneven(own)
     refuse_sparse_gradients(own)

@@ -20,7 +20,7 @@ from quotientopt.canonical.reading import (
     BlockView,
     of_unit_length,
     pair_of,
-    require_heads,
+    require_pairs,
     rotated,
     stored,
     symmetries_of,
@@ -131,7 +131,7 @@ def dress_(
         symmetries = getattr(optimizer, "symmetries", None)
     symmetries = symmetries_of(model, symmetries)
     if not residual:
-        require_heads(model, symmetries)
+        require_pairs(model, symmetries)
     if optimizer is not None:
         symmetries = _of_heads(symmetries)
     refuse_uneven(symmetries)

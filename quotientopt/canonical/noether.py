@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from quotientopt._linalg import compute_dtype
 from quotientopt.canonical.reading import (
     moved_first,
-    require_heads,
+    require_pairs,
     stored,
     sum_of_grams,
     symmetries_of,
@@ -160,7 +160,7 @@ class ChargeLog:
             raise TypeError(
                 f"{type(optimizer).__name__} has no register_step_post_hook; pass a torch optimizer"
             )
-        self._symmetries = require_heads(model, symmetries_of(model, symmetries)).pairs
+        self._symmetries = require_pairs(model, symmetries_of(model, symmetries)).pairs
         self._every = every
         self._steps = 0
         self._start = [_charge(symmetry) for symmetry in self._symmetries]

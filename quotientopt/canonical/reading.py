@@ -269,22 +269,40 @@ def symmetries_of(
 
 
 def require_heads(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
-    """The symmetries, unless there is no factor pair.
+    """The symmetries, unless there is none of a head.
 
     Raises
     ------
     ValueError
         Naming what was not understood, or has no gauge.
     """
-    if not symmetries.pairs:
-        if symmetries.gauge_free and not symmetries.unrecognized:
-            raise ValueError(
-                f"{type(model).__name__} has no head symmetry to divide out: the heads of "
-                f"{', '.join(symmetries.gauge_free)} hold or read invariants"
-            )
-        unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
-        raise ValueError(
-            f"no head symmetry of {type(model).__name__} is known (not understood: {unknown}); "
-            "register an adapter, or pass symmetries="
-        )
+    if not symmetries.heads:
+        raise _nothing_known(model, symmetries)
     return symmetries
+
+
+def require_pairs(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
+    """The symmetries, unless there is no factor pair: none of a head, none of hidden units.
+
+    Raises
+    ------
+    ValueError
+        As of :func:`require_heads`.
+    """
+    if not symmetries.pairs:
+        raise _nothing_known(model, symmetries)
+    return symmetries
+
+
+def _nothing_known(model: nn.Module, symmetries: SymmetryMap) -> ValueError:
+    kind = type(model).__name__
+    if symmetries.gauge_free and not symmetries.unrecognized:
+        return ValueError(
+            f"{kind} has no head symmetry to divide out: the heads of "
+            f"{', '.join(symmetries.gauge_free)} hold or read invariants"
+        )
+    unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
+    return ValueError(
+        f"no head symmetry of {kind} is known (not understood: {unknown}); "
+        "register an adapter, or pass symmetries="
+    )

@@ -22,8 +22,10 @@ from tests.canonical.models import (
     snapshot,
     unchanged,
 )
+from tests.canonical.test_census import VOCABULARY, NanoGPT, random
 from tests.canonical.test_families import example as family_example
 from tests.symmetries import test_affine
+from tests.symmetries.architectures import small_llama
 from tests.symmetries.test_affine import Layer
 
 MODELS = {
@@ -428,3 +430,51 @@ def test_translations_are_made_of_the_biases_of_one_pair():
         HeadSymmetry(
             qk.left_blocks, qk.right_blocks, qk.group, "qk", translation=Translation((foreign,))
         )
+
+
+def folded(bias):
+    """A model with exact O(d): biases that may be translated, or hidden units of SwiGLU."""
+    model = random(NanoGPT(bias=True, tied=False)) if bias else small_llama().double()
+    qo.fold_norms_(model)
+    ids = torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(9))
+
+    @torch.no_grad()
+    def run(other):
+        return other(ids)
+
+    return model, run
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["translations", "hidden units"])
+def test_together_with_a_rotation_of_the_stream(bias):
+    model, run = folded(bias)
+    twin = twin_of(model, affine)
+    assert "residual" in affine(model).random_element()
+    assert deviation(run, model, twin) < 1e-11
+    found = distance(model, twin, symmetries=(affine(model), affine(twin)), relative=True)
+    assert max(found.values()) < 1e-11
+    unrotated = distance(model, twin, symmetries=(affine(model), affine(twin)), residual=False)
+    assert unrotated["other"] > 0.1
+    moved = copy.deepcopy(twin)
+    align_(moved, model, symmetries=(affine(moved), affine(model)), permute_heads=False)
+    assert difference(moved, model) < 1e-9
+    original = copy.deepcopy(model)
+    for one in (model, twin):
+        dress_(one, residual=True, symmetries=affine(one))
+    assert deviation(run, original, model) < 1e-11
+    assert difference(model, twin) < 1e-9
+
+
+def test_a_model_of_hidden_units_alone():
+    layer, _, find = build("layer")
+    units = SymmetryMap(hidden_units=find(layer).hidden_units)
+    twin = copy.deepcopy(layer)
+    SymmetryMap(hidden_units=find(twin).hidden_units).act_(
+        {"mlp": torch.full((test_affine.HIDDEN, 1, 1), 3.0, dtype=torch.float64)}
+    )
+    dress_(layer, symmetries=units)
+    dress_(twin, symmetries=SymmetryMap(hidden_units=find(twin).hidden_units))
+    assert difference(layer, twin) < 1e-13
+    assert spectra(layer, symmetries=units) == {}
+    with pytest.raises(ValueError, match="no head symmetry of Layer is known"):
+        qo.flow.projected_gradient_flow(layer, lambda m: 0, (0, 1), symmetries=units)
