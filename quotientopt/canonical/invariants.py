@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from quotientopt.canonical.reading import (
 from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.find import symmetries_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +151,10 @@ def _triangular(X: Tensor) -> Tensor:
 
 @torch.no_grad()
 def invariants(
-    model: nn.Module, *, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None
+    model: nn.Module,
+    *,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+    example_inputs: Any = None,
 ) -> dict[str, FactoredInvariant]:
     """The invariants of a model's factor pairs: what of their weights the model can see.
 
@@ -158,6 +163,8 @@ def invariants(
     model : Module
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         By default all that are found.
+    example_inputs : Tensor, tuple or mapping, optional
+        A batch, from which symmetries are found that the classes of the modules do not tell.
 
     Returns
     -------
@@ -169,6 +176,8 @@ def invariants(
     ValueError
         If a pair is rank-deficient or not finite; it is named.
     """
+    if symmetries is None:
+        symmetries = symmetries_from(model, example_inputs)
     symmetries = symmetries_of(model, symmetries)
     view = of_unit_length(symmetries)
     elements = elements_of(symmetries, "svd", view)

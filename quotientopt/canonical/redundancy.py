@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from quotientopt.canonical.reading import symmetries_of
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.census import KINDS, ROTATIONS
+from quotientopt.symmetries.find import symmetries_from
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 REST = "outside the layers"
@@ -98,7 +100,10 @@ class Redundancy:
 
 
 def redundancy(
-    model: nn.Module, *, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None
+    model: nn.Module,
+    *,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+    example_inputs: Any = None,
 ) -> Redundancy:
     """Count parameters, gauge directions and the dimension of the quotient, per layer and in all.
 
@@ -110,12 +115,16 @@ def redundancy(
     model : Module
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         By default all that are found.
+    example_inputs : Tensor, tuple or mapping, optional
+        A batch, from which symmetries are found that the classes of the modules do not tell.
 
     Returns
     -------
     Redundancy
         Prints as a table. Discrete symmetries (orders of heads, signs) have dimension zero.
     """
+    if symmetries is None:
+        symmetries = symmetries_from(model, example_inputs)
     symmetries = symmetries_of(model, symmetries)
     parameters: dict[str, int] = {}
     for name, parameter in model.named_parameters():

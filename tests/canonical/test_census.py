@@ -319,6 +319,31 @@ def test_the_census_is_the_null_space(name, monkeypatch):
     assert null(model) == sum(kinds.values()) + missing
 
 
+def test_hidden_units_are_found_from_a_batch():
+    """Without a map made by hand: from the class heads and norms, from the batch hidden units."""
+    model = random(llama(True))
+    batch = {"input_ids": tokens(7)}
+    assert redundancy(model, example_inputs=batch).kinds == LLAMA
+    assert "scales of hidden units" not in redundancy(model).kinds
+    found = qo.invariants(model, example_inputs=batch)
+    assert any(invariant.left.shape[:2] == (16, 1) for invariant in found.values())
+
+
+class Stranger(NanoGPT):
+    """What a class changes is not understood by the class it comes from."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens)
+
+
+def test_of_a_stranger_a_batch_gives_a_lower_bound():
+    model = random(Stranger(bias=True))
+    counts = redundancy(model, example_inputs=tokens(7))
+    assert counts.kinds == {key: BLOCK[key] for key in ("heads", "translations of biases")}
+    assert counts.total.redundant < null(model)
+    assert str(counts).splitlines()[-1].startswith("at least ")
+
+
 def test_rows_that_are_never_used_are_beside_the_census():
     """Two positions more than there are tokens: d − 1 directions each beside their means."""
     model = random(gpt2(True, positions=LENGTH + 2))
