@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +27,21 @@ from quotientopt.canonical.moving import move_, refuse_sparse_gradients, refuse_
 from quotientopt.canonical.outside import Outside, outside_of, residual_axes
 from quotientopt.canonical.reading import (
     BlockView,
+    of_unit_length,
     query_groups,
-    require_heads,
+    require_pairs,
+    right_blocks,
     rotated,
     stored,
     symmetries_of,
+    translations_to_zero,
+    unit_lengths,
+    untranslated,
 )
 from quotientopt.canonical.residual import overlap_outside
-from quotientopt.groups import O
+from quotientopt.groups import O, Scale
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 MOST_ROUNDS = 20
 IMPROVEMENT = 1e-6
@@ -135,14 +140,15 @@ def align_(
     -----
     Gradients move along; the state of an optimizer does not: make it anew. Attention weights that
     the model returns come in the new order of heads, and masks given head by head have to follow.
-    Hidden units of MLPs are left in their order. Permutations of all of a network's units are
-    matched by Ainsworth, Hayase & Srinivasa, *Git Re-Basin*, arXiv 2209.04836.
+    Biases that may be translated become those of the reference, hidden units of MLPs and normalised
+    queries and keys get its scales. Hidden units are left in their order. Permutations of all of a
+    network's units are matched by Ainsworth, Hayase & Srinivasa, *Git Re-Basin*, arXiv 2209.04836.
     """
     own, other = symmetries or (None, None)
     own, other = symmetries_of(model, own), symmetries_of(reference, other)
-    require_heads(model, own)
+    require_pairs(model, own)
     refuse_different(model, reference, own, other)
-    refuse_uneven(own.heads)
+    refuse_uneven(own)
     refuse_sparse_gradients(own)
     if not isinstance(permute_heads, bool):
         permute_heads = {permute_heads} if isinstance(permute_heads, str) else set(permute_heads)
@@ -156,16 +162,39 @@ def align_(
         for symmetry in pair
         if name in best.orders
     }
-    for symmetry in own.heads:
+    for symmetry in own.pairs:
         g = search.element(symmetry, best.turns[symmetry.name], orders.get(symmetry.name))
         symmetry.check_element(g)
         element[symmetry.name] = g
+    element |= _lengths_of(own, other)
+    affine = [symmetry for symmetry in own.heads if symmetry.translation is not None]
+    biases = {s.name: -t for s, t in _translations(search.fixed[s.name] for s in affine)}
+    for symmetry, t in _translations(affine):
+        symmetry.check_translation(t)
+        symmetry.check_translation(biases[symmetry.name])
     for symmetry in own.heads:
         if symmetry.name in orders and not orders[symmetry.name].trivial:
             reorder_(symmetry, orders[symmetry.name])
     move_(own, element)
+    # Of the biases as they are now: b + (b_ref − b) is that of the reference to the last bit.
+    translation = {s.name + TRANSLATION: biases[s.name].to(t) + t for s, t in _translations(affine)}
+    move_(own, translation)
     flat = {name: order.flat for name, order in best.orders.items()}
-    return Alignment(element, flat, search.unordered)
+    return Alignment(element | translation, flat, search.unordered)
+
+
+def _translations(
+    symmetries: Iterable[HeadSymmetry],
+) -> Iterable[tuple[HeadSymmetry, Tensor]]:
+    """Symmetries with the translations that make their biases zero."""
+    symmetries = list(symmetries)
+    return zip(symmetries, translations_to_zero(symmetries).values(), strict=True)
+
+
+def _lengths_of(own: SymmetryMap, other: SymmetryMap) -> dict[str, Tensor]:
+    """Factors that bring normalised queries and keys to the lengths that the reference has."""
+    ours, theirs = unit_lengths(own.scales), unit_lengths(other.scales)
+    return {name: factor / theirs[name].to(factor) for name, factor in ours.items()}
 
 
 def _refuse_unknown(names: Collection[str], symmetries: SymmetryMap) -> None:
@@ -191,9 +220,10 @@ class _Search:
         permute_heads: bool | Collection[str],
     ) -> None:
         self.own, self.axes = own, residual_axes(own.residual)
-        self.fixed = {symmetry.name: symmetry for symmetry in other.heads}
+        self.fixed = {symmetry.name: symmetry for symmetry in other.pairs}
         self.outside = outside_of(model, own), outside_of(reference, other)
-        self.dressings = balanced_elements(own.heads), balanced_elements(other.heads)
+        self.dressings = balanced_elements(own), balanced_elements(other)
+        self.reference_view = of_unit_length(other)
         self.attentions = attentions(own.heads)
         self.movable, unordered = {}, []
         for name, pair in self.attentions.items():
@@ -232,24 +262,27 @@ class _Search:
         """Orders and gauges for a given rotation of the residual stream."""
         stream = self.own.residual
         view = stored if rotation is None or stream is None else rotated(stream, rotation)
+        view = of_unit_length(self.own, view)
         orders = {
             name: best_order(
-                torch.stack([overlaps(self.fixed[s.name], s, view) for s in pair]).sum(0),
+                torch.stack(
+                    [overlaps(self.fixed[s.name], s, view, self.reference_view) for s in pair]
+                ).sum(0),
                 len(query_groups(pair[0])),
             )
             for name, pair in self.movable.items()
         }
         squared, turns = _squared_difference(*self.outside, rotation), {}
-        device = self.own.heads[0].blocks[0].parameter.device
+        device = self.own.pairs[0].blocks[0].parameter.device
         size = 0 if stream is None or rotation is None else stream.dimension
         overlap = torch.zeros(size, size, dtype=wide_dtype(device), device=device)
-        for name, pair in self.attentions.items():
-            for symmetry in pair:
-                turn, apart, cross = self._turn(symmetry, orders.get(name), view)
-                turns[symmetry.name] = turn
-                squared += apart
-                if size and cross is not None:
-                    overlap += cross.to(overlap)
+        ordered = [(s, orders.get(name)) for name, pair in self.attentions.items() for s in pair]
+        for symmetry, order in [*ordered, *((unit, None) for unit in self.own.hidden_units)]:
+            turn, apart, cross = self._turn(symmetry, order, view)
+            turns[symmetry.name] = turn
+            squared += apart
+            if size and cross is not None:
+                overlap += cross.to(overlap)
         if rotation is not None:
             # Those of the pairs were formed with rotated blocks.
             overlap = overlap @ rotation + overlap_outside(*self.outside, size)
@@ -266,14 +299,20 @@ class _Search:
             view = reordered(symmetry, order, view)
         reference = self.fixed[symmetry.name]
         moving = _dressed(symmetry, own, view)
-        still = [rows.to(moving[0].device) for rows in _dressed(reference, fixed, stored)]
+        still = _dressed(reference, fixed, self.reference_view)
+        still = [rows.to(moving[0].device) for rows in still]
         products = torch.stack([y @ x.mT for x, y in zip(moving, still, strict=True)]).sum(0)
-        turn = compact_factor(symmetry.group, products)
+        if symmetry in self.own.hidden_units:
+            keeps_signs = isinstance(symmetry.group, Scale)
+            turn = torch.where((products < 0) & (not keeps_signs), -1.0, 1.0).to(products)
+        else:
+            turn = compact_factor(symmetry.group, products)
         moving = [turn @ rows for rows in moving]
+        blocks = (*symmetry.left_blocks, *right_blocks(symmetry))
         apart = sum((x - y).square().sum().item() for x, y in zip(moving, still, strict=True))
         cross = [
             y.flatten(0, 1).mT @ x.flatten(0, 1)
-            for block, x, y in zip(symmetry.blocks, moving, still, strict=True)
+            for block, x, y in zip(blocks, moving, still, strict=True)
             if self._on_stream(block)
         ]
         return turn, apart, torch.stack(cross).sum(0) if cross else None
@@ -286,13 +325,14 @@ class _Search:
 def _dressed(symmetry: HeadSymmetry, dressing: Element, view: BlockView) -> list[Tensor]:
     """All blocks in the balanced gauge, those of the left factor first."""
     left = [dressing.contragredient @ view(block) for block in symmetry.left_blocks]
-    return left + [dressing.g @ view(block) for block in symmetry.right_blocks]
+    view = untranslated(symmetry, view)
+    return left + [dressing.g @ view(block) for block in right_blocks(symmetry)]
 
 
 def _squared_difference(
     moving: Mapping[str, Outside], fixed: Mapping[str, Outside], rotation: Tensor | None
 ) -> float:
-    """What lies between the parameters outside the head pairs."""
+    """What lies between the parameters outside the factor pairs."""
     differences = (
         fixed[name].values().to(part.parameter.device) - part.values(rotation)
         for name, part in moving.items()

@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from quotientopt._linalg import Pair
 from quotientopt.canonical.compact import compact_distance, compact_factor, is_compact
-from quotientopt.canonical.elements import manifold_of
+from quotientopt.canonical.elements import manifold_of, unit_elements
 from quotientopt.canonical.matching import refuse_different
 from quotientopt.canonical.outside import Outside, outside_of
-from quotientopt.canonical.reading import BlockView, pair_of, rotated, stored, symmetries_of
+from quotientopt.canonical.reading import (
+    BlockView,
+    of_unit_length,
+    pair_of,
+    rotated,
+    stored,
+    symmetries_of,
+)
 from quotientopt.canonical.residual import overlap_outside
-from quotientopt.groups import O
+from quotientopt.groups import O, Scale, StructureGroup
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 OTHER, TOTAL = "other", "total"
@@ -35,9 +42,11 @@ def distance(
 
     Head pairs by their invariants, ``‖A₁ᵀB₁ − A₂ᵀB₂‖_F`` under GL(r), the same plane by plane under
     rotary commutants (:meth:`FactorQuotient.distance`), ``min_k ‖k [A₁ B₁] − [A₂ B₂]‖_F`` under
-    compact groups; without an n×m matrix and without cancellation; all other
-    parameters by the Frobenius norm of their difference. So two gauges of one model are at distance
-    zero up to rounding.
+    compact groups; hidden units by :func:`unit_distance`; without an n×m matrix and without
+    cancellation; all other parameters by the Frobenius norm of their difference. A bias that may
+    be translated does not count, an output bias that takes up that of the values counts as what
+    it is in effect, ``β = b_O + Σ_h W_O b_V``, and normalised queries and keys count at one length.
+    So two gauges of one model are at distance zero up to rounding.
 
     Parameters
     ----------
@@ -47,7 +56,7 @@ def distance(
         Those of both models; found by default.
     residual : bool
         Where both models have O(d) or O(d − 1) on the residual stream, rotate the second one's to
-        where its parameters outside the head pairs are closest to the first one's (Procrustes).
+        where its parameters outside the factor pairs are closest to the first one's (Procrustes).
     relative : bool
         Divide every distance by the root mean square of both norms: 0 for equal, √2 for unrelated,
         2 for opposite ones.
@@ -55,8 +64,8 @@ def distance(
     Returns
     -------
     dict of str to float
-        Symmetry name to distance, ``"other"`` for all further parameters, and ``"total"``, the root
-        of the sum of squares.
+        Name of a head symmetry or of hidden units to distance, ``"other"`` for all further
+        parameters, and ``"total"``, the root of the sum of squares.
 
     Raises
     ------
@@ -65,9 +74,9 @@ def distance(
 
     Notes
     -----
-    The rotation does not look at the head pairs, whose gauges it must not depend on. So the result
-    is an upper bound of the distance modulo O(d); for two gauges of one model it is zero if the
-    matrices outside the head pairs span the residual stream, as embeddings do.
+    The rotation does not look at the factor pairs, whose gauges it must not depend on. So the
+    result is an upper bound of the distance modulo O(d); for two gauges of one model it is zero if
+    the matrices outside the pairs span the residual stream, as embeddings do.
     """
     map_a, map_b = symmetries or (None, None)
     map_a, map_b = symmetries_of(model_a, map_a), symmetries_of(model_b, map_b)
@@ -83,8 +92,9 @@ def distance(
         view = rotated(stream, rotation)
     squares: dict[str, tuple[float, float]] = {}
     others = {symmetry.name: symmetry for symmetry in map_b.heads}
+    view_a, view = of_unit_length(map_a), of_unit_length(map_b, view)
     for one in map_a.heads:
-        x, y = pair_of(one), pair_of(others[one.name], view)
+        x, y = pair_of(one, view_a), pair_of(others[one.name], view)
         y = (y[0].to(x[0].device), y[1].to(x[1].device))
         between = _distance_of(one)
         zero = (torch.zeros_like(x[0]), torch.zeros_like(x[1]))
@@ -92,6 +102,9 @@ def distance(
         apart = between(x, y).square()
         _refuse_nonfinite(f"symmetry {one.name!r}", apart)
         squares[one.name] = apart.sum().item(), norms.sum().item() / 2
+    others = {symmetry.name: symmetry for symmetry in map_b.hidden_units}
+    for one in map_a.hidden_units:
+        squares[one.name] = _unit_squares(one, others[one.name], view_a, view)
     squares[OTHER] = _outside_squares(outside_a, outside_b, rotation)
     squares[TOTAL] = tuple(map(sum, zip(*squares.values(), strict=True)))  # type: ignore[assignment]
     if not relative:
@@ -106,6 +119,55 @@ def _distance_of(symmetry: HeadSymmetry) -> Callable[[Pair, Pair], Tensor]:
     if is_compact(symmetry.group):
         return functools.partial(compact_distance, symmetry.group)
     return manifold_of(symmetry).distance
+
+
+def unit_distance(group: StructureGroup, x: Pair, y: Pair) -> Tensor:
+    """Distance of hidden units in invariants, ``(units,)``, from balanced pairs of one row each.
+
+    Under GL(1) ``‖a₁ᵀb₁ − a₂ᵀb₂‖_F``. Positive scales see more than that product, which a ReLU
+    unit shares with its negative: there ``[b, |b|] / √2`` is in the place of b.
+
+    Parameters
+    ----------
+    group : StructureGroup
+        GL(1) or Scale(1).
+    x, y : pair of Tensor
+        Shapes ``(units, 1, n)`` and ``(units, 1, m)``.
+    """
+    if isinstance(group, Scale):
+        (a1, b1), (a2, b2) = (
+            (a, torch.cat((b, torch.linalg.vector_norm(b, dim=-1, keepdim=True)), -1) / 2**0.5)
+            for a, b in (x, y)
+        )
+    else:
+        (a1, b1), (a2, b2) = x, y
+        overlap = (a1 * a2).sum(-1, keepdim=True) + (b1 * b2).sum(-1, keepdim=True)
+        sign = torch.where(overlap < 0, -1, 1)
+        a2, b2 = sign * a2, sign * b2
+    # a₁ᵀb₁ − a₂ᵀb₂ = āᵀ(b₁ − b₂) + (a₁ − a₂)ᵀb̄ with the means: no difference of large numbers.
+    a, b, u, v = (a1 + a2) / 2, (b1 + b2) / 2, a1 - a2, b1 - b2
+    square = (
+        a.square().sum(-1) * v.square().sum(-1)
+        + u.square().sum(-1) * b.square().sum(-1)
+        + 2 * (a * u).sum(-1) * (b * v).sum(-1)
+    )
+    return square.clamp_min(0).sqrt().squeeze(-1)
+
+
+def _unit_squares(
+    one: HeadSymmetry, other: HeadSymmetry, view_one: BlockView, view_other: BlockView
+) -> tuple[float, float]:
+    """Sum of squared distances of hidden units, and mean of the squared norms."""
+    pairs = []
+    for symmetry, view in ((one, view_one), (other, view_other)):
+        g, contragredient, _ = unit_elements(symmetry, view)
+        A, B = pair_of(symmetry, view)
+        device = one.blocks[0].parameter.device
+        pairs.append(((contragredient * A).to(device), (g * B).to(device)))
+    apart = unit_distance(one.group, *pairs)
+    _refuse_nonfinite(f"symmetry {one.name!r}", apart)
+    norms = sum((a.square().sum(-1) * b.square().sum(-1)).sum().item() for a, b in pairs)
+    return apart.square().sum().item(), norms / 2
 
 
 def common_residual_group(first: SymmetryMap, second: SymmetryMap) -> O | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import gram
-from quotientopt.canonical.elements import Element, section_elements
+from quotientopt.canonical.elements import Element, elements_of
 from quotientopt.canonical.moving import (
     move_,
     refuse_foreign_optimizer,
@@ -18,21 +18,25 @@ from quotientopt.canonical.moving import (
 )
 from quotientopt.canonical.reading import (
     BlockView,
+    of_unit_length,
     pair_of,
-    require_heads,
+    require_pairs,
     rotated,
     stored,
     symmetries_of,
+    translations_to_zero,
+    unit_lengths,
 )
 from quotientopt.canonical.residual import canonical_rotation, require_group
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 
 class Dressing(dict[str, Tensor]):
     """The group element that dressed a model, symmetry name to tensor.
 
-    ``(heads, r, r)`` for every head symmetry and, under ``"residual"``, ``(d, d)``: what
+    ``(heads, r, r)`` for every head symmetry, ``(heads, r)`` for every translation, ``(units, 1,
+    1)`` for hidden units and scales and, under ``"residual"``, ``(d, d)``: what
     :meth:`SymmetryMap.act_` takes.
 
     Attributes
@@ -71,7 +75,10 @@ def dress_(
     """Move a model to the canonical representative of its orbit, in place.
 
     Every head pair (A, B) goes to the given section of its orbit under its structure group, by
-    ``(g^{-T} A, g B)``. What the model computes stays the same up to rounding, and dressing again
+    ``(g^{-T} A, g B)``. Biases that may be translated become zero: that of the keys, and that of
+    the values, which the output bias takes up. Hidden units of MLPs get incoming and outgoing
+    weights of equal length, normalised queries and keys rows of unit length on the average. What
+    the model computes stays the same up to rounding, and dressing again
     changes nothing. Representatives that differ by head gauges are dressed to the same weights by
     ``"svd"``, and to weights that differ by the section's residual group by the others;
     representatives that differ by a rotation of the residual stream as well need ``residual=True``.
@@ -91,6 +98,8 @@ def dress_(
     optimizer : optional
         An optimizer with ``move_state_``, as :class:`quotientopt.QuotientAdam`: its state moves
         along, so that training goes on as if nothing had happened. Gradients move along always.
+        Hidden units and scales stay then: their state is that of plain Adam, which has no law of
+        transformation.
     residual : bool
         Rotate the residual stream too, to the principal axes of all matrices on it: for models
         with an exact O(d), or O(d − 1) where norms only centre.
@@ -122,8 +131,10 @@ def dress_(
         symmetries = getattr(optimizer, "symmetries", None)
     symmetries = symmetries_of(model, symmetries)
     if not residual:
-        require_heads(model, symmetries)
-    refuse_uneven(symmetries.heads)
+        require_pairs(model, symmetries)
+    if optimizer is not None:
+        symmetries = _of_heads(symmetries)
+    refuse_uneven(symmetries)
     refuse_sparse_gradients(symmetries)
     if optimizer is not None:
         refuse_foreign_optimizer(optimizer, symmetries)
@@ -134,15 +145,31 @@ def dress_(
         stream, _ = require_group(symmetries)
         element[RESIDUAL], gaps[RESIDUAL] = canonical_rotation(model, symmetries)
         view = rotated(stream, element[RESIDUAL])
-    found = section_elements(symmetries.heads, section, view)
-    for symmetry in symmetries.heads:
+    view = of_unit_length(symmetries, view)
+    found = elements_of(symmetries, section, view)
+    for symmetry in symmetries.pairs:
         _refuse_overflow(symmetry, found[symmetry.name])
         element[symmetry.name] = found[symmetry.name].g
         gap = found[symmetry.name].gap
         if gap is not None:
             gaps[symmetry.name] = gap
+    element |= unit_lengths(symmetries.scales)
+    affine = [symmetry for symmetry in symmetries.heads if symmetry.translation is not None]
+    for symmetry, t in zip(affine, translations_to_zero(affine).values(), strict=True):
+        symmetry.check_translation(t)
     move_(symmetries, element, optimizer)
-    return Dressing(element, section, gaps)
+    # Of the biases as they are now, so that b − b is zero to the last bit.
+    shifts = translations_to_zero(affine)
+    translation = {name + TRANSLATION: t for name, t in shifts.items()}
+    move_(symmetries, translation)
+    return Dressing(element | translation, section, gaps)
+
+
+def _of_heads(symmetries: SymmetryMap) -> SymmetryMap:
+    """The symmetries without hidden units and scales."""
+    return SymmetryMap(
+        symmetries.heads, symmetries.residual, residual_reason=symmetries.residual_reason
+    )
 
 
 def _refuse_overflow(symmetry: HeadSymmetry, element: Element) -> None:

@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from quotientopt import sections
-from quotientopt._linalg import Pair, gram, wide_dtype
+from quotientopt._linalg import Pair, gram, row_signs, wide_dtype
 from quotientopt.canonical.compact import is_compact, section_element, section_kinds
 from quotientopt.canonical.convention import canonical_turn
 from quotientopt.canonical.reading import (
     BlockView,
+    columns_of,
     grams_of,
+    moved_first,
     of_one_group,
     pair_of,
     split_heads,
     stored,
 )
-from quotientopt.groups import RotaryCommutant, StructureGroup
+from quotientopt.groups import RotaryCommutant, Scale, StructureGroup
 from quotientopt.manifolds import FactorQuotient
-from quotientopt.symmetries import HeadSymmetry
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 Elements = Callable[[Tensor, Tensor], Pair]
 
@@ -51,10 +53,11 @@ def manifold_of(symmetry: HeadSymmetry) -> FactorQuotient:
     ValueError
         If its group is none that factor pairs are divided by.
     """
+    columns = columns_of(symmetry)
     try:
         return FactorQuotient(
             symmetry.rank,
-            *symmetry.columns,
+            *columns,
             group=symmetry.group,
             batch_shape=(symmetry.heads,),
             check=False,
@@ -128,10 +131,45 @@ def section_elements(
     return found
 
 
-def balanced_elements(symmetries: Sequence[HeadSymmetry]) -> dict[str, Element]:
+def unit_elements(symmetry: HeadSymmetry, view: BlockView = stored) -> Element:
+    """Factors that make incoming and outgoing weights of hidden units equally long.
+
+    ``g² = |a| / |b|``. Where one of them vanishes the other gets length one, and where both do
+    nothing happens: dead units are no error. Under GL(1) the entry of largest modulus of the
+    incoming weights (of the outgoing ones, where those vanish) becomes positive; positive scales
+    keep all signs.
+
+    Raises
+    ------
+    ValueError
+        If an entry is not finite.
+    """
+    A, B = pair_of(symmetry, view)
+    a, b = (torch.linalg.vector_norm(X, dim=-1, keepdim=True) for X in (A, B))
+    if not bool((a + b).isfinite().all()):
+        raise ValueError(f"symmetry {symmetry.name!r} has non-finite entries")
+    g = (torch.where(a > 0, a, 1 / b) / torch.where(b > 0, b, 1 / a)).sqrt()
+    g = torch.where((a > 0) | (b > 0), g, 1)
+    if not isinstance(symmetry.group, Scale):
+        g = g * torch.where(b > 0, row_signs(B), row_signs(A))
+    return Element(g, 1 / g)
+
+
+def elements_of(
+    symmetries: SymmetryMap, kind: str, view: BlockView = stored, *, units: bool = True
+) -> dict[str, Element]:
+    """:func:`section_elements` of the heads, and :func:`unit_elements` of the hidden units."""
+    found = section_elements(symmetries.heads, kind, view)
+    if units:
+        found |= {unit.name: unit_elements(unit, view) for unit in symmetries.hidden_units}
+    return found
+
+
+def balanced_elements(symmetries: SymmetryMap) -> dict[str, Element]:
     """Elements of the balanced section, and the identity where the group is compact."""
-    compact = [symmetry for symmetry in symmetries if is_compact(symmetry.group)]
-    found = section_elements([s for s in symmetries if s not in compact], "balanced")
+    compact = [symmetry for symmetry in symmetries.heads if is_compact(symmetry.group)]
+    found = section_elements([s for s in symmetries.heads if s not in compact], "balanced")
+    found |= {unit.name: unit_elements(unit) for unit in symmetries.hidden_units}
     for symmetry in compact:
         device = symmetry.blocks[0].parameter.device
         identity = symmetry.group.identity((symmetry.heads,), wide_dtype(device), device)
@@ -147,10 +185,12 @@ def _summary(
         leading = pair_of(symmetry, view)[0][..., : symmetry.rank]
         leading = leading if dressing is None else dressing[1] @ leading
         return leading, leading
-    # Gram matrices do not see a rotation of the residual stream: no view is needed.
+    # Gram matrices do not see a rotation of the residual stream: no view is needed, but for the
+    # lengths of normalised queries and keys.
+    compact = is_compact(symmetry.group)
     if dressing is None:
-        return grams_of(symmetry)
-    A, B = pair_of(symmetry)
+        return grams_of(symmetry, view) if compact else grams_of(symmetry)
+    A, B = pair_of(symmetry, view) if compact else pair_of(symmetry)
     g, contragredient = dressing
     return gram(contragredient @ A), gram(g @ B)
 
@@ -181,7 +221,9 @@ def _name_failures(
             try:
                 elements(*summary)
             except ValueError as error:
-                raise ValueError(f"symmetry {symmetry.name!r}: {error}") from None
+                first = moved_first(symmetry)
+                without = "" if first is None else f" (without the bias {first.name!r})"
+                raise ValueError(f"symmetry {symmetry.name!r}: {error}{without}") from None
         raise
     g, contragredient = (list(split_heads(symmetries, side).values()) for side in stacked)
     return g, contragredient

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt.canonical.moving import gradient_view
-from quotientopt.canonical.reading import BlockView, factor, query_groups, stored
+from quotientopt.canonical.reading import (
+    BlockView,
+    factor,
+    query_groups,
+    right_blocks,
+    stored,
+    untranslated,
+)
 from quotientopt.symmetries import Block, HeadSymmetry
 from quotientopt.symmetries.registry import follows
 
@@ -94,7 +101,9 @@ def exchangeable(model: nn.Module, name: str) -> bool:
     return any(follows(module, class_name) for class_name in EXCHANGEABLE)
 
 
-def overlaps(fixed: HeadSymmetry, moving: HeadSymmetry, view: BlockView) -> Tensor:
+def overlaps(
+    fixed: HeadSymmetry, moving: HeadSymmetry, view: BlockView, fixed_view: BlockView = stored
+) -> Tensor:
     """``⟨A₂ᵀB₂, A₁ᵀB₁⟩`` of every query head of one symmetry with every one of another.
 
     From r×r products: ``⟨ρ(A₂A₁ᵀ), B₂B₁ᵀ⟩``, ρ the completion to complex products on rotary planes.
@@ -103,8 +112,8 @@ def overlaps(fixed: HeadSymmetry, moving: HeadSymmetry, view: BlockView) -> Tens
     ----------
     fixed, moving : HeadSymmetry
         The reference's and the model's.
-    view : callable
-        How the model's blocks are read.
+    view, fixed_view : callable
+        How the model's and the reference's blocks are read.
 
     Returns
     -------
@@ -115,14 +124,18 @@ def overlaps(fixed: HeadSymmetry, moving: HeadSymmetry, view: BlockView) -> Tens
 
     def products(groups: tuple[list[tuple[Block, ...]], list[tuple[Block, ...]]]) -> Tensor:
         ours, theirs = (
-            torch.stack([factor(blocks, read) for blocks in side], dim=1).flatten(0, 2)
-            for side, read in zip(groups, (stored, view), strict=True)
+            torch.stack(
+                [factor(blocks, untranslated(symmetry, read)) for blocks in side], dim=1
+            ).flatten(0, 2)
+            for symmetry, side, read in zip(
+                (fixed, moving), groups, (fixed_view, view), strict=True
+            )
         )
         cross = ours.to(theirs.device) @ theirs.mT
         return cross.unflatten(0, (-1, r)).unflatten(2, (-1, r)).transpose(1, 2)
 
     left = products((query_groups(fixed), query_groups(moving)))
-    right = products(([fixed.right_blocks], [moving.right_blocks]))
+    right = products(([right_blocks(fixed)], [right_blocks(moving)]))
     right = right.repeat_interleave(k, dim=0).repeat_interleave(k, dim=1)
     return (fixed.group.row_products(left) * right).sum(dim=(-2, -1))
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import compute_dtype
+from quotientopt._linalg import compute_dtype, wide
 from quotientopt.canonical.compact import is_compact, joint
-from quotientopt.canonical.elements import section_elements
-from quotientopt.canonical.reading import factor, query_groups, symmetries_of
-from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.canonical.elements import elements_of
+from quotientopt.canonical.outside import effective_shifts
+from quotientopt.canonical.reading import (
+    factor,
+    of_unit_length,
+    query_groups,
+    right_factor,
+    symmetries_of,
+)
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.find import symmetries_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +32,8 @@ class FactoredInvariant:
 
     With grouped queries several query heads read one key-value head: query head q belongs to the
     right factor ``q // (query heads / heads)``, the order of torch's ``enable_gqa``. Biases are the
-    last columns.
+    last columns, but for those that may be translated, which no model sees: that of the keys is
+    left out, that of the values is in `effective_bias`. Hidden units are heads of one row each.
 
     Attributes
     ----------
@@ -34,12 +44,16 @@ class FactoredInvariant:
     right : Tensor
         B, shape ``(heads, r, m)``. Over the query heads of one key-value head, ``Σ A Aᵀ = B Bᵀ``:
         diagonal under GL(r), of equal length row by row on rotary planes; not under compact groups.
+    effective_bias : Tensor, optional
+        ``β = b_O + Σ_h W_O b_V`` of a value-output pair, ``(d,)``, where the values' bias may be
+        translated into the output's.
     """
 
     name: str
     group: StructureGroup
     left: Tensor
     right: Tensor
+    effective_bias: Tensor | None = None
 
     @property
     def singular_values(self) -> Tensor:
@@ -51,6 +65,8 @@ class FactoredInvariant:
         left, right = self.left, self._shared()
         if is_compact(self.group):
             return torch.linalg.svdvals(_triangular(joint((left, right))))
+        if self.group.r == 1:
+            return torch.linalg.vector_norm(left, dim=-1) * torch.linalg.vector_norm(right, dim=-1)
         if not isinstance(self.group, RotaryCommutant):
             return product_singular_values(left, right)
         a, b = self.planes
@@ -82,7 +98,8 @@ class FactoredInvariant:
         ``(query heads, K, n, m)`` for a rotary commutant (real parts of all planes, imaginary
         parts, passing rows), ``(query heads, n + m, n + m)`` for O(r), with a further column under
         its stabiliser of ones (:meth:`GramQuotient.canonical_projection`); for the phases of rotary
-        planes those of the commutant, of the pair ([A B], [A B]).
+        planes those of the commutant, of the pair ([A B], [A B]). Positive scales of hidden units
+        are not told from GL(1): the signs are in the factors alone.
         """
         left, right = self.left, self._shared()
         if isinstance(self.group, O):
@@ -95,6 +112,8 @@ class FactoredInvariant:
         if isinstance(group, RotaryPhases):
             group, left = group.commutant, joint((left, right))
             right = left
+        if isinstance(group, Scale):
+            group = GL(group.r)
         manifold = FactorQuotient(
             self.group.r,
             left.shape[-1],
@@ -132,15 +151,20 @@ def _triangular(X: Tensor) -> Tensor:
 
 @torch.no_grad()
 def invariants(
-    model: nn.Module, *, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None
+    model: nn.Module,
+    *,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+    example_inputs: Any = None,
 ) -> dict[str, FactoredInvariant]:
-    """The invariants of a model's head pairs: what of their weights the model can see.
+    """The invariants of a model's factor pairs: what of their weights the model can see.
 
     Parameters
     ----------
     model : Module
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         By default all that are found.
+    example_inputs : Tensor, tuple or mapping, optional
+        A batch, from which symmetries are found that the classes of the modules do not tell.
 
     Returns
     -------
@@ -152,17 +176,27 @@ def invariants(
     ValueError
         If a pair is rank-deficient or not finite; it is named.
     """
+    if symmetries is None:
+        symmetries = symmetries_from(model, example_inputs)
     symmetries = symmetries_of(model, symmetries)
-    elements = section_elements(symmetries.heads, "svd")
+    view = of_unit_length(symmetries)
+    elements = elements_of(symmetries, "svd", view)
+    shifts = effective_shifts(symmetries)
     found = {}
-    for symmetry in symmetries.heads:
+    for symmetry in symmetries.pairs:
         g, contragredient, _ = elements[symmetry.name]
         dtype = compute_dtype(symmetry.blocks[0].parameter.dtype)
-        groups = [contragredient @ factor(blocks) for blocks in query_groups(symmetry)]
+        groups = [contragredient @ factor(blocks, view) for blocks in query_groups(symmetry)]
+        bias = None
+        if symmetry.translation is not None and symmetry.translation.sink is not None:
+            sink = symmetry.translation.sink
+            effective = wide(sink.parameter.detach()) + shifts[id(sink.parameter)]
+            bias = sink.view(effective).flatten().to(dtype)
         found[symmetry.name] = FactoredInvariant(
             symmetry.name,
             symmetry.group,
             torch.stack(groups, dim=1).flatten(0, 1).to(dtype),
-            (g @ factor(symmetry.right_blocks)).to(dtype),
+            (g @ right_factor(symmetry, view)).to(dtype),
+            bias,
         )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries import HeadSymmetry, ScaleSymmetry, SymmetryMap
 
 
 def refuse_different(
@@ -29,7 +29,7 @@ def refuse_different(
                 f"the models differ in {name!r}: {tuple(parameter.shape)} and "
                 f"{tuple(two[name].shape)}"
             )
-    left, right = ({s.name: s for s in found.heads} for found in (symmetries, others))
+    left, right = (_symmetries(found) for found in (symmetries, others))
     for name in sorted(left.keys() ^ right.keys()):
         raise ValueError(
             f"the models have different symmetries: {name!r} is in the "
@@ -40,6 +40,16 @@ def refuse_different(
             raise ValueError(f"the models differ in symmetry {name!r}: {symmetry}, {right[name]}")
 
 
-def _form(symmetry: HeadSymmetry) -> tuple[object, ...]:
-    left, right = symmetry.left_blocks, symmetry.right_blocks
-    return symmetry.group, [b.size for b in left], [b.size for b in right]
+def _symmetries(found: SymmetryMap) -> dict[str, HeadSymmetry | ScaleSymmetry]:
+    return {symmetry.name: symmetry for symmetry in found.linear}
+
+
+def _form(symmetry: HeadSymmetry | ScaleSymmetry) -> tuple[object, ...]:
+    if isinstance(symmetry, ScaleSymmetry):
+        return symmetry.group, [block.size for block in symmetry.blocks]
+    left, right, moved = symmetry.left_blocks, symmetry.right_blocks, symmetry.translation
+    affine = None
+    if moved is not None:
+        places = [block is one for one in moved.blocks for block in right]
+        affine = (places, moved.sink is not None)
+    return symmetry.group, [b.size for b in left], [b.size for b in right], affine

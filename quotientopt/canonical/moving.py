@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,20 +10,21 @@ from torch import Tensor
 
 from quotientopt._linalg import wide
 from quotientopt.canonical.reading import rotate_axis
-from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries import Block, HeadSymmetry, ScaleSymmetry, SymmetryMap
+from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 
-def refuse_uneven(symmetries: Sequence[HeadSymmetry]) -> None:
+def refuse_uneven(symmetries: SymmetryMap) -> None:
     """Refuse pairs that cannot be moved as one.
 
     Raises
     ------
     ValueError
-        If one parameter of a pair is trained and another frozen, or dtypes or devices differ.
+        If one parameter of a pair is trained and another frozen, or dtypes or devices differ. The
+        output bias that takes up a translation belongs to the pair.
     """
-    for symmetry in symmetries:
-        parameters = [(_name(block), block.parameter) for block in symmetry.blocks]
+    for symmetry in symmetries.linear:
+        parameters = [(_name(block), block.parameter) for block in _touched(symmetry)]
         trained = [name for name, p in parameters if p.requires_grad]
         frozen = [name for name, p in parameters if not p.requires_grad]
         if trained and frozen:
@@ -44,7 +45,8 @@ def refuse_uneven(symmetries: Sequence[HeadSymmetry]) -> None:
 
 def refuse_sparse_gradients(symmetries: SymmetryMap) -> None:
     """Refuse sparse gradients, which cannot be moved along; ``ValueError`` names the parameter."""
-    touched = [(_name(b), b.parameter) for symmetry in symmetries.heads for b in symmetry.blocks]
+    moved = symmetries.linear
+    touched = [(_name(b), b.parameter) for symmetry in moved for b in _touched(symmetry)]
     if symmetries.residual is not None:
         touched += symmetries.residual.parameters.items()
     for name, parameter in touched:
@@ -53,6 +55,13 @@ def refuse_sparse_gradients(symmetries: SymmetryMap) -> None:
                 f"the gradient of {name!r} is sparse and cannot be moved along; set it to None "
                 "with zero_grad() first"
             )
+
+
+def _touched(symmetry: HeadSymmetry | ScaleSymmetry) -> tuple[Block, ...]:
+    """All blocks that an element changes."""
+    translation = getattr(symmetry, "translation", None)
+    sink = None if translation is None else translation.sink
+    return symmetry.blocks if sink is None else (*symmetry.blocks, sink)
 
 
 def _name(block: Block) -> str:
@@ -75,8 +84,8 @@ def refuse_foreign_optimizer(optimizer: Any, symmetries: SymmetryMap) -> None:
             f"the state of {type(optimizer).__name__} depends on the gauge and cannot be moved "
             "along; train with QuotientAdam, or make the optimizer anew after optimizer=None"
         )
-    own = {symmetry.name: symmetry for symmetry in optimizer.symmetries.heads}
-    for symmetry in symmetries.heads:
+    own = {symmetry.name: symmetry for symmetry in optimizer.symmetries.pairs}
+    for symmetry in symmetries.pairs:
         other = own.get(symmetry.name)
         if other is None or _places(other) != _places(symmetry):
             raise ValueError(
@@ -98,8 +107,9 @@ def _places(symmetry: HeadSymmetry) -> list[tuple[object, ...]]:
 def move_(symmetries: SymmetryMap, element: Mapping[str, Tensor], optimizer: Any = None) -> None:
     """Act on parameters, on gradients that are there, and on the optimizer's state.
 
-    Gradients move contragrediently: ``(∂_A, ∂_B) ↦ (g ∂_A, g^{-T} ∂_B)``, and along the residual
-    stream like the parameters. So a step taken afterwards is the one that was due.
+    Gradients move contragrediently: ``(∂_A, ∂_B) ↦ (g ∂_A, g^{-T} ∂_B)``, along the residual stream
+    like the parameters, and under a translation that the output bias takes up ``∂_{W_O} ↦ ∂_{W_O} +
+    t ∂_{b_O}ᵀ``. So a step taken afterwards is the one that was due.
 
     Parameters
     ----------
@@ -107,25 +117,34 @@ def move_(symmetries: SymmetryMap, element: Mapping[str, Tensor], optimizer: Any
     element : mapping of str to Tensor
         As for :meth:`SymmetryMap.act_`, in the groups.
     optimizer : optional
-        With ``move_state_``.
+        With ``move_state_``, which gets the linear part of the element.
 
     Raises
     ------
     ValueError
         If an element is not in its group, or the optimizer refuses it; nothing is changed then.
     """
-    known = {symmetry.name: symmetry for symmetry in symmetries.heads}
+    linear: dict[str, HeadSymmetry | ScaleSymmetry] = {
+        symmetry.name: symmetry for symmetry in symmetries.linear
+    }
+    affine = {symmetry.name + TRANSLATION: symmetry for symmetry in symmetries.heads}
     for name, g in element.items():
-        if name != RESIDUAL:
-            known[name].check_element(g)
+        if name in affine:
+            affine[name].check_translation(g)
+        elif name != RESIDUAL:
+            linear[name].check_element(g)
         elif symmetries.residual is not None:
             symmetries.residual.check_element(g)
     if optimizer is not None:
-        optimizer.move_state_(element)
+        optimizer.move_state_({name: g for name, g in element.items() if name not in affine})
     symmetries.act_(element)
     for name, g in element.items():
-        if name != RESIDUAL:
-            _move_gradients_(known[name], g)
+        if name in linear:
+            _move_gradients_(linear[name], g)
+    # Translations act last.
+    for name, t in element.items():
+        if name in affine:
+            _translate_gradients_(affine[name], t)
     stream = symmetries.residual
     if RESIDUAL in element and stream is not None:
         for name, axis in stream.axes.items():
@@ -134,14 +153,33 @@ def move_(symmetries: SymmetryMap, element: Mapping[str, Tensor], optimizer: Any
                 gradient.copy_(rotate_axis(wide(gradient), axis, element[RESIDUAL]))
 
 
-def _move_gradients_(symmetry: HeadSymmetry, element: Tensor) -> None:
+def _move_gradients_(symmetry: HeadSymmetry | ScaleSymmetry, element: Tensor) -> None:
     contragredient = symmetry.group.inverse(wide(element)).mT
-    sides = ((symmetry.left_blocks, wide(element)), (symmetry.right_blocks, contragredient))
+    sides: tuple[tuple[tuple[Block, ...], Tensor], ...] = ((symmetry.blocks, contragredient),)
+    if isinstance(symmetry, HeadSymmetry):
+        sides = (
+            (symmetry.left_blocks, wide(element)),
+            (symmetry.right_blocks, contragredient),
+        )
     for blocks, g in sides:
         for block in blocks:
             if block.parameter.grad is not None:
                 view = gradient_view(block)
-                view.copy_(g.to(view.device) @ wide(view))
+                moved = g.to(view.device)
+                scalar = moved.shape[-1] == 1
+                view.copy_(moved * wide(view) if scalar else moved @ wide(view))
+
+
+def _translate_gradients_(symmetry: HeadSymmetry, t: Tensor) -> None:
+    assert symmetry.translation is not None
+    sink = symmetry.translation.sink
+    if sink is None or sink.parameter.grad is None:
+        return
+    outputs = wide(gradient_view(sink))
+    for block in symmetry.left_blocks:
+        if block.parameter.grad is not None:
+            view = gradient_view(block)
+            view.copy_(wide(view) + wide(t).to(view.device).unsqueeze(-1) * outputs)
 
 
 def gradient_view(block: Block) -> Tensor:

@@ -28,8 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.canonical.reading import grams_of, require_heads, symmetries_of
+from quotientopt.canonical.reading import (
+    moved_first,
+    require_pairs,
+    stored,
+    sum_of_grams,
+    symmetries_of,
+)
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.map import TRANSLATION
 
 
 @torch.no_grad()
@@ -50,18 +57,28 @@ def noether_charges(
         Symmetry name to ``(heads, r, r)``, symmetric, in at least float32: the projection to the
         symmetric part of the group's Lie algebra, see :mod:`quotientopt.canonical.noether`. For
         GL(r) it is the matrix itself, for rotary planes a multiple of the identity on each, for
-        O(r) zero.
+        O(r) zero. For hidden units ``(units, 1, 1)``, for scales ``(heads, 1, 1)``; under
+        ``"<name>.translation"`` a bias that softmax does not see, ``(heads, r)``.
     """
     symmetries = symmetries_of(model, symmetries)
+    found = {symmetry.name: _charge(symmetry)[0] for symmetry in symmetries.pairs}
+    for scale in symmetries.scales:
+        found[scale.name] = sum_of_grams(scale.blocks).diagonal(dim1=-2, dim2=-1).sum(-1)
+        found[scale.name] = found[scale.name][:, None, None]
+    for symmetry in symmetries.heads:
+        first = moved_first(symmetry)
+        if first is not None and symmetry.translation.sink is None:  # type: ignore[union-attr]
+            found[symmetry.name + TRANSLATION] = stored(first).squeeze(-1)
+    dtypes = {s.name: s.blocks[0].parameter.dtype for s in symmetries.linear}
     return {
-        symmetry.name: _charge(symmetry)[0].to(compute_dtype(symmetry.blocks[0].parameter.dtype))
-        for symmetry in symmetries.heads
+        name: charge.to(compute_dtype(dtypes[name.removesuffix(TRANSLATION)]))
+        for name, charge in found.items()
     }
 
 
 def _charge(symmetry: HeadSymmetry) -> tuple[Tensor, Tensor]:
     """The charge, and ``‖AAᵀ‖ + ‖BBᵀ‖`` per head (1 where both vanish)."""
-    SA, SB = grams_of(symmetry)
+    SA, SB = sum_of_grams(symmetry.left_blocks), sum_of_grams(symmetry.right_blocks)
     size = torch.linalg.matrix_norm(SA) + torch.linalg.matrix_norm(SB)
     # All groups here are closed under transposition: the projection of a symmetric matrix to the
     # Lie algebra is symmetric.
@@ -143,7 +160,7 @@ class ChargeLog:
             raise TypeError(
                 f"{type(optimizer).__name__} has no register_step_post_hook; pass a torch optimizer"
             )
-        self._symmetries = require_heads(model, symmetries_of(model, symmetries)).heads
+        self._symmetries = require_pairs(model, symmetries_of(model, symmetries)).pairs
         self._every = every
         self._steps = 0
         self._start = [_charge(symmetry) for symmetry in self._symmetries]

@@ -1,4 +1,4 @@
-"""What lies outside the head pairs: embeddings, MLPs, norms, biases of writing layers."""
+"""What lies outside the factor pairs: embeddings, norms, biases of writing layers."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import wide
-from quotientopt.canonical.reading import rotate_axis
+from quotientopt.canonical.reading import effective_shift, multipliers, rotate_axis
 from quotientopt.symmetries import ResidualStream, SymmetryMap
 
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """A parameter, or what the head pairs leave of it.
+    """A parameter, or what the factor pairs leave of it.
 
     Attributes
     ----------
     parameter : Tensor
     covered : Tensor, optional
-        Mask of the entries that belong to head pairs; None if there are none.
+        Mask of the entries that belong to factor pairs; None if there are none.
     axis : int, optional
         Which axis is the residual stream; None if none is.
+    shift : Tensor, optional
+        What the biases of values add to an output bias: it is read as ``β = b_O + Σ_h W_O b_V``.
+    multiplier : Tensor, optional
+        What brings normalised queries and keys to one length.
     """
 
     parameter: Tensor
     covered: Tensor | None
     axis: int | None
+    shift: Tensor | None = None
+    multiplier: Tensor | None = None
 
     def values(self, rotation: Tensor | None = None) -> Tensor:
-        """The values in the widest precision, zero where covered.
+        """The values in the widest precision, zero where covered, as no translation changes them.
 
         Parameters
         ----------
@@ -38,6 +44,10 @@ class Outside:
             Q: as they are after ``W ↦ W Qᵀ``.
         """
         values = wide(self.parameter.detach())
+        if self.shift is not None:
+            values = values + self.shift.to(values)
+        if self.multiplier is not None:
+            values = values * self.multiplier
         if self.covered is not None:
             values = values.masked_fill(self.covered, 0)
         if rotation is not None and self.axis is not None:
@@ -51,9 +61,9 @@ class Outside:
 
 
 def outside_of(model: nn.Module, symmetries: SymmetryMap) -> dict[str, Outside]:
-    """Parameters that head pairs do not cover, or not wholly, by name."""
+    """Parameters that factor pairs do not cover, or not wholly, by name."""
     covered: dict[int, Tensor] = {}
-    for symmetry in symmetries.heads:
+    for symmetry in symmetries.pairs:
         for block in symmetry.blocks:
             parameter = block.parameter
             if id(parameter) not in covered:
@@ -62,11 +72,29 @@ def outside_of(model: nn.Module, symmetries: SymmetryMap) -> dict[str, Outside]:
                 ).fill_(False)
             block.view(covered[id(parameter)]).fill_(True)
     axes = residual_axes(symmetries.residual)
+    shifts, factors = effective_shifts(symmetries), multipliers(symmetries)
     found = {}
     for name, parameter in model.named_parameters():
-        mask = covered.get(id(parameter))
+        mask, key = covered.get(id(parameter)), id(parameter)
         if mask is None or not bool(mask.all()):
-            found[name] = Outside(parameter, mask, axes.get(id(parameter)))
+            found[name] = Outside(parameter, mask, axes.get(key), shifts.get(key), factors.get(key))
+    return found
+
+
+def effective_shifts(symmetries: SymmetryMap) -> dict[int, Tensor]:
+    """What biases of values add to output biases: ``id`` of these to tensors shaped like them."""
+    found: dict[int, Tensor] = {}
+    for symmetry in symmetries.heads:
+        shift = effective_shift(symmetry)
+        if shift is None or symmetry.translation is None or symmetry.translation.sink is None:
+            continue
+        sink = symmetry.translation.sink
+        parameter = sink.parameter
+        if id(parameter) not in found:
+            found[id(parameter)] = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=shift.dtype, device=parameter.device
+            ).zero_()
+        sink.view(found[id(parameter)]).add_(shift.to(parameter.device))
     return found
 
 

@@ -2,6 +2,11 @@
 
 Blocks of different layers are separate tensors, so that products of the parameters' size are formed
 symmetry by symmetry; what is r×r is then stacked and decomposed at once.
+
+What a translation moves is read as no part of a pair: of the biases ``b_i ↦ b_i + t`` only the
+differences ``b_i − b_0`` are left, and what the values' bias adds to the output is read with the
+output's bias (:func:`effective_shift`). Normalised queries and keys are read at one length
+(:func:`unit_lengths`). So all that is read is the same in every gauge but for the linear part.
 """
 
 from __future__ import annotations
@@ -14,7 +19,14 @@ from torch import Tensor, nn
 
 from quotientopt._linalg import Pair, gram, wide
 from quotientopt.canonical.compact import is_compact
-from quotientopt.symmetries import Block, HeadSymmetry, ResidualStream, SymmetryMap, find_symmetries
+from quotientopt.symmetries import (
+    Block,
+    HeadSymmetry,
+    ResidualStream,
+    ScaleSymmetry,
+    SymmetryMap,
+    find_symmetries,
+)
 
 BlockView = Callable[[Block], Tensor]
 
@@ -54,18 +66,142 @@ def factor(blocks: Iterable[Block], view: BlockView = stored) -> Tensor:
     return torch.cat([view(block) for block in blocks], dim=-1)
 
 
+def moved_first(symmetry: HeadSymmetry) -> Block | None:
+    """The bias that a section of the translations makes zero: the first that they move."""
+    return None if symmetry.translation is None else symmetry.translation.blocks[0]
+
+
+def right_blocks(symmetry: HeadSymmetry) -> tuple[Block, ...]:
+    """Blocks of the right factor without the bias that a translation makes zero.
+
+    Raises
+    ------
+    ValueError
+        If they have fewer columns than rows, so that they cannot have full row rank.
+    """
+    first = moved_first(symmetry)
+    if first is None:
+        return symmetry.right_blocks
+    blocks = tuple(block for block in symmetry.right_blocks if block is not first)
+    columns = sum(block.size[2] for block in blocks)
+    if columns < symmetry.rank:
+        raise ValueError(
+            f"symmetry {symmetry.name!r}: the right factor has {columns} columns, fewer than its "
+            f"{symmetry.rank} rows, without the bias {first.name!r}, which may be translated to "
+            "zero; leave the symmetry out with symmetries="
+        )
+    return blocks
+
+
+def columns_of(symmetry: HeadSymmetry) -> tuple[int, int]:
+    """Numbers of columns (n, m) of the two factors as they are read."""
+    return symmetry.columns[0], sum(block.size[2] for block in right_blocks(symmetry))
+
+
+def untranslated(symmetry: HeadSymmetry, view: BlockView = stored) -> BlockView:
+    """Blocks with the first translated bias subtracted from the others that move with it."""
+    first = moved_first(symmetry)
+    if first is None or symmetry.translation is None or len(symmetry.translation.blocks) == 1:
+        return view
+    moved = {id(block) for block in symmetry.translation.blocks}
+    return lambda block: view(block) - view(first) if id(block) in moved else view(block)
+
+
+def right_factor(symmetry: HeadSymmetry, view: BlockView = stored) -> Tensor:
+    """The right factor as no translation changes it, ``(heads, r, m)``."""
+    return factor(right_blocks(symmetry), untranslated(symmetry, view))
+
+
 def pair_of(symmetry: HeadSymmetry, view: BlockView = stored) -> Pair:
-    """Both factors (A, B)."""
-    return factor(symmetry.left_blocks, view), factor(symmetry.right_blocks, view)
+    """Both factors (A, B), without what a translation moves."""
+    return factor(symmetry.left_blocks, view), right_factor(symmetry, view)
 
 
-def grams_of(symmetry: HeadSymmetry) -> Pair:
-    """``A Aᵀ`` and ``B Bᵀ``, each ``(heads, r, r)``: sums over the blocks."""
-    left, right = (
-        torch.stack([gram(block.view()) for block in blocks]).sum(0)
-        for blocks in (symmetry.left_blocks, symmetry.right_blocks)
+def grams_of(symmetry: HeadSymmetry, view: BlockView = Block.view) -> Pair:
+    """``A Aᵀ`` and ``B Bᵀ``, each ``(heads, r, r)``: sums over the blocks of :func:`pair_of`."""
+    return (
+        sum_of_grams(symmetry.left_blocks, view),
+        sum_of_grams(right_blocks(symmetry), untranslated(symmetry, view)),
     )
-    return left, right
+
+
+def sum_of_grams(blocks: Iterable[Block], view: BlockView = Block.view) -> Tensor:
+    """``Σ F Fᵀ`` over blocks F, ``(heads, r, r)``."""
+    return torch.stack([gram(view(block)) for block in blocks]).sum(0)
+
+
+def translations_to_zero(symmetries: Iterable[HeadSymmetry]) -> dict[str, Tensor]:
+    """``−b`` of every bias that may be translated, ``(heads, r)`` by the symmetry's name."""
+    return {
+        symmetry.name: -stored(first).squeeze(-1)
+        for symmetry in symmetries
+        if (first := moved_first(symmetry)) is not None
+    }
+
+
+def effective_shift(symmetry: HeadSymmetry) -> Tensor | None:
+    """``Σ_h W_O b_V``, which the values' bias adds to the output, ``(d,)``; None without a sink.
+
+    Together with the output's bias it is invariant: ``β = b_O + Σ_h W_O b_V``.
+    """
+    if symmetry.translation is None or symmetry.translation.sink is None:
+        return None
+    bias = stored(symmetry.translation.blocks[0]).squeeze(-1)
+    # Blocks of one left factor differ in what reads the values, not in the output they add to.
+    shifts = [
+        torch.einsum("hrd,hr->d", stored(block), bias.to(block.parameter.device))
+        for block in symmetry.left_blocks
+    ]
+    return torch.stack(shifts).sum(0)
+
+
+def unit_lengths(scales: Iterable[ScaleSymmetry]) -> dict[str, Tensor]:
+    """Factors that give every normalised head rows of unit length on the average.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``√r / ‖X‖_F``, ``(heads, 1, 1)`` by name; one where X vanishes.
+    """
+    found = {}
+    for scale in scales:
+        squares = torch.stack(
+            [stored(block).square().sum(dim=(-2, -1), keepdim=True) for block in scale.blocks]
+        ).sum(0)
+        if not bool(squares.isfinite().all()):
+            raise ValueError(f"symmetry {scale.name!r} has non-finite entries")
+        length = (squares / scale.rank).sqrt()
+        found[scale.name] = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 1)
+    return found
+
+
+def multipliers(symmetries: SymmetryMap) -> dict[int, Tensor]:
+    """:func:`unit_lengths` entry by entry: ``id`` of a parameter to a tensor laid out like it."""
+    found: dict[int, Tensor] = {}
+    lengths = unit_lengths(symmetries.scales)
+    for scale in symmetries.scales:
+        for block in scale.blocks:
+            parameter, factors = block.parameter, lengths[scale.name]
+            if id(parameter) not in found:
+                found[id(parameter)] = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=factors.dtype, device=factors.device
+                ).fill_(1)
+            block.view(found[id(parameter)]).mul_(factors)
+    return found
+
+
+def of_unit_length(symmetries: SymmetryMap, view: BlockView = stored) -> BlockView:
+    """Blocks as they are once normalised queries and keys have been brought to one length."""
+    factors = multipliers(symmetries)
+    if not factors:
+        return view
+
+    def scaled(block: Block) -> Tensor:
+        factor = factors.get(id(block.parameter))
+        rows = view(block)
+        return rows if factor is None else rows * block.view(factor)
+
+    return scaled
 
 
 def of_one_group(symmetries: Iterable[HeadSymmetry]) -> list[list[HeadSymmetry]]:
@@ -117,9 +253,7 @@ def symmetries_of(
     if not isinstance(symmetries, SymmetryMap):
         symmetries = SymmetryMap(symmetries)
     own = {id(parameter) for parameter in model.parameters()}
-    touched = [(s.name, block.parameter) for s in symmetries.heads for block in s.blocks]
-    if symmetries.residual is not None:
-        touched += [("residual", p) for p in symmetries.residual.parameters.values()]
+    touched = [(name, p) for name in symmetries.names for p in symmetries.parameters_of(name)]
     for name, parameter in touched:
         if id(parameter) not in own:
             raise ValueError(
@@ -143,14 +277,32 @@ def require_heads(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
         Naming what was not understood, or has no gauge.
     """
     if not symmetries.heads:
-        if symmetries.gauge_free and not symmetries.unrecognized:
-            raise ValueError(
-                f"{type(model).__name__} has no head symmetry to divide out: the heads of "
-                f"{', '.join(symmetries.gauge_free)} hold or read invariants"
-            )
-        unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
-        raise ValueError(
-            f"no head symmetry of {type(model).__name__} is known (not understood: {unknown}); "
-            "register an adapter, or pass symmetries="
-        )
+        raise _nothing_known(model, symmetries)
     return symmetries
+
+
+def require_pairs(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
+    """The symmetries, unless there is no factor pair: none of a head, none of hidden units.
+
+    Raises
+    ------
+    ValueError
+        As of :func:`require_heads`.
+    """
+    if not symmetries.pairs:
+        raise _nothing_known(model, symmetries)
+    return symmetries
+
+
+def _nothing_known(model: nn.Module, symmetries: SymmetryMap) -> ValueError:
+    kind = type(model).__name__
+    if symmetries.gauge_free and not symmetries.unrecognized:
+        return ValueError(
+            f"{kind} has no head symmetry to divide out: the heads of "
+            f"{', '.join(symmetries.gauge_free)} hold or read invariants"
+        )
+    unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
+    return ValueError(
+        f"no head symmetry of {kind} is known (not understood: {unknown}); "
+        "register an adapter, or pass symmetries="
+    )

@@ -17,7 +17,7 @@ from quotientopt.canonical.compact import moving_block
 from quotientopt.canonical.convention import clusters, pivoted_rotation, smallest_gap
 from quotientopt.canonical.elements import balanced_elements
 from quotientopt.canonical.outside import Outside, outside_of, residual_axes
-from quotientopt.canonical.reading import stored
+from quotientopt.canonical.reading import BlockView, of_unit_length, right_blocks, stored
 from quotientopt.groups import O
 from quotientopt.symmetries import Block, ResidualStream, SymmetryMap
 
@@ -43,7 +43,7 @@ def require_group(symmetries: SymmetryMap) -> tuple[ResidualStream, O]:
     return stream, stream.group
 
 
-def stream_rows(block: Block, axes: Mapping[int, int]) -> Tensor | None:
+def stream_rows(block: Block, axes: Mapping[int, int], view: BlockView = stored) -> Tensor | None:
     """The block ``(heads, r, d)`` if its columns are the residual stream, else None.
 
     Raises
@@ -59,14 +59,14 @@ def stream_rows(block: Block, axes: Mapping[int, int]) -> Tensor | None:
             f"the columns of a block of {block.name!r} are not its residual axis {axis}, so that "
             "the stream cannot be brought into a canonical frame; use residual=False"
         )
-    return stored(block)
+    return view(block)
 
 
 @torch.no_grad()
 def canonical_rotation(model: nn.Module, symmetries: SymmetryMap) -> tuple[Tensor, Tensor]:
     """The rotation into the principal axes of the residual stream.
 
-    Q = Vᵀ with the eigenvectors V of ``XᵀX = Σ WᵀW``, head pairs in their balanced section, which
+    Q = Vᵀ with the eigenvectors V of ``XᵀX = Σ WᵀW``, factor pairs in their balanced section, which
     makes the sum independent of their gauge. Axes come in decreasing order of eigenvalues; signs
     and equal eigenvalues are fixed as in :mod:`quotientopt.canonical.convention`, by the columns of
     the matrices outside the head pairs. On a centred stream all this is done with the parts
@@ -119,15 +119,15 @@ def canonical_rotation(model: nn.Module, symmetries: SymmetryMap) -> tuple[Tenso
 
 
 def _balanced_covariance(symmetries: SymmetryMap, axes: Mapping[int, int], like: Tensor) -> Tensor:
-    """``Σ FᵀF`` over the blocks F of all head pairs in their balanced section, shape (d, d)."""
+    """``Σ FᵀF`` over the blocks F of all factor pairs in their balanced section, shape (d, d)."""
     total = torch.zeros_like(like)
-    elements = balanced_elements(symmetries.heads)
-    for symmetry in symmetries.heads:
+    elements, view = balanced_elements(symmetries), of_unit_length(symmetries)
+    for symmetry in symmetries.pairs:
         g, contragredient, _ = elements[symmetry.name]
-        sides = ((symmetry.left_blocks, contragredient), (symmetry.right_blocks, g))
+        sides = ((symmetry.left_blocks, contragredient), (right_blocks(symmetry), g))
         for blocks, element in sides:
             for block in blocks:
-                rows = stream_rows(block, axes)
+                rows = stream_rows(block, axes, view)
                 if rows is not None:
                     rows = (element @ rows).flatten(0, -2)
                     total += (rows.mT @ rows).to(total)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quotientopt.canonical.convention import smallest_gap
 from quotientopt.canonical.invariants import product_singular_values
 from quotientopt.canonical.noether import imbalance_of
-from quotientopt.canonical.reading import factor, query_groups, symmetries_of
+from quotientopt.canonical.reading import factor, query_groups, right_factor, symmetries_of
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 
@@ -77,7 +77,7 @@ def spectra(
     symmetries = symmetries_of(model, symmetries)
     found = {}
     for symmetry in symmetries.heads:
-        B = factor(symmetry.right_blocks)
+        B = right_factor(symmetry)
         groups = [factor(blocks) for blocks in query_groups(symmetry)]
         A = torch.stack(groups, dim=1).flatten(0, 1)
         if not bool(torch.isfinite(A).all() & torch.isfinite(B).all()):

@@ -186,6 +186,8 @@ def _record(
         "redundancy": {
             "layers": {name: dataclasses.asdict(count) for name, count in counts.layers.items()},
             "residual": counts.residual,
+            "kinds": counts.kinds,
+            "unknown": list(counts.unknown),
             "total": dataclasses.asdict(counts.total) | {"dimension": counts.total.dimension},
         },
         "deviations": deviations,

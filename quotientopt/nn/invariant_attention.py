@@ -57,7 +57,9 @@ class InvariantAttention(InvariantPoints):
     key_width, value_width : int, optional
         Of the inputs of keys and values. Default: `width`.
     bias : bool
-        Whether all four maps have a bias. Those of queries, keys and values belong to the points.
+        Whether there are biases. That of the queries belongs to the point; so does that of the
+        keys with rotary positions (softmax drops it without), and that of the values with dropout
+        (the output's bias takes it up without).
     causal : bool
         Whether a position attends to itself and earlier ones only.
     dropout : float
@@ -253,7 +255,7 @@ class InvariantAttention(InvariantPoints):
             Shape (L, S), (batch · heads, L, S), or four axes that broadcast to
             (batch, heads, L, S). As for ``nn.MultiheadAttention``: boolean, where True is not
             attended to, or floating-point, added to the scores. A query that may attend to
-            nothing gets zero, plus the output's bias.
+            nothing gets zero, plus the output's bias, which holds what that of the values added.
         key_padding_mask : Tensor, optional
             Shape (batch, S), likewise; S counts the cache.
         is_causal : bool, optional

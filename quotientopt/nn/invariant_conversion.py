@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import Pair
+from quotientopt._linalg import Pair, wide
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
 from quotientopt.models import Attention
 from quotientopt.symmetries.registry import follows
@@ -33,7 +33,8 @@ class Shape:
     key_width, value_width : int
         Of the inputs of keys and values.
     bias : bool
-        Whether all four maps have a bias.
+        Whether queries and output have a bias; those of keys and values are needed only where they
+        are seen, see :attr:`key_bias` and :attr:`value_bias`.
     causal, batch_first, rotary : bool
         With `rotary`, queries and keys are turned by their positions as in the reference models.
     dropout, scale : float
@@ -128,11 +129,24 @@ class Shape:
 
     def columns(self) -> dict[str, tuple[int, int]]:
         """Columns (n, m) of the left and right factors of ``"qk"`` and ``"vo"``."""
-        group, bias = self.query_groups, int(self.bias)
+        group = self.query_groups
         return {
-            "qk": (group * (self.width + bias), self.key_width + bias),
-            "vo": (group * self.width, self.value_width + bias),
+            "qk": (group * (self.width + self.bias), self.key_width + self.key_bias),
+            "vo": (group * self.width, self.value_width + self.value_bias),
         }
+
+    @property
+    def key_bias(self) -> bool:
+        """Whether the keys' bias is seen: without rotation softmax drops it."""
+        return self.bias and self.rotary
+
+    @property
+    def value_bias(self) -> bool:
+        """Whether the values' bias is seen by itself: without dropout the output's takes it up.
+
+        Rows of attention weights sum to one then, so that it adds ``W_O b_V`` to every output.
+        """
+        return self.bias and self.dropout > 0
 
     def matrix_sizes(self) -> list[tuple[int, int, int]]:
         """Rows, columns and fan-in of the four :class:`Matrices`, without biases."""
@@ -151,7 +165,7 @@ class Shape:
 
 
 class Matrices(NamedTuple):
-    """Weights of an attention, each with its bias as the last column where there is one.
+    """Weights of an attention, each with its bias as the last column where that is seen.
 
     Attributes
     ----------
@@ -160,7 +174,7 @@ class Matrices(NamedTuple):
     output : Tensor
         The transpose of the output matrix, ``(heads · r, width)``.
     output_bias : Tensor, optional
-        Belongs to no pair, ``(width,)``.
+        Belongs to no pair, ``(width,)``; with what the values' bias adds where that has no column.
     """
 
     query: Tensor
@@ -310,6 +324,7 @@ def _read_torch(module: Any) -> tuple[Shape, Matrices]:
             for weight, bias in zip(weights, biases, strict=True)
         )
         output_bias = module.out_proj.bias.detach()
+    output = module.out_proj.weight.detach().mT
     shape = Shape.of(
         width=width,
         heads=heads,
@@ -325,7 +340,12 @@ def _read_torch(module: Any) -> tuple[Shape, Matrices]:
         rotary=False,
     )
     query, key, value = weights
-    return shape, Matrices(query, key, value, module.out_proj.weight.detach().mT, output_bias)
+    if output_bias is not None and not shape.key_bias:
+        key = key[:, :-1]
+    if output_bias is not None and not shape.value_bias:
+        output_bias = (wide(output_bias) + wide(value[:, -1]) @ wide(output)).to(output_bias.dtype)
+        value = value[:, :-1]
+    return shape, Matrices(query, key, value, output, output_bias)
 
 
 def _read_reference(module: Any) -> tuple[Shape, Matrices]:
@@ -368,9 +388,16 @@ def _write_torch(shape: Shape, matrices: Matrices) -> nn.MultiheadAttention:
     weights: list[Tensor] = [matrices.query, matrices.key, matrices.value]
     with torch.no_grad():
         if shape.bias:
-            module.in_proj_bias.copy_(torch.cat([weight[:, -1] for weight in weights]))
+            seen = (True, shape.key_bias, shape.value_bias)
+            biases = [
+                weight[:, -1] if has else weight.new_zeros(len(weight))
+                for weight, has in zip(weights, seen, strict=True)
+            ]
+            module.in_proj_bias.copy_(torch.cat(biases))
             module.out_proj.bias.copy_(matrices.output_bias)
-            weights = [weight[:, :-1] for weight in weights]
+            weights = [
+                weight[:, :-1] if has else weight for weight, has in zip(weights, seen, strict=True)
+            ]
         if module._qkv_same_embed_dim:
             module.in_proj_weight.copy_(torch.cat(weights))
         else:

@@ -63,21 +63,21 @@ class InvariantPoints(nn.Module):
         )
         device = torch.get_default_device() if device is None else torch.device(device)
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return nn.utils.skip_init(
-                nn.Linear, inputs, outputs, bias=shape.bias, device=device, dtype=dtype
+                nn.Linear, inputs, outputs, bias=bias, device=device, dtype=dtype
             )
 
-        def right(inputs: int, rotary: bool = False) -> nn.Linear | ChartLinear:
+        def right(inputs: int, bias: bool, rotary: bool = False) -> nn.Linear | ChartLinear:
             if parametrization == FIXED_RANK:
-                return linear(inputs, shared_rows)
-            sizes = (inputs, shape.key_value_heads, shape.head_width, shape.bias)
+                return linear(inputs, shared_rows, bias)
+            sizes = (inputs, shape.key_value_heads, shape.head_width, bias)
             return ChartLinear(*sizes, rotary=rotary, device=device, dtype=dtype)
 
-        self.query = linear(shape.width, rows)
-        self.key = right(shape.key_width, shape.rotary)
-        self.value = right(shape.value_width)
-        self.output = linear(rows, shape.width)
+        self.query = linear(shape.width, rows, shape.bias)
+        self.key = right(shape.key_width, shape.key_bias, shape.rotary)
+        self.value = right(shape.value_width, shape.value_bias)
+        self.output = linear(rows, shape.width, shape.bias)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -95,8 +95,11 @@ class InvariantPoints(nn.Module):
         for rows, columns, fan_in in self.shape.matrix_sizes():
             weight = standard_normal((rows, columns), generator=generator, device=device)
             matrices.append(weight / fan_in**0.5)
-        if self.shape.bias:
-            matrices[:3] = [functional.pad(matrix, (0, 1)) for matrix in matrices[:3]]
+        biases = (self.shape.bias, self.shape.key_bias, self.shape.value_bias)
+        matrices[:3] = [
+            functional.pad(matrix, (0, 1)) if bias else matrix
+            for matrix, bias in zip(matrices[:3], biases, strict=True)
+        ]
         output_bias = matrices[0].new_zeros(self.shape.width) if self.shape.bias else None
         query, key, value, output = matrices
         self._set_points(Matrices(query, key, value, output, output_bias))
@@ -122,7 +125,7 @@ class InvariantPoints(nn.Module):
         """The representatives (A, B) of ``"qk"`` and ``"vo"``, copied.
 
         ``(key_value_heads, r, n)`` and ``(key_value_heads, r, m)``, with a bias as last column of
-        each head's block.
+        each head's block where it is seen.
         """
         pairs = self._read().pairs(self.shape)
         return {name: (A.clone(), B.clone()) for name, (A, B) in pairs.items()}

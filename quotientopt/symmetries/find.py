@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
+from quotientopt.symmetries.census import further_directions
 from quotientopt.symmetries.discovery import Discovery, FoundStream, discover
 from quotientopt.symmetries.exactness import (
     Elements,
@@ -122,9 +123,14 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         "is trainable on one side only: acting on it (act_, dress_) changes frozen parameters",
     )
     unrecognized = _without_found(_unrecognized(model, findings), heads)
+    stream, why = find_stream(model, findings, ownership)
+    if stream is None and residual is not None:
+        why = "norms on the residual stream, which is found and not known by class"
+    further = further_directions(model, stream, why, findings.contributions, ownership, heads)
     return SymmetryMap(
         [_named(symmetry, ownership) for symmetry in heads],
         residual,
+        further=further,
         residual_reason=reason,
         unrecognized=[*unrecognized, *conflicting, *mixed],
         gauge_free=_gauge_free(model, findings),

@@ -8,6 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quotientopt.symmetries.census import (
+    HEADS,
+    LENGTHS,
+    ROTATIONS,
+    TRANSLATIONS,
+    UNITS,
+    Direction,
+    Further,
+    length_dimension,
+    orbit_dimension,
+    rotation_dimension,
+)
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.residual import ResidualStream
 from quotientopt.symmetries.verification import deviations
@@ -46,6 +58,8 @@ class SymmetryMap:
         into memory: nothing is known of them.
     overlapping : sequence of str
         Names and groups of pairs that are exact as well, on weights of those listed.
+    further : Further
+        Gauge directions that none of these acts along, for :meth:`redundancy` alone.
 
     Notes
     -----
@@ -68,6 +82,7 @@ class SymmetryMap:
         not_exercised: Sequence[str] = (),
         overlapping: Sequence[str] = (),
         left_alone: Mapping[str, str] | None = None,
+        further: Further | None = None,
     ) -> None:
         self.heads = tuple(heads)
         self.hidden_units = tuple(hidden_units)
@@ -77,6 +92,7 @@ class SymmetryMap:
         self.left_alone = dict(left_alone or {})
         self.residual = residual
         self.residual_reason = residual_reason
+        self.further = Further() if further is None else further
         self.unrecognized = tuple(unrecognized)
         self.gauge_free = tuple(gauge_free)
         names = [*(pair.name for pair in self.pairs), *(scale.name for scale in self.scales)]
@@ -87,6 +103,18 @@ class SymmetryMap:
     def pairs(self) -> tuple[HeadSymmetry, ...]:
         """All factor pairs: those of heads, then those of hidden units."""
         return self.heads + self.hidden_units
+
+    @property
+    def linear(self) -> tuple[HeadSymmetry | ScaleSymmetry, ...]:
+        """All but the translations and the residual stream: the pairs, then the scales."""
+        return (*self.pairs, *self.scales)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a group element of the model may name; ``"residual"`` also where O(d) is broken."""
+        translated = [symmetry.name + TRANSLATION for symmetry in self._translated()]
+        residual = [] if self.residual is None else [RESIDUAL]
+        return (*self._actors(), *translated, *residual)
 
     def parameters_of(self, name: str) -> list[Tensor]:
         """The parameters that the symmetry of that name (as in a group element) acts on."""
@@ -101,24 +129,50 @@ class SymmetryMap:
         return [block.parameter for block in (*translation.blocks, *sink)]
 
     def _actors(self) -> dict[str, HeadSymmetry | ScaleSymmetry]:
-        linear: list[HeadSymmetry | ScaleSymmetry] = [*self.pairs, *self.scales]
-        return {symmetry.name: symmetry for symmetry in linear}
+        return {symmetry.name: symmetry for symmetry in self.linear}
+
+    @torch.no_grad()
+    def directions(self) -> tuple[Direction, ...]:
+        """The gauge directions of the model as it is, kind by kind.
+
+        Of every group the dimension of the orbit, which is that of the group where pairs have full
+        rank; then what :mod:`quotientopt.symmetries.census` counts around norms and embeddings.
+        """
+        further = self.further
+        means = [parameter for found in further.directions for parameter in found.parameters]
+        found = [Direction(HEADS, s.name, orbit_dimension(s, means)) for s in self.heads]
+        found += [
+            Direction(TRANSLATIONS, s.name + TRANSLATION, s.heads * s.rank)
+            for s in self._translated()
+        ]
+        found += [Direction(UNITS, s.name, orbit_dimension(s)) for s in self.hidden_units]
+        found += [Direction(LENGTHS, scale.name, length_dimension(scale)) for scale in self.scales]
+        stream = self.residual
+        if stream is not None and (stream.group is not None or further.rotations):
+            group, full, centred = stream.group, further.rotations, further.centred
+            if group is not None:
+                full, centred = group.dim, stream.broken_by != ()
+            axes = [(stream.parameters[name], axis) for name, axis in stream.axes.items()]
+            count = rotation_dimension(axes, centred, full)
+            found.append(Direction(ROTATIONS, RESIDUAL, count))
+        return (*found, *further.directions)
 
     def redundancy(self) -> dict[str, int]:
-        """Count parameters and gauge directions.
+        """Count the directions in parameter space along which the model computes the same.
+
+        The census: at weights in general position the total is the dimension of the null space of
+        the derivative of all outputs with respect to all weights, frozen ones included.
 
         Returns
         -------
         dict
-            ``"<name>"``: dimension of each symmetry's group (heads · dim G, heads · r for
-            translations; d(d−1)/2 for an exact residual stream, (d−1)(d−2)/2 for one that is
-            centred), and ``"total"``, their sum: the number of directions in parameter space along
-            which the model computes the same.
+            ``"<name>"``: dimension of the orbit under each symmetry's group (heads · dim G for
+            pairs of full rank); ``"<name>.translation"``: heads · r; ``"residual"``: rotations of
+            the residual stream, behind the gains of norms where :func:`quotientopt.fold_norms_`
+            would make them exact, d(d − 1)/2, or (d − 1)(d − 2)/2 where it is centred;
+            ``"<parameter> (<kind>)"`` for what no group here acts along; ``"total"``, their sum.
         """
-        counts = {name: s.heads * s.group.dim for name, s in self._actors().items()}
-        counts |= {s.name + TRANSLATION: s.heads * s.rank for s in self._translated()}
-        if self.residual is not None and self.residual.group is not None:
-            counts[RESIDUAL] = self.residual.group.dim
+        counts = {direction.key: direction.count for direction in self.directions()}
         return counts | {"total": sum(counts.values())}
 
     def random_element(

@@ -122,8 +122,8 @@ def _grouped_product(
 
 def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
-    for name in symmetries.redundancy():
-        if name != "total" and any(id(p) not in own for p in symmetries.parameters_of(name)):
+    for name in symmetries.names:
+        if any(id(p) not in own for p in symmetries.parameters_of(name)):
             raise ValueError(
                 f"symmetry {name!r} acts on a tensor that is no parameter of this "
                 f"{type(model).__name__}; find the symmetries of this very model"

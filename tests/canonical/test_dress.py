@@ -487,7 +487,7 @@ def test_an_optimizer_that_refuses_leaves_everything_as_it_was():
 def test_orthogonal_group_by_itself_is_balanced():
     """balanced_elements leaves O(r) pairs alone, where there is nothing to balance."""
     model, _ = hand_made("normalized")
-    elements = canonical.elements.balanced_elements(model.symmetries().heads)
+    elements = canonical.elements.balanced_elements(model.symmetries())
     assert torch.equal(elements["qk"].g, torch.eye(8, dtype=torch.float64).expand(3, 8, 8))
     assert model.symmetries().heads[0].group == O(8)
     assert not torch.equal(elements["vo"].g, elements["qk"].g)

@@ -332,9 +332,11 @@ def test_state_dict_copy_and_compile(parametrization, rotary):
 @pytest.mark.parametrize("rotary", [True, False])
 def test_parameter_counts(bias, shared, rotary):
     rank, group = WIDTH // HEADS, HEADS // shared
-    n_qk, n_vo, m = group * (WIDTH + bias), group * WIDTH, WIDTH + bias
+    n_qk, n_vo, m = group * (WIDTH + bias), group * WIDTH, WIDTH
     redundant = 1 if rotary else rank
-    expected = shared * rank * ((n_qk + m - redundant) + (n_vo + m - rank))
+    # Rotation makes the keys' bias seen; that of the values is in the output's.
+    keys = m + (bias and rotary)
+    expected = shared * rank * ((n_qk + keys - redundant) + (n_vo + m - rank))
     options = {"key_value_heads": shared, "bias": bias, "rotary": rotary}
     chart = InvariantAttention(WIDTH, HEADS, parametrization="chart", **options)
     pair = InvariantAttention(WIDTH, HEADS, **options)
@@ -348,6 +350,50 @@ def test_parameter_counts(bias, shared, rotary):
     redundancy = qo.find_symmetries(pair).redundancy()
     assert redundancy == gauge | {"total": sum(gauge.values())}
     assert qo.find_symmetries(chart).heads == ()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_chart_of_biased_maps_has_as_many_numbers_as_are_free(dropout):
+    """132 numbers of which 12 were gauge: the rank of the derivative of all outputs says 120."""
+    module = nn.MultiheadAttention(6, 2, dropout=dropout, batch_first=True).double().eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    chart = InvariantAttention.from_attention(module, parametrization="chart")
+    x = torch.randn(16, 5, 6).double()
+    assert deviation(chart(x), module(x, x, x, need_weights=False)[0]) < 1e-10
+    # Dropout of the weights makes the values' bias seen while training, but not in this mode.
+    count = sum(parameter.numel() for parameter in chart.parameters())
+    assert count == 120 + (6 if dropout else 0)
+    names = [name for name, _ in chart.named_parameters()]
+    derivatives = torch.autograd.functional.jacobian(
+        lambda *values: torch.func.functional_call(
+            chart, dict(zip(names, values, strict=True)), (x,)
+        ).flatten(),
+        tuple(parameter.detach() for parameter in chart.parameters()),
+    )
+    assert int(torch.linalg.matrix_rank(torch.cat([d.flatten(1) for d in derivatives], 1))) == 120
+    back = chart.to_attention()
+    assert deviation(back(x, x, x, need_weights=False)[0], chart(x)) < 1e-10
+    assert not back.in_proj_bias[6:12].any()
+    assert bool(back.in_proj_bias[12:].any()) == bool(dropout)
+
+
+@pytest.mark.parametrize("parametrization", ["fixed-rank", "chart"])
+def test_translates_are_one_point(parametrization):
+    module = nn.MultiheadAttention(6, 2, batch_first=True).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        shift = torch.randn(12).double()
+        twin.in_proj_bias[6:] += shift
+        twin.out_proj.bias -= twin.out_proj.weight @ shift[6:]
+    one, two = (
+        InvariantAttention.from_attention(m, parametrization=parametrization)
+        for m in (module, twin)
+    )
+    for name, ours in one.state_dict().items():
+        assert (ours - two.state_dict()[name]).abs().max() < 1e-12, name
 
 
 @pytest.mark.parametrize("bias", [True, False])
