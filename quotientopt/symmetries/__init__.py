@@ -10,6 +10,7 @@ from quotientopt.symmetries.find import (
 )
 from quotientopt.symmetries.fold import fold_norms_
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation
+from quotientopt.symmetries.head_blocks import HeadBlocks, matrix_groups
 from quotientopt.symmetries.map import SymmetryMap
 from quotientopt.symmetries.norm import Norm, Reader, register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
@@ -19,6 +20,7 @@ __all__ = [
     "Block",
     "CentredStream",
     "Contribution",
+    "HeadBlocks",
     "HeadSymmetry",
     "Norm",
     "NotUnderstoodError",
@@ -30,6 +32,7 @@ __all__ = [
     "find_symmetries",
     "fold_norms_",
     "gaps",
+    "matrix_groups",
     "register",
     "register_norm",
     "symmetries_from",

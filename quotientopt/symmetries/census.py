@@ -35,7 +35,7 @@ from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.norm import Norm, Reader
 from quotientopt.symmetries.registry import Contribution
-from quotientopt.symmetries.stream import Stream, norm_breakers
+from quotientopt.symmetries.residual import Stream, norm_breakers
 
 HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS = (
     "heads",

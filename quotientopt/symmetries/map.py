@@ -21,6 +21,7 @@ from quotientopt.symmetries.census import (
     rotation_dimension,
 )
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
+from quotientopt.symmetries.head_blocks import HeadBlocks, head_blocks
 from quotientopt.symmetries.residual import ResidualStream
 from quotientopt.symmetries.verification import deviations
 
@@ -156,6 +157,20 @@ class SymmetryMap:
             count = rotation_dimension(axes, centred, full)
             found.append(Direction(ROTATIONS, RESIDUAL, count))
         return (*found, *further.directions)
+
+    def head_blocks(self) -> list[HeadBlocks]:
+        """Views ``(heads, r, n)`` of every query, key, value and output matrix of an attention.
+
+        For optimizers that work head by head, whatever the layout: fused, grouped, transposed. See
+        :class:`~quotientopt.symmetries.head_blocks.HeadBlocks`.
+
+        Examples
+        --------
+        >>> for heads in symmetries.head_blocks():  # doctest: +SKIP
+        ...     update = heads.block.view(momentum[heads.parameter])
+        ...     update.copy_(orthogonalise(update))  # every head by itself
+        """
+        return head_blocks(self.heads)
 
     def redundancy(self) -> dict[str, int]:
         """Count the directions in parameter space along which the model computes the same.

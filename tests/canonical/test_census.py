@@ -70,9 +70,7 @@ def nano_gpt(module: NanoGPT, name: str) -> Contribution:
         for index, part in enumerate(("query", "key", "value"))
     }
     output = input_heads(module.c_proj, "c_proj", WIDTH, consecutive(module.heads))
-    add_attention(
-        contribution, "", output=output, qk_group=GL(WIDTH // module.heads), query_groups=1, **heads
-    )
+    add_attention(contribution, "", output=output, qk_group=GL(WIDTH // module.heads), **heads)
     add_branch(contribution, module, "", readers=["c_attn"], writers=["c_proj"], norm="ln_1")
     add_branch(contribution, module, "", readers=["c_fc"], writers=["c_out"], norm="ln_2")
     for table in ("wte", "wpe"):
