@@ -122,7 +122,7 @@ def further_directions(
     ----------
     model : Module
     stream : Stream, optional
-        As :func:`~quotientopt.symmetries.stream.add_up` gives it; None with the reason.
+        As :func:`~quotientopt.symmetries.residual.add_up` gives it; None with the reason.
     reason : str
     contributions : mapping of str to Contribution
         What the adapters said, by module name.
