@@ -28,6 +28,7 @@ from quotientopt.symmetries.registry import (
     NotUnderstoodError,
     bare_modules,
     inside,
+    looks_like_attention,
     lookup,
     plain,
     unwrapped,
@@ -41,9 +42,6 @@ from quotientopt.symmetries.residual import (
     unknown_layers,
 )
 
-_ATTENTION_WORDS = ("attention", "attn", "multihead")
-# What the forward of an attention calls: softmax alone also routes tokens to experts.
-_SOFTMAX, _PRODUCTS = "softmax", {"matmul", "einsum", "bmm", "baddbmm", "transpose", "mT"}
 _SHOWN = 3
 
 
@@ -309,7 +307,7 @@ def find_stream(
         problems = (
             f"{name or 'model'}: {why}"
             for name, why in findings.not_understood.items()
-            if not _looks_like_attention(unwrapped(model.get_submodule(name)))
+            if not looks_like_attention(unwrapped(model.get_submodule(name)))
         )
         return None, next(problems, "no model or layer with a known residual stream")
     stream = add_up(model, recognised, ownership)
@@ -337,7 +335,7 @@ def _unrecognized(model: nn.Module, findings: Findings) -> list[str]:
     ]
     # Adapters beside quantised matrices are no pairs of those matrices.
     whole = [name for name in covered if not _is_low_rank(findings.contributions[name])]
-    attentions = [name for name, module in bare_modules(model) if _looks_like_attention(module)]
+    attentions = [name for name, module in bare_modules(model) if looks_like_attention(module)]
     # A model changed in one attention is not itself the attention that is not understood.
     suspects = attentions + [
         name
@@ -363,16 +361,6 @@ def _gauge_free(model: nn.Module, findings: Findings) -> list[str]:
     """Attentions that are understood and have no gauge."""
     contributions = findings.contributions.items()
     return [name or type(model).__name__ for name, found in contributions if found.gauge_free]
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    """By the name of its class, or by what its forward calls."""
-    if any(word in type(module).__name__.lower() for word in _ATTENTION_WORDS):
-        return True
-    called = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
-    if "scaled_dot_product_attention" in called:
-        return True
-    return _SOFTMAX in called and bool(_PRODUCTS & called)
 
 
 def _named(symmetry: HeadSymmetry, ownership: Ownership) -> HeadSymmetry:

@@ -287,3 +287,18 @@ def class_names(module: nn.Module) -> Iterator[str]:
     """Qualified names of a module's class and of its bases, nearest first."""
     for base in type(unwrapped(module)).__mro__:
         yield f"{base.__module__}.{base.__qualname__}"
+
+
+_ATTENTION_WORDS = ("attention", "attn", "multihead")
+# What the forward of an attention calls: softmax alone also routes tokens to experts.
+_SOFTMAX, _PRODUCTS = "softmax", {"matmul", "einsum", "bmm", "baddbmm", "transpose", "mT"}
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """By the name of its class, or by what its forward calls."""
+    if any(word in type(module).__name__.lower() for word in _ATTENTION_WORDS):
+        return True
+    called = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
+    if "scaled_dot_product_attention" in called:
+        return True
+    return _SOFTMAX in called and bool(_PRODUCTS & called)

@@ -19,7 +19,7 @@ from quotientopt.symmetries.discovery.point import Call, GenericPoint, Gradients
 from quotientopt.symmetries.discovery.proof import Prover
 from quotientopt.symmetries.discovery.stream import FoundStream, analysed, find_stream
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
-from quotientopt.symmetries.registry import qualified
+from quotientopt.symmetries.registry import looks_like_attention, qualified
 
 # Float64 copies at once: the point, two gradients, noise, a moved point and its gradient.
 COPIES = 6
@@ -127,12 +127,13 @@ def _examine(
     parameters = dict(module.named_parameters())
     cuts = list(rows_of(parameters, point.parameters, gradients))
     idle = _idle(module, gradients)
+    suspects = [path for path, part in module.named_modules() if looks_like_attention(part)]
     # Beside matrices that did nothing a pair may look larger than it is: one token attends to
     # itself alone, and its heads are one linear map.
     still = [f"{path}." for path in idle if any(p.ndim > 1 for p in _parameters(module, path))]
     pairs = [
         pair
-        for pair in find_pairs(cuts, _numbers(module))
+        for pair in find_pairs(cuts, _numbers(module), suspects)
         if not any(_within(path, _scope(pair)) for path in still)
     ]
     noise = max(

@@ -36,6 +36,8 @@ MOST = 0.75
 SOME = 0.25
 # Sums over query heads are looked for in matrices of at most so many rows.
 MANY_ROWS = 20_000
+# Share of its terms that the charge of a length has which a norm hides but for its epsilon.
+UNSEEN = 1e-4
 # Of queries and keys without values: matrices in one module, and rows of a head.
 MANY_CUTS, LARGE_HEAD = 8, 512
 # Rows tried before a matrix is believed to consist of hidden units.
@@ -175,6 +177,7 @@ class _Index:
         charge = torch.cat(charges) if charges else empty
         order = torch.argsort(charge.real)
         self.charge = charge[order]
+        self._real = self.charge.real.contiguous()
         self.tolerance = torch.cat(tolerances)[order] if charges else empty.real
         self.where = torch.cat(where)[order] if charges else torch.zeros(0, 2, dtype=torch.long)
 
@@ -201,8 +204,8 @@ class _Index:
     def lookup(self, values: Tensor, tolerance: Tensor) -> list[list[tuple[int, int]]]:
         """For every value the rows ``(version, row)`` of that charge."""
         widest = (tolerance + self.tolerance.max()).clamp_min(0) if len(self.charge) else tolerance
-        first = torch.searchsorted(self.charge.real.contiguous(), values.real - widest)
-        last = torch.searchsorted(self.charge.real.contiguous(), values.real + widest, right=True)
+        first = torch.searchsorted(self._real, values.real - widest)
+        last = torch.searchsorted(self._real, values.real + widest, right=True)
         found = []
         for i, (start, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
             near = (self.charge[start:end] - values[i]).abs() <= (
@@ -212,7 +215,9 @@ class _Index:
         return found
 
 
-def find_pairs(cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = ()) -> list[FoundPair]:
+def find_pairs(
+    cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = (), attentions: Collection[str] = ()
+) -> list[FoundPair]:
     """All factor pairs; none shares rows with another.
 
     Parameters
@@ -221,6 +226,8 @@ def find_pairs(cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = ()) -> l
         As from :func:`~quotientopt.symmetries.discovery.charges.rows_of`.
     ranks : collection of int
         Sizes that heads may have, where charges alone cannot tell.
+    attentions : collection of str
+        Paths of modules that look like attention, where fused matrices are cut in more ways.
     """
     versions = [rows for cut in cuts for rows in cut]
     rank = {id(rows): number for cut in cuts for number, rows in enumerate(cut)}
@@ -241,7 +248,8 @@ def find_pairs(cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = ()) -> l
         kept += [found for found in _shared_rotary_keys(pair, cuts, taken) if taken.add(found)]
     units = [pair for pair in (*linear, *values) if pair.rank == 1]
     kept += [pair for pair in sorted(units, key=_size) if taken.add(pair)]
-    alone = list(_scores_alone(cuts, taken, {*ranks, *(pair.rank for pair in kept)}))
+    sizes = {*ranks, *(pair.rank for pair in kept)}
+    alone = list(_scores_alone(cuts, taken, sizes, attentions))
     # Of equal groups the first: a stable sort keeps the order in which sizes were tried.
     alone.sort(key=lambda pair: -pair.heads * pair.group.dim)
     return [*kept, *(pair for pair in alone if taken.add(pair))]
@@ -590,7 +598,10 @@ def _shared_rotary_keys(
 
 
 def _scores_alone(
-    cuts: Sequence[Sequence[Rows]], taken: _Taken, ranks: Collection[int]
+    cuts: Sequence[Sequence[Rows]],
+    taken: _Taken,
+    ranks: Collection[int],
+    attentions: Collection[str],
 ) -> Iterator[FoundPair]:
     """Queries and keys whose values are in no pair, behind a gate or a norm for example.
 
@@ -606,12 +617,31 @@ def _scores_alone(
     for near in scopes.values():
         if len(near) > MANY_CUTS:
             continue
+        fused = any(_within(cut[0].name, path) for cut in near for path in attentions)
+        pairs = itertools.combinations((cut[0] for cut in near), 2)
+        if not fused and not any(_may_share_a_scale(*pair, taken) for pair in pairs):
+            continue
         found: list[FoundPair] = []
         sizes = {r for cut in near for r in _divisors(len(taken.free(cut[0])))}
         for r in sorted(sizes, key=lambda r: (r not in ranks, r if r in ranks else -r)):
             if 2 <= r <= LARGE_HEAD:
                 found += _scores_of_size(near, taken, r, ranks)
         yield from found
+
+
+def _may_share_a_scale(one: Rows, two: Rows, taken: _Taken) -> bool:
+    """Whether the free rows of two matrices may be queries and keys.
+
+    Every group there is keeps the scale of all rows together, or a norm hides it.
+    """
+    charges, sizes = [], torch.zeros(())
+    for rows in (one, two):
+        free = taken.free(rows)
+        halves = (free, free[: len(free) // 2], free[len(free) // 2 :])
+        charges.append([rows.charge[:, part].sum(-1) for part in halves])
+        sizes = sizes + rows.scale[free].sum()
+    tolerance = max(one.precision, two.precision, UNSEEN / 10) * sizes
+    return any(bool(((x - y).abs() <= tolerance).all()) for x in charges[0] for y in charges[1])
 
 
 def _scores_of_size(
@@ -669,7 +699,7 @@ def _may_be_scores(left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tenso
         sizes = sizes + rows.scale[index].sum(-1)
     precision = max(rows.precision for rows, _ in (*left, right))
     equal = ((keys - queries).abs() <= precision * sizes).all()
-    normalised = ((keys.abs() <= 1e-3 * sizes) & (queries.abs() <= 1e-3 * sizes)).all()
+    normalised = ((keys.abs() <= UNSEEN * sizes) & (queries.abs() <= UNSEEN * sizes)).all()
     if not (bool(equal) or bool(normalised)):
         return False
     return all(bool(rows.exercised[index].any(-1).all()) for rows, index in (*left, right))
