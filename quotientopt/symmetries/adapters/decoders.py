@@ -27,6 +27,7 @@ from quotientopt.symmetries.adapters.layers import (
     Branch,
     HeadView,
     Sublayer,
+    Units,
     add_attention,
     add_consumer,
     add_embeddings,
@@ -34,8 +35,10 @@ from quotientopt.symmetries.adapters.layers import (
     add_pair,
     add_reader,
     add_writer,
+    bias_of,
     blocks_of,
     consecutive,
+    dense,
     head_adapter,
     input_heads,
     layer_adapter,
@@ -52,8 +55,10 @@ from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, qualified
 
 SEPARATE = Sublayer(("q_proj", "k_proj", "v_proj"), ("o_proj",))
-GATED = Sublayer(("gate_proj", "up_proj"), ("down_proj",))
-FUSED_GATED = Sublayer(("gate_up_proj",), ("down_proj",))
+GATED = Sublayer(("gate_proj", "up_proj"), ("down_proj",), units=Units("up_proj", "down_proj"))
+FUSED_GATED = Sublayer(
+    ("gate_up_proj",), ("down_proj",), units=Units("gate_up_proj", "down_proj", 1, 2)
+)
 
 
 def known(*names: str) -> Callable[[Any], Any]:
@@ -83,16 +88,17 @@ register_sublayer(
     "llama4.Llama4TextMLP",
 )
 register_sublayer(FUSED_GATED, "phi3.Phi3MLP")
-# A norm behind its hidden units, and squared ReLU.
-register_sublayer(GATED, "bitnet.BitNetMLP")
-register_sublayer(Sublayer(("c_fc",), ("c_proj",)), "starcoder2.Starcoder2MLP")
-register_sublayer(Sublayer(("c_fc",), ("c_proj",), kind=CONV1D), "gpt2.GPT2MLP")
-register_sublayer(Sublayer(("fc1",), ("fc2",)), "phi.PhiMLP")
-register_sublayer(Sublayer(("fc_in",), ("fc_out",)), "gptj.GPTJMLP")
-register_sublayer(Sublayer(("up_proj",), ("down_proj",)), "mpt.MptMLP")
-DENSE_4H = ("dense_h_to_4h",), ("dense_4h_to_h",)
-register_sublayer(Sublayer(*DENSE_4H), "gpt_neox.GPTNeoXMLP", "bloom.BloomMLP")
-register_sublayer(Sublayer(*DENSE_4H, kind=FALCON_LINEAR), "falcon.FalconMLP")
+# With a norm behind its hidden units.
+register_sublayer(Sublayer(GATED.readers, GATED.writers), "bitnet.BitNetMLP")
+register_sublayer(dense("c_fc", "c_proj", "act"), "starcoder2.Starcoder2MLP")
+register_sublayer(dense("c_fc", "c_proj", "act", kind=CONV1D), "gpt2.GPT2MLP")
+register_sublayer(dense("fc1", "fc2", "activation_fn"), "phi.PhiMLP")
+register_sublayer(dense("fc_in", "fc_out", "act"), "gptj.GPTJMLP")
+register_sublayer(dense("up_proj", "down_proj", "act"), "mpt.MptMLP")
+DENSE_4H = ("dense_h_to_4h", "dense_4h_to_h")
+register_sublayer(dense(*DENSE_4H, "act"), "gpt_neox.GPTNeoXMLP")
+register_sublayer(dense(*DENSE_4H, "gelu_impl"), "bloom.BloomMLP")
+register_sublayer(dense(*DENSE_4H, "act", kind=FALCON_LINEAR), "falcon.FalconMLP")
 EXPERTS = Sublayer(reading={"gate_up_proj": 2}, writing={"down_proj": 1})
 register_sublayer(EXPERTS, "mixtral.MixtralExperts")
 register_sublayer(
@@ -156,6 +162,8 @@ def rotary_attention(
     if getattr(module.config, "clip_qkv", None) is not None:
         raise NotUnderstoodError("queries, keys and values are clipped")
     rank = module.head_dim
+    # A sink takes a part of every query's weights.
+    sinks = getattr(module, "sinks", None) is not None
     group: StructureGroup = GL(rank)
     if _is_rotated(module):
         layer_type = getattr(module, "layer_type", None)
@@ -170,6 +178,8 @@ def rotary_attention(
         layers=("q_proj", "k_proj", "v_proj", output),
         qk_group=normalised_group(used, group, whole=whole),
         between=between,
+        keys_move=not sinks,
+        values_move=not sinks,
     )
 
 
@@ -347,7 +357,14 @@ def gpt2_attention(module: Any, name: str) -> Contribution:
     output = input_heads(module.c_proj, qualified(name, "c_proj"), width, pick, CONV1D)
     contribution = Contribution()
     add_attention(
-        contribution, name, query=query, key=key, value=value, output=output, qk_group=GL(rank)
+        contribution,
+        name,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        qk_group=GL(rank),
+        output_bias=bias_of(module.c_proj, qualified(name, "c_proj")),
     )
     return contribution
 
@@ -363,7 +380,10 @@ register_sublayer(_gpt2_projections, "gpt2.GPT2Attention")
 @known("bloom.BloomAttention")
 def bloom_attention(module: Any, name: str) -> Contribution:
     """GL(r) on both pairs of every head: ALiBi adds a constant to the scores."""
-    return _fused_by_head(module, name, module.num_heads, module.head_dim, GL(module.head_dim))
+    rank = module.head_dim
+    # Computed as on several devices, the output layer has no bias.
+    sliced = module.pretraining_tp > 1 and module.slow_but_exact
+    return _fused_by_head(module, name, module.num_heads, rank, GL(rank), values_move=not sliced)
 
 
 @known("gpt_neox.GPTNeoXAttention")
@@ -393,10 +413,23 @@ def _partly_rotated(module: Any, rank: int) -> StructureGroup:
 
 
 def _fused_by_head(
-    module: Any, name: str, heads: int, rank: int, group: StructureGroup | None
+    module: Any,
+    name: str,
+    heads: int,
+    rank: int,
+    group: StructureGroup | None,
+    *,
+    values_move: bool = True,
 ) -> Contribution:
-    layers = ("query_key_value", "dense")
-    return grouped_attention(module, name, rank=rank, shared=heads, layers=layers, qk_group=group)
+    return grouped_attention(
+        module,
+        name,
+        rank=rank,
+        shared=heads,
+        layers=("query_key_value", "dense"),
+        qk_group=group,
+        values_move=values_move,
+    )
 
 
 @known("falcon.FalconAttention")
@@ -673,7 +706,7 @@ def opt_layer(module: Any, name: str) -> Contribution:
     first = module.do_layer_norm_before
     return layer_adapter(
         Branch.beside("self_attn_layer_norm", "self_attn", first=first),
-        Branch.beside("final_layer_norm", Sublayer(("fc1",), ("fc2",)), first=first),
+        Branch.beside("final_layer_norm", dense("fc1", "fc2", "activation_fn"), first=first),
     )(module, name)
 
 

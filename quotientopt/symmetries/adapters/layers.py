@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from quotientopt.groups import GL, StructureGroup
+from quotientopt.groups import GL, Scale, StructureGroup
 from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.head import HeadSymmetry, Translation
 from quotientopt.symmetries.norm import Norm, Reader, norm_kind
 from quotientopt.symmetries.registry import (
     Adapter,
@@ -187,8 +189,14 @@ def add_attention(
     output: Sequence[HeadView],
     qk_group: StructureGroup | None = None,
     between: str = "",
+    output_bias: HeadView | None = None,
+    keys_move: bool = True,
+    values_move: bool = True,
 ) -> None:
     """Add the query-key and the value-output pair of an attention.
+
+    Where queries and keys have GL(r), softmax ignores what a bias of the keys adds: a translation.
+    What a bias of the values adds, a bias of the output can take.
 
     Parameters
     ----------
@@ -202,11 +210,20 @@ def add_attention(
         Group of the query-key pair; None leaves it alone.
     between : str
         What stands between the heads and the output layer and leaves no value-output pair.
+    output_bias : HeadView, optional
+        The bias of the output layer, see :func:`bias_of`.
+    keys_move : bool
+        Whether adding a constant to all scores of a query changes nothing: the scores are not
+        capped, and no sink or zero is among them.
+    values_move : bool
+        Whether the weights of a query sum to one: no sink and no zero takes a part.
     """
     if qk_group is not None:
         right = blocks_of(key)
         left = blocks_of(query, right[0].size[0])
-        add_pair(contribution, qualified(name, "qk"), qk_group, left, right)
+        moved = _biases(right) if keys_move and isinstance(qk_group, GL) else ()
+        translation = Translation(moved) if moved else None
+        add_pair(contribution, qualified(name, "qk"), qk_group, left, right, translation)
     else:
         reason = "queries and keys are normalised, with gains or centred"
         contribution.left_alone[qualified(name, "qk")] = reason
@@ -215,7 +232,21 @@ def add_attention(
         return
     right = blocks_of(value)
     left = blocks_of(output, right[0].size[0])
-    add_pair(contribution, qualified(name, "vo"), GL(right[0].size[1]), left, right)
+    moved = _biases(right) if values_move and output_bias is not None else ()
+    translation = Translation(moved, blocks_of([output_bias])[0]) if moved and output_bias else None
+    add_pair(contribution, qualified(name, "vo"), GL(right[0].size[1]), left, right, translation)
+
+
+def bias_of(layer: nn.Module, name: str) -> HeadView | None:
+    """The bias of an output layer, ``(1, 1, d)``; None where it has none."""
+    bias = own_parameter(layer, "bias")
+    if bias is None:
+        return None
+    return HeadView(bias, qualified(name, "bias"), bias.detach()[None, None])
+
+
+def _biases(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    return tuple(block for block in blocks if block.size[2] == 1)
 
 
 def add_pair(
@@ -224,13 +255,14 @@ def add_pair(
     group: StructureGroup,
     left: list[Block],
     right: list[Block],
+    translation: Translation | None = None,
 ) -> None:
     """Add a head symmetry, unless a factor has too few columns to have full row rank."""
     shapes = {block.size[:2] for block in (*left, *right)}
     if len(shapes) != 1 or next(iter(shapes))[1] != group.r:
         raise NotUnderstoodError(f"the heads of {name} have different shapes: {sorted(shapes)}")
     if min(sum(block.size[2] for block in side) for side in (left, right)) >= group.r:
-        contribution.heads.append(HeadSymmetry(left, right, group, name))
+        contribution.heads.append(HeadSymmetry(left, right, group, name, translation=translation))
 
 
 def add_reader(
@@ -346,6 +378,28 @@ def add_branch(
 
 
 @dataclass(frozen=True)
+class Units:
+    """Hidden units of a feed-forward layer that can be scaled, and scaled back by what reads them.
+
+    Attributes
+    ----------
+    writer, reader : str
+        Paths of the affine layers that write the units and that read them.
+    part, parts : int
+        Where the writer is fused: which of how many equal parts of its outputs.
+    activation : str, optional
+        Path of an activation on the units. None where they are multiplied by a function of others,
+        as in a gated layer: they have GL(1) then, and positive factors behind a ReLU.
+    """
+
+    writer: str
+    reader: str
+    part: int = 0
+    parts: int = 1
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """The matrices of a module that is a branch of a layer, ``x + f(x)``.
 
@@ -363,6 +417,8 @@ class Sublayer:
         Names of parameters of the module itself to their axis that is the stream.
     biases : mapping of str to str
         Name of such a parameter to the name of its bias.
+    units : Units, optional
+        Its hidden units, where they have a gauge.
     """
 
     readers: tuple[str, ...] = ()
@@ -372,6 +428,12 @@ class Sublayer:
     reading: Mapping[str, int] = field(default_factory=dict)
     writing: Mapping[str, int] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
+    units: Units | None = None
+
+
+def dense(up: str, down: str, activation: str, *, kind: str = LINEAR) -> Sublayer:
+    """A feed-forward layer of two matrices with an activation, given by its path, between them."""
+    return Sublayer((up,), (down,), kind, units=Units(up, down, activation=activation))
 
 
 # Per class a sublayer, or a function of the module where it depends on the configuration.
@@ -453,7 +515,42 @@ def add_sublayer(
     for parameter, axis in form.writing.items():
         present_parameter(module, parameter)
         add_vectors(contribution, qualified(name, parameter), axis)
+    if form.units is not None:
+        add_units(contribution, module, name, form.units, form.kind)
     return readers
+
+
+def add_units(
+    contribution: Contribution, module: nn.Module, name: str, units: Units, kind: str = LINEAR
+) -> None:
+    """Add the scales of hidden units, ``u ↦ c u``; nothing behind an activation but ReLU."""
+    group: StructureGroup = GL(1)
+    if units.activation is not None:
+        if not _is_relu(_at(module, units.activation)):
+            return
+        group = Scale(1)
+    writer, reader = module.get_submodule(units.writer), module.get_submodule(units.reader)
+    rows = present_parameter(writer, "weight").shape[_OUTPUT_AXIS[kind]]
+    count = rows // units.parts
+    pick = consecutive(count, units.part, units.parts)
+    right = output_heads(writer, qualified(name, units.writer), rows, pick, kind)
+    left = input_heads(reader, qualified(name, units.reader), count, consecutive(count), kind)
+    contribution.hidden_units.append(
+        HeadSymmetry(blocks_of(left), blocks_of(right), group, qualified(name, "units"))
+    )
+
+
+def _is_relu(activation: Any) -> bool:
+    if isinstance(activation, nn.Module):
+        return follows(activation, "torch.nn.modules.activation.ReLU")
+    return activation in (functional.relu, torch.relu)
+
+
+def _at(module: Any, path: str) -> Any:
+    """What an attribute path leads to, a module or a function."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
 
 
 class Branch(NamedTuple):
