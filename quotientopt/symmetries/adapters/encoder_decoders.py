@@ -9,22 +9,25 @@ from typing import Any
 
 from quotientopt.groups import GL
 from quotientopt.symmetries.adapters.attention import projected_attention, require_known_attention
-from quotientopt.symmetries.adapters.decoders import known, norms
-from quotientopt.symmetries.adapters.layers import (
+from quotientopt.symmetries.adapters.branches import (
     Branch,
     Sublayer,
     Units,
-    add_consumer,
     add_embeddings,
-    add_norm,
     dense,
     head_adapter,
     layer_adapter,
-    register_embedding,
     register_sublayer,
-    require,
     require_known,
     stack_adapter,
+)
+from quotientopt.symmetries.adapters.decoders import norms
+from quotientopt.symmetries.adapters.layers import (
+    add_consumer,
+    add_norm,
+    known,
+    register_embedding,
+    require,
     transformers_classes,
 )
 from quotientopt.symmetries.registry import Adapter, Contribution, qualified

@@ -14,27 +14,29 @@ from quotientopt.symmetries.adapters.attention import (
     rotary_group,
     stacked_attention,
 )
-from quotientopt.symmetries.adapters.decoders import known
-from quotientopt.symmetries.adapters.layers import (
+from quotientopt.symmetries.adapters.branches import (
     Branch,
-    HeadView,
     Sublayer,
     Units,
     add_branches,
     add_embeddings,
+    dense,
+    head_adapter,
+    layer_adapter,
+    register_sublayer,
+    stack_adapter,
+)
+from quotientopt.symmetries.adapters.layers import (
+    HeadView,
     add_norm,
     add_pair,
     add_reader,
     add_writer,
     blocks_of,
     consecutive,
-    dense,
-    head_adapter,
-    layer_adapter,
+    known,
     output_heads,
-    register_sublayer,
     require,
-    stack_adapter,
     transformers_classes,
 )
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, qualified

@@ -7,16 +7,18 @@ from typing import Any
 from torch import nn
 
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
+from quotientopt.symmetries.adapters.branches import (
+    Units,
+    add_units,
+)
 from quotientopt.symmetries.adapters.layers import (
     EMBEDDING,
     LINEAR,
-    Units,
     add_attention,
     add_branch,
     add_embedding,
     add_norm,
     add_reader,
-    add_units,
     add_writer,
     bias_of,
     consecutive,

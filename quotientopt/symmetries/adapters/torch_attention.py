@@ -7,13 +7,15 @@ from typing import Any
 from torch import nn
 
 from quotientopt.groups import GL
+from quotientopt.symmetries.adapters.branches import (
+    Units,
+    add_units,
+)
 from quotientopt.symmetries.adapters.layers import (
     HeadView,
-    Units,
     add_attention,
     add_branch,
     add_norm,
-    add_units,
     add_writer,
     bias_of,
     consecutive,

@@ -14,27 +14,29 @@ from quotientopt.symmetries.adapters.attention import (
     require_known_attention,
     stacked_attention,
 )
-from quotientopt.symmetries.adapters.decoders import known
+from quotientopt.symmetries.adapters.branches import (
+    Branch,
+    Sublayer,
+    add_embeddings,
+    dense,
+    head_adapter,
+    layer_adapter,
+    register_sublayer,
+    require_known,
+)
 from quotientopt.symmetries.adapters.encoder_decoders import FEED_FORWARD
 from quotientopt.symmetries.adapters.layers import (
     CONV2D,
     IDENTITY,
-    Branch,
-    Sublayer,
     add_branch,
     add_consumer,
-    add_embeddings,
     add_norm,
     add_reader,
     add_vectors,
     add_writer,
-    dense,
-    head_adapter,
-    layer_adapter,
+    known,
     present_parameter,
-    register_sublayer,
     require,
-    require_known,
     transformers_classes,
     understands,
 )
