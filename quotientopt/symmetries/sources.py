@@ -93,6 +93,7 @@ def _text(path: str, written: int, name: str) -> str | None:
         label, node = pending.pop()
         if label in texts:
             continue
+        _strip(node)
         texts[label] = ast.unparse(node)
         for child in ast.walk(node):
             if isinstance(child, ast.Attribute) and child.attr in methods:
@@ -106,6 +107,7 @@ def _text(path: str, written: int, name: str) -> str | None:
                 for other in source.classes:
                     method = source.methods(other).get("forward")
                     if other.endswith(_HANDED_IN_BY) and method is not None:
+                        _strip(method)
                         handed_in.add(ast.unparse(method))
             if used in source.functions:
                 pending.append((used, source.functions[used]))
@@ -143,8 +145,6 @@ def _source(path: str, written: int) -> _Source | None:
         return None
     source = _Source()
     for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            _strip(node)
         if isinstance(node, ast.ClassDef):
             source.classes[node.name] = node
         elif isinstance(node, ast.FunctionDef):
