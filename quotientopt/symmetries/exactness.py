@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -124,6 +124,26 @@ def without_conflicts(
     kept = [symmetry for symmetry in representatives if id(symmetry) not in broken]
     names = {symmetry.name for symmetry in kept}
     return kept, [symmetry.name for symmetry in symmetries if symmetry.name not in names]
+
+
+def with_own_sinks(symmetries: Sequence[HeadSymmetry], ownership: Ownership) -> list[HeadSymmetry]:
+    """The symmetries, without translations whose output bias is also used elsewhere.
+
+    An output bias of another dtype, or one that two attentions share, cannot take what a bias of
+    the values adds in one of them.
+    """
+    sinks = [s.translation.sink for s in symmetries if s.translation and s.translation.sink]
+    takers = Counter(id(sink.parameter) for sink in {id(sink): sink for sink in sinks}.values())
+    kept = []
+    for symmetry in symmetries:
+        sink = symmetry.translation.sink if symmetry.translation is not None else None
+        if sink is not None:
+            shared = ownership.used_elsewhere([sink.parameter], [sink.name])
+            values = symmetry.right_blocks[0].parameter
+            if shared or takers[id(sink.parameter)] > 1 or sink.parameter.dtype != values.dtype:
+                symmetry = symmetry.without_translation()
+        kept.append(symmetry)
+    return kept
 
 
 def with_one_dtype(

@@ -19,6 +19,7 @@ from quotientopt.symmetries.exactness import (
     Ownership,
     half_trainable,
     with_one_dtype,
+    with_own_sinks,
     without_conflicts,
 )
 from quotientopt.symmetries.head import BY_CLASS, HeadSymmetry
@@ -107,11 +108,15 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     ownership = Ownership(model)
     contributions = findings.contributions.values()
     claimed = [symmetry for contribution in contributions for symmetry in contribution.heads]
-    heads, conflicting = without_conflicts(claimed, ownership)
+    heads, conflicting = without_conflicts(with_own_sinks(claimed, ownership), ownership)
+    of_units = [
+        symmetry for contribution in contributions for symmetry in contribution.hidden_units
+    ]
+    units, _ = with_one_dtype(without_conflicts(of_units, ownership)[0])
     residual, reason = merge_residual(model, findings, ownership)
     found, overlapping = Discovery(), list[str]()
     if inputs or kwargs:
-        found, overlapping = _beside(heads, discover(model, inputs, kwargs))
+        found, overlapping = _beside([*heads, *units], discover(model, inputs, kwargs))
     if residual is None and found.stream is not None:
         residual = _stream_of(found.stream, ownership)
     heads, mixed = with_one_dtype([*heads, *found.heads])
@@ -133,8 +138,8 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         unrecognized=[*unrecognized, *conflicting, *mixed],
         gauge_free=_gauge_free(model, findings),
         left_alone={name: why for c in contributions for name, why in c.left_alone.items()},
-        hidden_units=[_named(symmetry, ownership) for symmetry in found.hidden_units],
-        scales=found.scales,
+        hidden_units=[_named(symmetry, ownership) for symmetry in [*units, *found.hidden_units]],
+        scales=[*(scale for c in contributions for scale in c.scales), *found.scales],
         not_exercised=[*found.not_exercised, *found.not_examined],
         overlapping=overlapping,
     )
@@ -403,7 +408,8 @@ def _require_floating(
     """Nothing is claimed of a module whose part in a pair or in the stream is quantised."""
     if not quantised:
         return
-    touched = [b.parameter for symmetry in contribution.heads for b in symmetry.blocks]
+    pairs = [*contribution.heads, *contribution.hidden_units]
+    touched = [block.parameter for symmetry in pairs for block in symmetry.blocks]
     touched += [model.get_parameter(name) for name in contribution.residual_axes]
     for parameter in touched:
         if id(parameter) in quantised:

@@ -164,6 +164,12 @@ class HeadSymmetry:
             left, right, self.group, self.name, translation=translation, source=self.source
         )
 
+    def without_translation(self) -> HeadSymmetry:
+        """The same symmetry without its affine part."""
+        return HeadSymmetry(
+            self.left_blocks, self.right_blocks, self.group, self.name, source=self.source
+        )
+
     def _sinks(self) -> tuple[Block, ...]:
         if self.translation is None or self.translation.sink is None:
             return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -98,17 +99,18 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 class ByClass(Generic[T]):
     """Values by qualified class name, found for a class, its subclasses and its copies.
 
-    A copy is a class of another name whose source text is the same, see
-    :mod:`quotientopt.symmetries.sources`; only classes of the transformers package are compared.
+    A copy is a class of another name, but of the same last word (Attention, MLP), whose source
+    text is the same, see :mod:`quotientopt.symmetries.sources`; only with classes of the
+    transformers package it is compared.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, T] = {}
-        self._copied: dict[str, str] | None = None
+        self._copied: dict[str, dict[str, str]] = {}
 
     def __setitem__(self, class_name: str, value: T) -> None:
         self._values[class_name] = value
-        self._copied = None
+        self._copied.clear()
 
     def __getitem__(self, class_name: str) -> T:
         return self._values[class_name]
@@ -138,11 +140,21 @@ class ByClass(Generic[T]):
     def _name_of_original(self, base: type) -> str | None:
         if not _may_be_copy(base):
             return None
-        if self._copied is None:
+        # Only classes that are called alike: reading the files of all takes seconds.
+        role = _role(base.__name__)
+        if role not in self._copied:
             names = [name for name in self._values if name.startswith(_COPIED_FROM)]
-            texts = {name: named_text(name) for name in names}
-            self._copied = {text: name for name, text in texts.items() if text is not None}
-        return self._copied.get(class_text(base) or "")
+            texts = {name: named_text(name) for name in names if _role(name) == role}
+            self._copied[role] = {text: name for name, text in texts.items() if text is not None}
+        if not self._copied[role]:
+            return None
+        return self._copied[role].get(class_text(base) or "")
+
+
+def _role(name: str) -> str:
+    """The last word of a class name: Attention, MLP, Norm."""
+    words = re.findall(r"[A-Z]+$|[A-Z][a-z0-9_]*", name.rpartition(".")[2])
+    return words[-1] if words else name
 
 
 _COPIED_FROM = "transformers.models."

@@ -64,11 +64,23 @@ def class_text(cls: type) -> str | None:
     return named_text(f"{cls.__module__}.{cls.__qualname__}")
 
 
-@functools.cache
 def named_text(class_name: str) -> str | None:
     """:func:`class_text` of the class of a qualified name, which is not imported."""
     module_name, _, name = class_name.rpartition(".")
-    source = _source(module_name)
+    path = _path(module_name)
+    if path is None:
+        return None
+    try:
+        written = Path(path).stat().st_mtime_ns
+    except OSError:
+        return None
+    return _text(path, written, name)
+
+
+@functools.cache
+def _text(path: str, written: int, name: str) -> str | None:
+    """The text of a class of a file, as it was written at that time."""
+    source = _source(path, written)
     if source is None or name not in source.classes:
         return None
     methods = source.methods(name)
@@ -81,6 +93,7 @@ def named_text(class_name: str) -> str | None:
         label, node = pending.pop()
         if label in texts:
             continue
+        _strip(node)
         texts[label] = ast.unparse(node)
         for child in ast.walk(node):
             if isinstance(child, ast.Attribute) and child.attr in methods:
@@ -94,6 +107,7 @@ def named_text(class_name: str) -> str | None:
                 for other in source.classes:
                     method = source.methods(other).get("forward")
                     if other.endswith(_HANDED_IN_BY) and method is not None:
+                        _strip(method)
                         handed_in.add(ast.unparse(method))
             if used in source.functions:
                 pending.append((used, source.functions[used]))
@@ -105,27 +119,32 @@ def named_text(class_name: str) -> str | None:
     return "\n".join([*sorted(source.bases(name)), *lines, *sorted(handed_in)])
 
 
-@functools.cache
-def _source(module_name: str) -> _Source | None:
-    """The parsed file of a module; None where there is none."""
+def _path(module_name: str) -> str | None:
+    """The file of a module; None where there is none."""
     module = sys.modules.get(module_name)
-    path = getattr(module, "__file__", None)
-    if module is None:
-        try:
-            specification = importlib.util.find_spec(module_name)
-        except (ImportError, ValueError):
-            return None
-        path = None if specification is None else specification.origin
-    if path is None or not path.endswith(".py"):
+    path = _origin(module_name) if module is None else getattr(module, "__file__", None)
+    return path if path is not None and path.endswith(".py") else None
+
+
+@functools.cache
+def _origin(module_name: str) -> str | None:
+    """The file that a module would be imported from."""
+    try:
+        specification = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
         return None
+    return None if specification is None else specification.origin
+
+
+@functools.cache
+def _source(path: str, written: int) -> _Source | None:
+    """A parsed file, as it was written at that time."""
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
     source = _Source()
     for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            _strip(node)
         if isinstance(node, ast.ClassDef):
             source.classes[node.name] = node
         elif isinstance(node, ast.FunctionDef):

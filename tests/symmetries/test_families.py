@@ -63,9 +63,8 @@ def test_claims_are_exact(name):
     assert symmetries.unrecognized == ()
     with KeepFloat64():
         result = symmetries.verify(model, cond=100.0, **family.inputs())
-    # OLMo's norms have no gains, and nothing but their centring breaks O(d).
-    stream = {"residual"} if name == "olmo" else set()
-    assert set(result) == {symmetry.name for symmetry in symmetries.heads} | stream
+    assert {symmetry.name for symmetry in symmetries.pairs} <= set(result)
+    assert set(result) == set(symmetries.redundancy()) - {"total"}
     assert max(result.values()) <= TOLERANCE, result
     assert all(map(torch.equal, model.parameters(), before))
 

@@ -2,12 +2,13 @@
 
 - ``torch_attention``: ``torch.nn.MultiheadAttention`` and the layers built on it;
 - ``reference``: the models and attentions of this package;
-- ``decoders``, ``encoders``, ``encoder_decoders``, ``vision_audio``: the transformers package, by
-  one class of each text; timm;
+- ``decoders``, ``decoder_attentions``, ``encoders``, ``encoder_decoders``, ``vision_audio``: the
+  transformers package, by one class of each text; timm;
 - ``peft_lora``: low-rank pairs.
 """
 
 from quotientopt.symmetries.adapters import (
+    decoder_attentions,
     decoders,
     encoder_decoders,
     encoders,
@@ -18,6 +19,7 @@ from quotientopt.symmetries.adapters import (
 )
 
 __all__ = [
+    "decoder_attentions",
     "decoders",
     "encoder_decoders",
     "encoders",

@@ -21,6 +21,7 @@ from quotientopt.symmetries.adapters.layers import (
     HeadView,
     Pick,
     add_attention,
+    bias_of,
     consecutive,
     input_heads,
     narrowed,
@@ -192,6 +193,8 @@ def projected_attention(
     qk_group: StructureGroup | None,
     kind: str = LINEAR,
     between: str = "",
+    keys_move: bool = True,
+    values_move: bool = True,
 ) -> Contribution:
     """Pairs of an attention with four projections, whose heads follow one another.
 
@@ -211,6 +214,8 @@ def projected_attention(
         Class of the layers.
     between : str
         What stands between the heads and the output layer and leaves no value-output pair.
+    keys_move, values_move : bool
+        See :func:`~quotientopt.symmetries.adapters.layers.add_attention`.
     """
     views = []
     for path in layers[:3]:
@@ -232,6 +237,9 @@ def projected_attention(
         output=output,
         qk_group=qk_group,
         between=between,
+        output_bias=bias_of(layer, qualified(name, layers[3])),
+        keys_move=keys_move,
+        values_move=values_move,
     )
     return contribution
 
@@ -286,6 +294,7 @@ def grouped_attention(
     layers: tuple[str, str],
     qk_group: StructureGroup | None,
     kind: str = LINEAR,
+    values_move: bool = True,
 ) -> Contribution:
     """Pairs of an attention with one projection: group by group some queries, a key and a value.
 
@@ -297,6 +306,8 @@ def grouped_attention(
         Heads of keys and values.
     groups : int
         Queries per key.
+    values_move : bool
+        See :func:`~quotientopt.symmetries.adapters.layers.add_attention`.
     """
     rows = shared * (groups + 2) * rank
 
@@ -310,7 +321,9 @@ def grouped_attention(
 
     views = {"query": heads(*range(groups)), "key": heads(groups), "value": heads(groups + 1)}
     width = shared * groups * rank
-    return _with_output(module, name, layers[1], width, rank, views, qk_group, kind)
+    return _with_output(
+        module, name, layers[1], width, rank, views, qk_group, kind, values_move=values_move
+    )
 
 
 def _with_output(
@@ -322,6 +335,8 @@ def _with_output(
     views: dict[str, list[HeadView]],
     qk_group: StructureGroup | None,
     kind: str,
+    *,
+    values_move: bool = True,
 ) -> Contribution:
     layer = module.get_submodule(path)
     pick = consecutive(width // rank)
@@ -335,6 +350,8 @@ def _with_output(
         value=views["value"],
         output=output,
         qk_group=qk_group,
+        output_bias=bias_of(layer, qualified(name, path)),
+        values_move=values_move,
     )
     return contribution
 

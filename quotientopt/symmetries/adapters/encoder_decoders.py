@@ -9,26 +9,31 @@ from typing import Any
 
 from quotientopt.groups import GL
 from quotientopt.symmetries.adapters.attention import projected_attention, require_known_attention
-from quotientopt.symmetries.adapters.decoders import known, norms
-from quotientopt.symmetries.adapters.layers import (
+from quotientopt.symmetries.adapters.branches import (
     Branch,
     Sublayer,
-    add_consumer,
+    Units,
     add_embeddings,
-    add_norm,
+    dense,
     head_adapter,
     layer_adapter,
-    register_embedding,
     register_sublayer,
-    require,
     require_known,
     stack_adapter,
+)
+from quotientopt.symmetries.adapters.decoders import norms
+from quotientopt.symmetries.adapters.layers import (
+    add_consumer,
+    add_norm,
+    known,
+    register_embedding,
+    require,
     transformers_classes,
 )
 from quotientopt.symmetries.registry import Adapter, Contribution, qualified
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-FEED_FORWARD = Sublayer(("fc1",), ("fc2",))
+FEED_FORWARD = dense("fc1", "fc2", "activation_fn")
 
 
 @known("bart.BartAttention", "whisper.WhisperAttention", "clip.CLIPAttention")
@@ -149,8 +154,10 @@ def t5_attention(module: Any, name: str) -> Contribution:
 
 
 register_sublayer(Sublayer(T5_LAYERS[:3], T5_LAYERS[3:]), "t5.T5Attention")
-register_sublayer(Sublayer(("wi",), ("wo",)), "t5.T5DenseActDense")
-register_sublayer(Sublayer(("wi_0", "wi_1"), ("wo",)), "t5.T5DenseGatedActDense")
+register_sublayer(dense("wi", "wo", "act"), "t5.T5DenseActDense")
+register_sublayer(
+    Sublayer(("wi_0", "wi_1"), ("wo",), units=Units("wi_1", "wo")), "t5.T5DenseGatedActDense"
+)
 
 
 @known("t5.T5Block")

@@ -14,25 +14,29 @@ from quotientopt.symmetries.adapters.attention import (
     rotary_group,
     stacked_attention,
 )
-from quotientopt.symmetries.adapters.decoders import known
-from quotientopt.symmetries.adapters.layers import (
+from quotientopt.symmetries.adapters.branches import (
     Branch,
-    HeadView,
     Sublayer,
+    Units,
     add_branches,
     add_embeddings,
+    dense,
+    head_adapter,
+    layer_adapter,
+    register_sublayer,
+    stack_adapter,
+)
+from quotientopt.symmetries.adapters.layers import (
+    HeadView,
     add_norm,
     add_pair,
     add_reader,
     add_writer,
     blocks_of,
     consecutive,
-    head_adapter,
-    layer_adapter,
+    known,
     output_heads,
-    register_sublayer,
     require,
-    stack_adapter,
     transformers_classes,
 )
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, qualified
@@ -72,7 +76,7 @@ def bert_layer(module: Any, name: str) -> Contribution:
 def _add_bert_feed_forward(contribution: Contribution, module: Any, name: str) -> None:
     require(module.intermediate, *transformers_classes("bert.BertIntermediate"))
     require(module.output, *transformers_classes("bert.BertOutput"))
-    form = Sublayer(("intermediate.dense",), ("output.dense",))
+    form = dense("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
     add_branches(contribution, module, name, Branch(form, after="output.LayerNorm"))
 
 
@@ -255,7 +259,9 @@ def modernbert_attention(module: Any, name: str) -> Contribution:
 
 
 register_sublayer(Sublayer(("Wqkv",), ("Wo",)), "modernbert.ModernBertAttention")
-register_sublayer(Sublayer(("Wi",), ("Wo",)), "modernbert.ModernBertMLP")
+register_sublayer(
+    Sublayer(("Wi",), ("Wo",), units=Units("Wi", "Wo", 1, 2)), "modernbert.ModernBertMLP"
+)
 known("modernbert.ModernBertEncoderLayer")(
     layer_adapter(Branch("attn", before="attn_norm"), Branch("mlp", before="mlp_norm"))
 )
@@ -289,7 +295,7 @@ def distilbert_attention(module: Any, name: str) -> Contribution:
 register_sublayer(
     Sublayer(DISTILBERT_LAYERS[:3], DISTILBERT_LAYERS[3:]), "distilbert.DistilBertSelfAttention"
 )
-register_sublayer(Sublayer(("lin1",), ("lin2",)), "distilbert.FFN")
+register_sublayer(dense("lin1", "lin2", "activation"), "distilbert.FFN")
 known("distilbert.TransformerBlock")(
     layer_adapter(
         Branch("attention", after="sa_layer_norm"), Branch("ffn", after="output_layer_norm")
@@ -324,7 +330,7 @@ register_sublayer(Sublayer(ALBERT_LAYERS[:3], ALBERT_LAYERS[3:]), "albert.Albert
 known("albert.AlbertLayer")(
     layer_adapter(
         Branch("attention", after="attention.LayerNorm"),
-        Branch(Sublayer(("ffn",), ("ffn_output",)), after="full_layer_layer_norm"),
+        Branch(dense("ffn", "ffn_output", "activation"), after="full_layer_layer_norm"),
     )
 )
 

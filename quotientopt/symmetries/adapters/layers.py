@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from quotientopt.groups import GL, StructureGroup
 from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.head import HeadSymmetry
+from quotientopt.symmetries.head import HeadSymmetry, Translation
 from quotientopt.symmetries.norm import Norm, Reader, norm_kind
 from quotientopt.symmetries.registry import (
     Adapter,
@@ -19,7 +18,6 @@ from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
     follows,
-    lookup,
     qualified,
     register,
     unwrapped,
@@ -33,7 +31,7 @@ CONV2D = "torch.nn.modules.conv.Conv2d"
 IDENTITY = "torch.nn.modules.linear.Identity"
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
-_OUTPUT_AXIS = {LINEAR: 0, CONV1D: 1, CONV2D: 0, EMBEDDING: 1, FALCON_LINEAR: 0}
+OUTPUT_AXIS = {LINEAR: 0, CONV1D: 1, CONV2D: 0, EMBEDDING: 1, FALCON_LINEAR: 0}
 
 # Embeddings that scale their rows, or count positions from elsewhere.
 _embeddings: ByClass[bool] = ByClass()
@@ -53,6 +51,11 @@ def transformers_classes(*names: str) -> list[str]:
             name = f"transformers.models.{family}.modeling_{family}.{class_name}"
         qualified_names.append(name)
     return qualified_names
+
+
+def known(*names: str) -> Callable[[Adapter], Adapter]:
+    """Register an adapter for classes of transformers; see :func:`transformers_classes`."""
+    return understands(*transformers_classes(*names))
 
 
 class HeadView(NamedTuple):
@@ -159,8 +162,8 @@ def output_heads(
     kind : str
         ``LINEAR`` or ``CONV1D``.
     """
-    weight = _matrix(layer, kind, _OUTPUT_AXIS[kind], size)
-    weight_rows = weight.detach().movedim(_OUTPUT_AXIS[kind], 0)
+    weight = _matrix(layer, kind, OUTPUT_AXIS[kind], size)
+    weight_rows = weight.detach().movedim(OUTPUT_AXIS[kind], 0)
     views = [HeadView(weight, qualified(name, "weight"), pick(weight_rows))]
     bias = own_parameter(layer, "bias")
     if bias is not None:
@@ -172,7 +175,7 @@ def input_heads(
     layer: nn.Module, name: str, size: int, pick: Pick, kind: str = LINEAR
 ) -> list[HeadView]:
     """Heads along the ``size`` inputs of an affine layer; see :func:`output_heads`."""
-    axis = 1 - _OUTPUT_AXIS[kind]
+    axis = 1 - OUTPUT_AXIS[kind]
     weight = _matrix(layer, kind, axis, size)
     return [HeadView(weight, qualified(name, "weight"), pick(weight.detach().movedim(axis, 0)))]
 
@@ -187,8 +190,14 @@ def add_attention(
     output: Sequence[HeadView],
     qk_group: StructureGroup | None = None,
     between: str = "",
+    output_bias: HeadView | None = None,
+    keys_move: bool = True,
+    values_move: bool = True,
 ) -> None:
     """Add the query-key and the value-output pair of an attention.
+
+    Where queries and keys have GL(r), softmax ignores what a bias of the keys adds: a translation.
+    What a bias of the values adds, a bias of the output can take.
 
     Parameters
     ----------
@@ -202,11 +211,20 @@ def add_attention(
         Group of the query-key pair; None leaves it alone.
     between : str
         What stands between the heads and the output layer and leaves no value-output pair.
+    output_bias : HeadView, optional
+        The bias of the output layer, see :func:`bias_of`.
+    keys_move : bool
+        Whether adding a constant to all scores of a query changes nothing: the scores are not
+        capped, and no sink or zero is among them.
+    values_move : bool
+        Whether the weights of a query sum to one: no sink and no zero takes a part.
     """
     if qk_group is not None:
         right = blocks_of(key)
         left = blocks_of(query, right[0].size[0])
-        add_pair(contribution, qualified(name, "qk"), qk_group, left, right)
+        moved = _biases(right) if keys_move and isinstance(qk_group, GL) else ()
+        translation = Translation(moved) if moved else None
+        add_pair(contribution, qualified(name, "qk"), qk_group, left, right, translation)
     else:
         reason = "queries and keys are normalised, with gains or centred"
         contribution.left_alone[qualified(name, "qk")] = reason
@@ -215,7 +233,21 @@ def add_attention(
         return
     right = blocks_of(value)
     left = blocks_of(output, right[0].size[0])
-    add_pair(contribution, qualified(name, "vo"), GL(right[0].size[1]), left, right)
+    moved = _biases(right) if values_move and output_bias is not None else ()
+    translation = Translation(moved, blocks_of([output_bias])[0]) if moved and output_bias else None
+    add_pair(contribution, qualified(name, "vo"), GL(right[0].size[1]), left, right, translation)
+
+
+def bias_of(layer: nn.Module, name: str) -> HeadView | None:
+    """The bias of an output layer, ``(1, 1, d)``; None where it has none."""
+    bias = own_parameter(layer, "bias")
+    if bias is None:
+        return None
+    return HeadView(bias, qualified(name, "bias"), bias.detach()[None, None])
+
+
+def _biases(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    return tuple(block for block in blocks if block.size[2] == 1)
 
 
 def add_pair(
@@ -224,13 +256,14 @@ def add_pair(
     group: StructureGroup,
     left: list[Block],
     right: list[Block],
+    translation: Translation | None = None,
 ) -> None:
     """Add a head symmetry, unless a factor has too few columns to have full row rank."""
     shapes = {block.size[:2] for block in (*left, *right)}
     if len(shapes) != 1 or next(iter(shapes))[1] != group.r:
         raise NotUnderstoodError(f"the heads of {name} have different shapes: {sorted(shapes)}")
     if min(sum(block.size[2] for block in side) for side in (left, right)) >= group.r:
-        contribution.heads.append(HeadSymmetry(left, right, group, name))
+        contribution.heads.append(HeadSymmetry(left, right, group, name, translation=translation))
 
 
 def add_reader(
@@ -239,7 +272,7 @@ def add_reader(
     """Add a matrix that reads the stream."""
     require(layer, kind)
     present_parameter(layer, "weight")
-    axis = 1 - _OUTPUT_AXIS[kind]
+    axis = 1 - OUTPUT_AXIS[kind]
     reader = Reader(
         qualified(name, "weight"),
         axis,
@@ -253,7 +286,7 @@ def add_writer(contribution: Contribution, layer: nn.Module, name: str, kind: st
     """Add a matrix, and its bias if it has one, whose output is added to the stream."""
     require(layer, kind)
     present_parameter(layer, "weight")
-    add_vectors(contribution, qualified(name, "weight"), _OUTPUT_AXIS[kind])
+    add_vectors(contribution, qualified(name, "weight"), OUTPUT_AXIS[kind])
     if kind != EMBEDDING and own_parameter(layer, "bias") is not None:
         add_vectors(contribution, qualified(name, "bias"), 0)
 
@@ -343,224 +376,6 @@ def add_branch(
         add_writer(contribution, module.get_submodule(path), qualified(name, path), kind)
     if norm is not None:
         add_norm(contribution, module.get_submodule(norm), qualified(name, norm), read)
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """The matrices of a module that is a branch of a layer, ``x + f(x)``.
-
-    Attributes
-    ----------
-    readers, writers : tuple of str
-        Paths of affine layers in the module that read the stream, and that write to it. Those of an
-        attention are its queries, keys and values, in this order.
-    kind : str
-        Class of these layers.
-    parts : tuple of str
-        Paths of sublayers in the module, and of linear layers, that read what the module reads;
-        those that are None are left out.
-    reading, writing : mapping of str to int
-        Names of parameters of the module itself to their axis that is the stream.
-    biases : mapping of str to str
-        Name of such a parameter to the name of its bias.
-    """
-
-    readers: tuple[str, ...] = ()
-    writers: tuple[str, ...] = ()
-    kind: str = LINEAR
-    parts: tuple[str, ...] = ()
-    reading: Mapping[str, int] = field(default_factory=dict)
-    writing: Mapping[str, int] = field(default_factory=dict)
-    biases: Mapping[str, str] = field(default_factory=dict)
-
-
-# Per class a sublayer, or a function of the module where it depends on the configuration.
-_sublayers: ByClass[Sublayer | Callable[[Any], Sublayer]] = ByClass()
-
-
-def register_sublayer(form: Sublayer | Callable[[Any], Sublayer], *names: str) -> None:
-    """Make modules of those classes, and copies of them, known as branches of layers.
-
-    Parameters
-    ----------
-    form : Sublayer or callable
-        A callable takes the module.
-    *names : str
-        See :func:`transformers_classes`.
-    """
-    for class_name in transformers_classes(*names):
-        _sublayers[class_name] = form
-
-
-def sublayer_of(module: nn.Module) -> Sublayer:
-    """The registered form of a module; NotUnderstoodError if there is none."""
-    form = _sublayers.find(module)
-    if form is None:
-        found = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise NotUnderstoodError(f"a {found} in the place of an attention or feed-forward layer")
-    return form if isinstance(form, Sublayer) else form(unwrapped(module))
-
-
-def add_sublayer(
-    contribution: Contribution,
-    module: nn.Module,
-    name: str,
-    form: Sublayer | None = None,
-    *,
-    cross: bool = False,
-) -> list[Reader]:
-    """Add what a branch reads the stream with and writes to it with.
-
-    Parameters
-    ----------
-    contribution : Contribution
-    module : Module
-    name : str
-        Its qualified name.
-    form : Sublayer, optional
-        By default the one registered for the module's class.
-    cross : bool
-        Whether keys and values read another stream.
-
-    Returns
-    -------
-    list of Reader
-        All that reads what the module reads.
-    """
-    form = sublayer_of(module) if form is None else form
-    readers = [
-        add_reader(contribution, module.get_submodule(path), qualified(name, path), form.kind)
-        for path in (form.readers[:1] if cross else form.readers)
-    ]
-    for parameter, axis in form.reading.items():
-        present_parameter(module, parameter)
-        bias = form.biases.get(parameter)
-        if bias is not None and own_parameter(module, bias) is None:
-            bias = None
-        weight = qualified(name, parameter)
-        contribution.residual_axes[weight] = axis
-        readers.append(Reader(weight, axis, None if bias is None else qualified(name, bias)))
-    for path in form.parts:
-        part = getattr(module, path, None)
-        if part is None:
-            continue
-        if follows(part, LINEAR):
-            readers.append(add_reader(contribution, part, qualified(name, path)))
-        else:
-            readers += add_sublayer(contribution, part, qualified(name, path))
-    for path in form.writers:
-        add_writer(contribution, module.get_submodule(path), qualified(name, path), form.kind)
-    for parameter, axis in form.writing.items():
-        present_parameter(module, parameter)
-        add_vectors(contribution, qualified(name, parameter), axis)
-    return readers
-
-
-class Branch(NamedTuple):
-    """One branch of a layer.
-
-    Attributes
-    ----------
-    sublayer : str or Sublayer
-        Path of a module that is one, or paths in the layer itself.
-    before : str, optional
-        Path of the norm in front, whose output is read by nothing but branches of this layer.
-    after : str, optional
-        Path of a norm whose output is the stream, or is added to it.
-    scale : str, optional
-        Path of a module that multiplies the branch by a trainable diagonal.
-    cross : bool
-        Whether it is an attention whose keys and values read another stream.
-    """
-
-    sublayer: str | Sublayer
-    before: str | None = None
-    after: str | None = None
-    scale: str | None = None
-    cross: bool = False
-
-    @classmethod
-    def beside(
-        cls, norm: str, sublayer: str | Sublayer, *, first: bool, cross: bool = False
-    ) -> Branch:
-        """A branch with its norm in front, or else behind."""
-        before, after = (norm, None) if first else (None, norm)
-        return cls(sublayer, before, after, cross=cross)
-
-
-def layer_adapter(*branches: Branch) -> Adapter:
-    """The adapter of layers made of those branches; a branch whose module is None is left out."""
-
-    def adapter(module: Any, name: str) -> Contribution:
-        contribution = Contribution()
-        add_branches(contribution, module, name, *branches)
-        return contribution
-
-    return adapter
-
-
-def add_branches(contribution: Contribution, module: Any, name: str, *branches: Branch) -> None:
-    """Add branches of a layer, with the norms in front of them and behind them."""
-    norms: dict[str, list[Reader]] = {}
-    for branch in branches:
-        if isinstance(branch.sublayer, str):
-            part = module.get_submodule(branch.sublayer)
-            path = qualified(name, branch.sublayer)
-            readers = add_sublayer(contribution, part, path, cross=branch.cross)
-        else:
-            readers = add_sublayer(contribution, module, name, branch.sublayer, cross=branch.cross)
-        if branch.before is not None and not follows(module.get_submodule(branch.before), IDENTITY):
-            norms.setdefault(branch.before, []).extend(readers)
-        if branch.after is not None:
-            norm = module.get_submodule(branch.after)
-            add_norm(contribution, norm, qualified(name, branch.after))
-        if branch.scale is not None and not follows(module.get_submodule(branch.scale), IDENTITY):
-            contribution.residual_breakers.append(f"layer scale {qualified(name, branch.scale)}")
-    for path, readers in norms.items():
-        add_norm(contribution, module.get_submodule(path), qualified(name, path), readers)
-
-
-def add_embeddings(contribution: Contribution, module: nn.Module, name: str, *paths: str) -> None:
-    """Add embeddings whose rows are added to the stream; those that are None are left out."""
-    for path in paths:
-        head, _, last = path.rpartition(".")
-        embedding = getattr(module.get_submodule(head), last)
-        if embedding is not None:
-            add_embedding(contribution, embedding, qualified(name, path))
-
-
-def stack_adapter(*embeddings: str, norm: str | None) -> Adapter:
-    """The adapter of a model that returns hidden states: embeddings, layers and a last norm."""
-
-    def adapter(module: Any, name: str) -> Contribution:
-        last = None if norm is None else qualified(name, norm)
-        contribution = Contribution(outputs={name: last})
-        add_embeddings(contribution, module, name, *embeddings)
-        if norm is not None and last is not None:
-            add_norm(contribution, module.get_submodule(norm), last, [])
-        return contribution
-
-    return adapter
-
-
-def head_adapter(source: str, *paths: str) -> Adapter:
-    """The adapter of a model around one that returns hidden states, and of what reads them."""
-
-    def adapter(module: Any, name: str) -> Contribution:
-        contribution = Contribution()
-        require_known(module.get_submodule(source))
-        add_consumer(contribution, module, name, source, *paths)
-        return contribution
-
-    return adapter
-
-
-def require_known(module: nn.Module) -> nn.Module:
-    """Return the module if there is an adapter for its class; NotUnderstoodError otherwise."""
-    if lookup(unwrapped(module)) is None:
-        found = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise NotUnderstoodError(f"{found} is not known")
-    return module
 
 
 def register_embedding(*names: str) -> None:

@@ -7,6 +7,10 @@ from typing import Any
 from torch import nn
 
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
+from quotientopt.symmetries.adapters.branches import (
+    Units,
+    add_units,
+)
 from quotientopt.symmetries.adapters.layers import (
     EMBEDDING,
     LINEAR,
@@ -16,6 +20,7 @@ from quotientopt.symmetries.adapters.layers import (
     add_norm,
     add_reader,
     add_writer,
+    bias_of,
     consecutive,
     input_heads,
     output_heads,
@@ -77,6 +82,7 @@ def attention(module: Any, name: str) -> Contribution:
         value=views["value"],
         output=output,
         qk_group=group,
+        output_bias=bias_of(module.output, qualified(name, "output")),
     )
     return contribution
 
@@ -102,6 +108,7 @@ def invariant_attention(module: Any, name: str) -> Contribution:
         value=value,
         output=output,
         qk_group=shape.groups()["qk"],
+        output_bias=bias_of(module.output, qualified(name, "output")),
     )
     return contribution
 
@@ -165,6 +172,8 @@ def _add_blocks_and_head(
             (norms[1], mlp_readers, "mlp.down"),
         ):
             add_branch(contribution, block, prefix, readers=readers, writers=(writer,), norm=norm)
+        if "mlp.gate" in mlp_readers:
+            add_units(contribution, block, prefix, Units("mlp.up", "mlp.down"))
     head = add_reader(contribution, module.head, qualified(name, "head"))
     if norms[0] is not None:
         add_norm(contribution, module.norm, qualified(name, "norm"), [head])

@@ -7,12 +7,17 @@ from typing import Any
 from torch import nn
 
 from quotientopt.groups import GL
+from quotientopt.symmetries.adapters.branches import (
+    Units,
+    add_units,
+)
 from quotientopt.symmetries.adapters.layers import (
     HeadView,
     add_attention,
     add_branch,
     add_norm,
     add_writer,
+    bias_of,
     consecutive,
     input_heads,
     narrowed,
@@ -40,6 +45,8 @@ def multihead_attention(module: Any, name: str) -> Contribution:
     key += _appended_row(module, name, "bias_k")
     value += _appended_row(module, name, "bias_v")
     output = input_heads(module.out_proj, qualified(name, "out_proj"), width, consecutive(heads))
+    # An appended row alone is no bias of all keys; a zero is a key that does not move.
+    moves = module.in_proj_bias is not None and not module.add_zero_attn
     contribution = Contribution()
     add_attention(
         contribution,
@@ -49,6 +56,9 @@ def multihead_attention(module: Any, name: str) -> Contribution:
         value=value,
         output=output,
         qk_group=GL(module.head_dim),
+        output_bias=bias_of(module.out_proj, qualified(name, "out_proj")),
+        keys_move=moves,
+        values_move=moves,
     )
     return contribution
 
@@ -88,6 +98,8 @@ def transformer_layer(module: Any, name: str) -> Contribution:
     )
     if not module.norm_first:
         add_norm(contribution, getattr(module, norm), qualified(name, norm))
+    units = Units("linear1", "linear2", activation="activation")
+    add_units(contribution, module, name, units)
     return contribution
 
 

@@ -14,26 +14,29 @@ from quotientopt.symmetries.adapters.attention import (
     require_known_attention,
     stacked_attention,
 )
-from quotientopt.symmetries.adapters.decoders import known
+from quotientopt.symmetries.adapters.branches import (
+    Branch,
+    Sublayer,
+    add_embeddings,
+    dense,
+    head_adapter,
+    layer_adapter,
+    register_sublayer,
+    require_known,
+)
 from quotientopt.symmetries.adapters.encoder_decoders import FEED_FORWARD
 from quotientopt.symmetries.adapters.layers import (
     CONV2D,
     IDENTITY,
-    Branch,
-    Sublayer,
     add_branch,
     add_consumer,
-    add_embeddings,
     add_norm,
     add_reader,
     add_vectors,
     add_writer,
-    head_adapter,
-    layer_adapter,
+    known,
     present_parameter,
-    register_sublayer,
     require,
-    require_known,
     transformers_classes,
     understands,
 )
@@ -43,7 +46,7 @@ from quotientopt.symmetries.registry import Contribution, follows, qualified
 
 VIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 register_sublayer(FEED_FORWARD, "clip.CLIPMLP")
-register_sublayer(Sublayer(("up_proj",), ("down_proj",)), "dinov3_vit.DINOv3ViTMLP")
+register_sublayer(dense("up_proj", "down_proj", "act_fn"), "dinov3_vit.DINOv3ViTMLP")
 register_sublayer(
     Sublayer(VIT_PROJECTIONS[:3], VIT_PROJECTIONS[3:]),
     "vit.ViTAttention",
@@ -204,7 +207,8 @@ def clip_model(module: Any, name: str) -> Contribution:
 
 # wav2vec 2.0 and HuBERT.
 register_sublayer(
-    Sublayer(("intermediate_dense",), ("output_dense",)), "wav2vec2.Wav2Vec2FeedForward"
+    dense("intermediate_dense", "output_dense", "intermediate_act_fn"),
+    "wav2vec2.Wav2Vec2FeedForward",
 )
 known("wav2vec2.Wav2Vec2EncoderLayer")(
     layer_adapter(
