@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from quotientopt.cli import compare, dress, inspect
-from quotientopt.cli.parser import Parser
+from quotientopt.cli.parser import TERMINATED, Parser, TerminatedError, terminable
 
 COMMANDS = (compare, inspect, dress)
 
@@ -37,4 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     command = next(command for command in COMMANDS if command.__name__.endswith(f".{name}"))
-    return command.run(arguments, options)
+    try:
+        with terminable():
+            return command.run(arguments, options)
+    except TerminatedError:
+        print("quotientopt: terminated", file=sys.stderr)
+        return TERMINATED

@@ -52,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--overwrite",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="replace what is at --out, once the copy is complete",
+        help="replace the checkpoint at --out, once the copy is complete; other files there stay",
     )
 
 

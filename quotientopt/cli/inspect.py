@@ -57,7 +57,7 @@ def run(arguments: list[str], options: dict[str, Any]) -> int:
     except (ValueError, ImportError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"cannot write: {error}")
+        fail(f"cannot write {error.filename or 'the results'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return interrupted("nothing written")
 
@@ -68,15 +68,20 @@ def inspect(
     """Print what is known of a checkpoint and return the exit status."""
     import torch
 
+    from quotientopt._files import write_atomically
     from quotientopt.canonical import plot_spectra, redundancy, spectra
     from quotientopt.checkpoints import find_checkpoint, load_checkpoint, verify_checkpoint
-    from quotientopt.compare.record import write_atomically
     from quotientopt.symmetries import find_symmetries
 
     quiet_transformers()
     for target in (record, plot):
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise ValueError(f"no such folder: {Path(target).parent}")
+        if target is not None and not _is_replaceable(Path(target)):
+            raise ValueError(
+                f"{target} is another file than this command writes: move it first, or choose "
+                "another name"
+            )
     checkpoint = find_checkpoint(path, config)
     loaded = load_checkpoint(checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     model = loaded.model
@@ -97,6 +102,22 @@ def inspect(
     if written:
         print("\nwritten: " + ", ".join(written))
     return NOT_EXACT if deviations and max(deviations.values()) > EXACT else 0
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether nothing is at `target`, or a record or picture of an earlier run."""
+    if not os.path.lexists(target):
+        return True
+    if not target.is_file():
+        return False
+    content = target.read_bytes()
+    if content.startswith(b"\x89PNG"):
+        return b"Software\0quotientopt" in content[:4096]
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return not content
+    return isinstance(record, dict) and {"symmetries", "redundancy", "environment"} <= set(record)
 
 
 def _heading(path: str, loaded: "Loaded", counts: "Redundancy") -> str:

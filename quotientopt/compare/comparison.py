@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from quotientopt._files import write_atomically
 from quotientopt.compare import plot, report
 from quotientopt.compare.defaults import MODEL_DEFAULTS, load_task
 from quotientopt.compare.environment import available_cores, describe_environment
@@ -15,7 +16,7 @@ from quotientopt.compare.errors import UsageError, require
 from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, find_optimizers
 from quotientopt.compare.progress import Progress, make_progress
 from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.record import Record, prepare_folder, write_atomically
+from quotientopt.compare.record import Record, prepare_folder
 from quotientopt.compare.summary import optimizers_of
 from quotientopt.compare.task import IMAGES, Task
 from quotientopt.compare.train import build_model, time_alone

@@ -4,8 +4,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from quotientopt._files import write_atomically
 from quotientopt.compare.defaults import MODEL_DEFAULTS
-from quotientopt.compare.record import Record, write_atomically
+from quotientopt.compare.record import Record
 from quotientopt.compare.report import setting
 from quotientopt.compare.summary import BASELINE, Row, best_runs, summarize, timed_curve
 

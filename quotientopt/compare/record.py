@@ -1,13 +1,13 @@
 """compare.json: everything measured, rewritten atomically after every run."""
 
 import json
-import os
 import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quotientopt._files import write_atomically
 from quotientopt.compare.errors import UsageError
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.summary import summarize
@@ -100,16 +100,6 @@ class Record:
             )
         self.runs = [run for run in runs if run.trial.optimizer not in redo]
         self.earlier_commands = commands
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file at `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path) -> None:
