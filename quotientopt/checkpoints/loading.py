@@ -109,6 +109,12 @@ def load_checkpoint(
             tensor.data = tensor.data.clone()  # it may be the mapped memory of a file
     if info["mismatched_keys"]:
         name, *shapes = min(info["mismatched_keys"])
+        if tuple(shapes[0]) == (1, *shapes[1]):
+            raise CheckpointError(
+                f"{checkpoint.path} was saved by a folded model whose residual stream has left "
+                f"mean zero ({name!r} has an axis more): {model_class.__name__} computes "
+                "something else"
+            )
         raise CheckpointError(
             f"{name!r} in {checkpoint.path} does not have the shape its configuration asks for: "
             + " and ".join(str(tuple(shape)) for shape in shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,13 @@ from torch import Tensor, nn
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.find import collect, find_stream, find_symmetries
 from quotientopt.symmetries.map import SymmetryMap
-from quotientopt.symmetries.norm import Norm, UncentredLayerNorm
+from quotientopt.symmetries.norm import Norm
 from quotientopt.symmetries.residual import SHOWN, Stream, norm_breakers
+from quotientopt.symmetries.uncentred import (
+    StreamWriters,
+    UncentredLayerNorm,
+    warn_of_centring_weights,
+)
 
 
 @torch.no_grad()
@@ -27,9 +33,11 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
       Gains then multiply by one and stop training (``requires_grad`` False).
     - Centring goes into what writes to the stream: embeddings, output matrices and their biases
       lose their mean over the residual axis. Every LayerNorm becomes an
-      :class:`~quotientopt.symmetries.norm.UncentredLayerNorm`, with the same parameters.
+      :class:`~quotientopt.symmetries.uncentred.UncentredLayerNorm`, with the same parameters.
 
-    An optimizer created before has to be created anew.
+    An optimizer created before has to be created anew. Trained or rotated, a stream leaves mean
+    zero and no model of LayerNorms computes the same: see
+    :class:`~quotientopt.symmetries.uncentred.UncentredLayerNorm` for how it is saved then.
 
     Parameters
     ----------
@@ -74,9 +82,28 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
         for name in sorted(stream.writers):
             vectors = ownership.parameter(name).movedim(stream.axes[name], -1)
             vectors.sub_(_wide(vectors).mean(-1, keepdim=True))
-        for norm in plan.centred:
-            model.get_submodule(norm.name).__class__ = UncentredLayerNorm
+        _uncentre_(model, plan.centred, stream, ownership)
     return find_symmetries(model)
+
+
+def _uncentre_(
+    model: nn.Module, norms: Sequence[Norm], stream: Stream, ownership: Ownership
+) -> None:
+    """Replace the norms' class; they are saved as what they are from now on."""
+    places = (name.rpartition(".") for name in sorted(stream.writers))
+    writers = StreamWriters(
+        model,
+        (
+            (model.get_submodule(path), attribute, stream.axes[f"{path}{dot}{attribute}"])
+            for path, dot, attribute in places
+        ),
+    )
+    for norm in norms:
+        module = model.get_submodule(norm.name)
+        module.__class__ = UncentredLayerNorm
+        module.writers = writers  # type: ignore[assignment]
+    if warn_of_centring_weights not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(warn_of_centring_weights)
 
 
 def _known_stream(model: nn.Module) -> tuple[Stream, Ownership]:
