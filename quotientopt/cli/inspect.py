@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ def inspect(
     written = [target for target in (record, plot) if target is not None]
     if written:
         print("\nwritten: " + ", ".join(written))
-    return NOT_EXACT if deviations and max(deviations.values()) > EXACT else 0
+    return NOT_EXACT if deviations and any(value > EXACT for value in deviations.values()) else 0
 
 
 def _is_replaceable(target: Path) -> bool:
@@ -132,13 +133,22 @@ def _heading(path: str, loaded: "Loaded", counts: "Redundancy") -> str:
 def _verification(deviations: Mapping[str, float] | None) -> str:
     if deviations is None:
         return "not verified"
-    name = max(deviations, key=deviations.__getitem__)
-    wrong = sum(value > EXACT for value in deviations.values())
-    verdict = f"{wrong} NOT EXACT" if wrong else "all exact"
-    return (
-        f"verified in float64: {len(deviations)} symmetries, {verdict}; largest relative deviation "
-        f"of an output {deviations[name]:.1e} ({name})"
-    )
+    measured = {name: value for name, value in deviations.items() if not math.isnan(value)}
+    unfelt = [name for name in deviations if name not in measured]
+    lines = []
+    if measured:
+        name = max(measured, key=measured.__getitem__)
+        wrong = sum(value > EXACT for value in measured.values())
+        verdict = f"{wrong} NOT EXACT" if wrong else "all exact"
+        lines.append(
+            f"verified in float64: {len(measured)} symmetries, {verdict}; largest relative "
+            f"deviation of an output {measured[name]:.1e} ({name})"
+        )
+    if unfelt:
+        lines.append(
+            "not verified, the outputs do not depend on what they act on: " + ", ".join(unfelt)
+        )
+    return "\n".join(lines)
 
 
 def _by_part(found: Mapping[str, "Spectrum"]) -> dict[str, list["Spectrum"]]:
@@ -211,7 +221,8 @@ def _record(
             "unknown": list(counts.unknown),
             "total": dataclasses.asdict(counts.total) | {"dimension": counts.total.dimension},
         },
-        "deviations": deviations,
+        "deviations": deviations
+        and {name: None if math.isnan(d) else d for name, d in deviations.items()},
         "spectra": {
             name: {
                 "singular_values": spectrum.singular_values.tolist(),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quotientopt._linalg import outside_autocast, wide
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.find import collect, find_stream, find_symmetries
 from quotientopt.symmetries.map import SymmetryMap
@@ -20,10 +21,14 @@ from quotientopt.symmetries.uncentred import (
     UncentredLayerNorm,
     warn_of_centring_weights,
 )
+from quotientopt.symmetries.verification import unchanged_outputs
 
 
 @torch.no_grad()
-def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
+@outside_autocast()
+def fold_norms_(
+    model: nn.Module, *, untie: bool = False, example_inputs: Any = None
+) -> SymmetryMap:
     """Fold the norms of the residual stream into the matrices around them, in place.
 
     The function stays the same and O(d) becomes exact:
@@ -47,6 +52,8 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
         Give a matrix that reads the stream its own copy where it is tied to an embedding, and set
         ``model.config.tie_word_embeddings`` to False. Otherwise such a model is refused: one
         matrix cannot take up a gain as a head and stay as it is as an embedding.
+    example_inputs : Tensor, tuple or mapping, optional
+        Arguments of the model: its outputs on them, in float64, are compared before and after.
 
     Returns
     -------
@@ -58,7 +65,8 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
     ValueError
         If the model is not known, a norm's output is read by a skip connection (post-norm) or by
         something unknown, something else than norms breaks O(d), a bias would have to be divided
-        by a gain of zero, or a matrix is tied. Nothing is changed.
+        by a gain of zero, a matrix is tied, or the outputs on `example_inputs` change. Nothing is
+        changed.
     """
     copies: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -74,16 +82,35 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
             setattr(module, attribute, parameter)
         raise
     config: Any = getattr(model, "config", None)
-    if copies and hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = False
-    for norm in plan.norms:
-        _fold_gain_(norm, ownership)
-    if plan.centred:
-        for name in sorted(stream.writers):
-            vectors = ownership.parameter(name).movedim(stream.axes[name], -1)
-            vectors.sub_(_wide(vectors).mean(-1, keepdim=True))
-        _uncentre_(model, plan.centred, stream, ownership)
+    tied = getattr(config, "tie_word_embeddings", None)
+    trained = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        if copies and tied is not None:
+            config.tie_word_embeddings = False
+        with unchanged_outputs(model, example_inputs, "folding"):
+            for norm in plan.norms:
+                _fold_gain_(norm, ownership)
+            if plan.centred:
+                _centre_(stream, ownership)
+                _uncentre_(model, plan.centred, stream, ownership)
+    except BaseException:
+        _recentre_(model, plan.centred)
+        for parameter, flag, gradient in trained:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        if copies and tied is not None:
+            config.tie_word_embeddings = tied
+        for module, attribute, parameter in copies:
+            setattr(module, attribute, parameter)
+        raise
     return find_symmetries(model)
+
+
+def _centre_(stream: Stream, ownership: Ownership) -> None:
+    """Take the mean from all that writes to the stream."""
+    for name in sorted(stream.writers):
+        vectors = ownership.parameter(name).movedim(stream.axes[name], -1)
+        vectors.sub_(wide(vectors).mean(-1, keepdim=True))
 
 
 def _uncentre_(
@@ -104,6 +131,15 @@ def _uncentre_(
         module.writers = writers  # type: ignore[assignment]
     if warn_of_centring_weights not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(warn_of_centring_weights)
+
+
+def _recentre_(model: nn.Module, norms: Sequence[Norm]) -> None:
+    """Undo :func:`_uncentre_`."""
+    for norm in norms:
+        module: nn.Module = model.get_submodule(norm.name)
+        if isinstance(module, UncentredLayerNorm):
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
+            vars(module).pop("writers", None)
 
 
 def _known_stream(model: nn.Module) -> tuple[Stream, Ownership]:
@@ -218,13 +254,13 @@ def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
             for reader in readers.values():
                 rows = ownership.parameter(reader.weight).movedim(reader.axis, -1)
                 shift = ownership.parameter(reader.bias or "")
-                shift.add_((_wide(rows) @ _wide(bias)).to(shift.dtype))
+                shift.add_((wide(rows) @ wide(bias)).to(shift.dtype))
             bias.zero_()
         elif bias is not None:
-            bias.copy_(torch.where(bias == 0, 0, _wide(bias) / factor))
+            bias.copy_(torch.where(bias == 0, 0, wide(bias) / factor))
         for reader in readers.values():
             rows = ownership.parameter(reader.weight).movedim(reader.axis, -1)
-            rows.copy_(_wide(rows) * factor)
+            rows.copy_(wide(rows) * factor)
         gain.fill_(norm.neutral)
     gain.requires_grad_(False)
     gain.grad = None
@@ -232,7 +268,7 @@ def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
 
 def _factor(norm: Norm, ownership: Ownership) -> Tensor:
     """γ, from the gain's parameter."""
-    return _wide(ownership.parameter(norm.gain or "").detach()) + (1 - norm.neutral)
+    return wide(ownership.parameter(norm.gain or "").detach()) + (1 - norm.neutral)
 
 
 def _is_neutral(norm: Norm, ownership: Ownership) -> bool:
@@ -246,11 +282,6 @@ def _divides_by_zero(norm: Norm, ownership: Ownership) -> bool:
         return False
     bias = ownership.parameter(norm.bias)
     return bool(((_factor(norm, ownership) == 0) & (bias != 0)).any())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In at least float32, so that low precision is rounded once."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _refusal(model: nn.Module, reason: str) -> ValueError:
