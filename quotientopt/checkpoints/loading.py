@@ -216,13 +216,13 @@ def _refuse_many_layers(config: Any, tensors: int) -> None:
         if isinstance(value, dict):
             _refuse_many_layers(value, tensors)
             continue
-        counts = value if isinstance(value, list) else [value]
-        for count in counts if LAYERS.search(key) else ():
-            if isinstance(count, (int, float)) and count > MOST_LAYERS + tensors:
-                raise CheckpointError(
-                    f"the configuration asks for {key} = {count:.6g}, the files hold {tensors} "
-                    "tensors"
-                )
+        numbers = value if isinstance(value, list) else [value]
+        numbers = [count for count in numbers if isinstance(count, (int, float))]
+        if LAYERS.search(key) and sum(numbers) > MOST_LAYERS + tensors:
+            raise CheckpointError(
+                f"the configuration asks for {key} = {sum(numbers):.6g}, the files hold {tensors} "
+                "tensors"
+            )
 
 
 @contextmanager
