@@ -9,6 +9,10 @@ class UsageError(ValueError):
     """A request that cannot be carried out; its message is one line that says why."""
 
 
+class RunFailedError(RuntimeError):
+    """A run that could not be finished, for reasons outside the request; one line that says why."""
+
+
 def require(package: str) -> None:
     """Refuse if the optional `package` cannot be imported, naming the command that installs it."""
     try:
