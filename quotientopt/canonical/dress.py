@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import gram, outside_autocast
-from quotientopt.canonical.elements import Element, elements_of
+from quotientopt.canonical.elements import Element, SectionKind, elements_of
 from quotientopt.canonical.moving import (
     move_,
     refuse_foreign_optimizer,
@@ -68,7 +68,7 @@ class Dressing(dict[str, Tensor]):
 @outside_autocast()
 def dress_(
     model: nn.Module,
-    section: str = "svd",
+    section: SectionKind = "svd",
     *,
     symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
     optimizer: Any = None,
@@ -150,7 +150,7 @@ def dress_(
     gaps: dict[str, Tensor] = {}
     view: BlockView = stored
     if residual:
-        stream, _ = require_group(symmetries)
+        stream, _ = require_group(symmetries, model)
         element[RESIDUAL], gaps[RESIDUAL] = canonical_rotation(model, symmetries)
         view = rotated(stream, element[RESIDUAL])
     view = of_unit_length(symmetries, view)

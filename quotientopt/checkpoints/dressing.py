@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from quotientopt.canonical import dress_
 from quotientopt.canonical.dress import Dressing
+from quotientopt.canonical.elements import SectionKind
 from quotientopt.checkpoints.errors import CheckpointError
 from quotientopt.checkpoints.loading import Loaded, load_checkpoint
 from quotientopt.checkpoints.matching import Place, fingerprints, places_of
@@ -81,7 +83,7 @@ class Report:
 def dress_checkpoint(
     path: str | Path,
     out: str | Path,
-    section: str = "svd",
+    section: SectionKind = "svd",
     *,
     config: str | Path | None = None,
     residual: bool = False,
@@ -132,7 +134,7 @@ def dress_checkpoint(
 def _dressed_into(
     destination: Destination,
     checkpoint: Checkpoint,
-    section: str,
+    section: SectionKind,
     *,
     config: str | Path | None,
     residual: bool,
@@ -146,7 +148,7 @@ def _dressed_into(
         optimizer = saved_optimizer(checkpoint, loaded, symmetries)
         dressing = dress_(model, section, symmetries=symmetries, residual=residual)
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(_for_files(str(error))) from error
     changed = [name for name, mark in fingerprints(model).items() if mark != before[name]]
     absent = [name for name in changed if name in loaded.missing]
     if absent:
@@ -184,6 +186,15 @@ def _dressed_into(
         moved=tuple(optimizer.files),
         left_out=tuple(f"{name}, {reason}" for name, reason in optimizer.left_out.items()),
     )
+
+
+def _for_files(message: str) -> str:
+    """The advice of a refusal in Python, as it is meant for a folder."""
+    message = re.sub(r",? or leave the symmetry out with symmetries=", "", message)
+    return message.replace(
+        "fold_norms_(model, untie=True) makes it exact",
+        "load it in Python, fold_norms_(model, untie=True), save_pretrained, and take that folder",
+    ).replace("residual=True", "--residual")
 
 
 def _copies(model: nn.Module, symmetries: SymmetryMap, *, residual: bool) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import importlib
 
-COMPARE_INSTALL = 'pip install "quotientopt[compare]"'
+from quotientopt._extras import install_command
 
 
 class UsageError(ValueError):
@@ -18,4 +18,4 @@ def require(package: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f"{package} is not installed: {COMPARE_INSTALL}") from error
+        raise UsageError(f"{package} is not installed: {install_command(package)}") from error

@@ -106,6 +106,20 @@ def fold_norms_(
     return find_symmetries(model)
 
 
+def folding_obstacle(model: nn.Module) -> str | None:
+    """Why :func:`fold_norms_` refuses a model even with ``untie=True``; None if it does not."""
+    copies: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        copies = _untie_(model, _Plan.of(*_known_stream(model)).shared)
+        tied = _Plan.of(*_known_stream(model)).tied
+        return tied[0] if tied else None
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    finally:
+        for module, attribute, parameter in copies:
+            setattr(module, attribute, parameter)
+
+
 def _centre_(stream: Stream, ownership: Ownership) -> None:
     """Take the mean from all that writes to the stream."""
     for name in sorted(stream.writers):

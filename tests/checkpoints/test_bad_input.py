@@ -387,7 +387,7 @@ def test_without_transformers(name, source, tmp_path, monkeypatch, refused):
         return original(module, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    refused(tmp_path, *command(name, source), match="pip install 'quotientopt[transformers]'")
+    refused(tmp_path, *command(name, source), match="pip install 'transformers>=")
 
 
 def test_plots_need_a_folder(source, tmp_path, refused):

@@ -88,7 +88,7 @@ def test_strided_parameters():
 
 def test_arguments_are_not_changed():
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install 'quotientopt[transformers]'"
+        "transformers", reason="needs transformers: pip install transformers"
     )
     model = small_gpt2().eval()
     cache = transformers.DynamicCache(config=model.config)
