@@ -144,3 +144,17 @@ def test_adapters_have_types():
     guarded = [node for node in tree.body if isinstance(node, ast.If)]
     names = {alias.asname for node in guarded for line in node.body for alias in line.names}
     assert names == set(qo.ADAPTERS)
+
+
+def test_every_promise_names_a_test_that_exists():
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    folder = Path(__file__).parent
+    named, current = 0, ""
+    for quoted in re.findall(r"`((?:test_|…)[\w:]*)`", text):
+        module, _, function = quoted.partition("::")
+        if module.startswith("test_"):
+            current = (folder / f"{module}.py").read_text(encoding="utf-8")
+        if function:
+            assert f"def {function}(" in current, quoted
+        named += 1
+    assert named > 40
