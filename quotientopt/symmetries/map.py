@@ -340,6 +340,10 @@ class SymmetryMap:
                 state += f" and {len(broken_by) - _BREAKERS_SHOWN} more"
             if broken_by and self.residual.group is not None:
                 state += f"; {self.residual.group} exact"
+            dropouts = self.residual.dropouts
+            if dropouts and self.residual.group is not None:
+                state += f" in evaluation, in training unless {dropouts[0]} or one of the "
+                state += f"{len(dropouts)} dropouts is on the stream"
             lines.append(
                 f"residual stream: d = {self.residual.dimension}, "
                 f"{len(self.residual.axes)} parameters, O({self.residual.dimension}) {state}"

@@ -431,6 +431,20 @@ def test_dropout_on_the_stream_breaks_rotations_in_training():
     assert not symmetries.verify(wrapped, train_mode=True, **inputs())["residual"] < 1e-2
 
 
+def test_the_table_says_where_a_rotation_is_exact():
+    model = FAMILIES["gpt2"].model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0)
+    qo.fold_norms_(model, untie=True)
+    symmetries = find_symmetries(model)
+    assert "transformer.drop" in symmetries.residual.dropouts
+    assert "exact in evaluation, in training unless" in str(symmetries)
+    verified = symmetries.verify(model, train_mode=True, **FAMILIES["gpt2"].inputs())
+    assert verified["residual"] > 1e-3
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert str(find_symmetries(model)).count("in evaluation") == 0
+
+
 def test_dropout_on_attention_weights_in_training():
     """GPT-2 with all of its dropouts: what is exact in training, and what is not."""
     model = FAMILIES["gpt2"].model(attn_pdrop=0.3, resid_pdrop=0.0, embd_pdrop=0.0).double()
