@@ -6,10 +6,11 @@ of ``torch.optim.AdamW``, and :func:`find_symmetries`. ``qo.geoopt``, ``qo.peft`
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from quotientopt import checks, flow, groups, manifolds, nn, sections
+from quotientopt._version import __version__
 from quotientopt.canonical import (
     ChargeLog,
     align_,
@@ -31,7 +32,10 @@ from quotientopt.symmetries import (
     fold_norms_,
 )
 
-__version__ = version("quotientopt")
+if TYPE_CHECKING:  # on first use, see below
+    from quotientopt import geoopt as geoopt
+    from quotientopt import peft as peft
+    from quotientopt import pymanopt as pymanopt
 
 ADAPTERS = ("geoopt", "peft", "pymanopt")
 

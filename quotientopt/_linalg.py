@@ -6,7 +6,8 @@ without float64 (``mps``) in float32.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -67,6 +68,16 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in the widest precision of its device."""
     return tensor.to(wide_dtype(tensor.device))
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Within it, and in functions it decorates, autocast is off on every device."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def gram(X: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import wide_dtype
+from quotientopt._linalg import outside_autocast, wide_dtype
 from quotientopt.canonical.compact import compact_factor
 from quotientopt.canonical.distance import common_residual_group
 from quotientopt.canonical.elements import Element, balanced_elements
@@ -42,6 +43,7 @@ from quotientopt.canonical.residual import overlap_outside
 from quotientopt.groups import O, Scale
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
+from quotientopt.symmetries.verification import unchanged_outputs, without_gradients
 
 MOST_ROUNDS = 20
 IMPROVEMENT = 1e-6
@@ -84,6 +86,7 @@ class _Match:
 
 
 @torch.no_grad()
+@outside_autocast()
 def align_(
     model: nn.Module,
     reference: nn.Module,
@@ -91,6 +94,7 @@ def align_(
     symmetries: tuple[SymmetryMap, SymmetryMap] | None = None,
     residual: bool = True,
     permute_heads: bool | Collection[str] = True,
+    example_inputs: Any = None,
 ) -> Alignment:
     """Move a model along its orbit, and reorder its heads, to where it is nearest to a reference.
 
@@ -122,6 +126,8 @@ def align_(
         tell heads apart (:data:`quotientopt.canonical.head_order.EXCHANGEABLE`); names of
         attentions: of those, on your word that there is no slope, bias or gain per head. Needs
         SciPy.
+    example_inputs : Tensor, tuple or mapping, optional
+        Arguments of the model: its outputs on them, in float64, are compared before and after.
 
     Returns
     -------
@@ -131,8 +137,9 @@ def align_(
     Raises
     ------
     ValueError
-        If the models differ in names, shapes or symmetries, or a pair is rank-deficient, not
-        finite, of mixed dtypes or half frozen. Nothing is changed then.
+        If the models differ in names, shapes or symmetries, a pair is rank-deficient, not finite,
+        of mixed dtypes or half frozen, or the outputs on `example_inputs` change. Nothing is
+        changed then.
     ImportError
         If heads are to be matched and SciPy is missing.
 
@@ -172,12 +179,25 @@ def align_(
     for symmetry, t in _translations(affine):
         symmetry.check_translation(t)
         symmetry.check_translation(biases[symmetry.name])
-    for symmetry in own.heads:
-        if symmetry.name in orders and not orders[symmetry.name].trivial:
-            reorder_(symmetry, orders[symmetry.name])
+
+    def reorder_heads_() -> None:
+        for symmetry in own.heads:
+            if symmetry.name in orders and not orders[symmetry.name].trivial:
+                reorder_(symmetry, orders[symmetry.name])
+
+    def shifts() -> dict[str, Tensor]:
+        # Of the biases as they are now: b + (b_ref − b) is that of the reference to the last bit.
+        return {s.name + TRANSLATION: biases[s.name].to(t) + t for s, t in _translations(affine)}
+
+    with unchanged_outputs(model, example_inputs, "this alignment", put_back=True):
+        if example_inputs is not None:
+            with without_gradients(model):
+                reorder_heads_()
+                own.act_(element)
+                own.act_(shifts())
+    reorder_heads_()
     move_(own, element)
-    # Of the biases as they are now: b + (b_ref − b) is that of the reference to the last bit.
-    translation = {s.name + TRANSLATION: biases[s.name].to(t) + t for s, t in _translations(affine)}
+    translation = shifts()
     move_(own, translation)
     flat = {name: order.flat for name, order in best.orders.items()}
     return Alignment(element | translation, flat, search.unordered)

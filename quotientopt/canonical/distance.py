@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import Pair
+from quotientopt._linalg import Pair, outside_autocast
 from quotientopt.canonical.compact import compact_distance, compact_factor, is_compact
 from quotientopt.canonical.elements import manifold_of, unit_elements
 from quotientopt.canonical.matching import refuse_different
@@ -30,6 +30,7 @@ OTHER, TOTAL = "other", "total"
 
 
 @torch.no_grad()
+@outside_autocast()
 def distance(
     model_a: nn.Module,
     model_b: nn.Module,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import gram
-from quotientopt.canonical.elements import Element, elements_of
+from quotientopt._linalg import gram, outside_autocast
+from quotientopt.canonical.elements import Element, SectionKind, elements_of
 from quotientopt.canonical.moving import (
     move_,
     refuse_foreign_optimizer,
@@ -30,6 +30,7 @@ from quotientopt.canonical.reading import (
 from quotientopt.canonical.residual import canonical_rotation, require_group
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
+from quotientopt.symmetries.verification import unchanged_outputs
 
 
 class Dressing(dict[str, Tensor]):
@@ -64,13 +65,15 @@ class Dressing(dict[str, Tensor]):
 
 
 @torch.no_grad()
+@outside_autocast()
 def dress_(
     model: nn.Module,
-    section: str = "svd",
+    section: SectionKind = "svd",
     *,
     symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
     optimizer: Any = None,
     residual: bool = False,
+    example_inputs: Any = None,
 ) -> Dressing:
     """Move a model to the canonical representative of its orbit, in place.
 
@@ -103,6 +106,10 @@ def dress_(
     residual : bool
         Rotate the residual stream too, to the principal axes of all matrices on it: for models
         with an exact O(d), or O(d − 1) where norms only centre.
+    example_inputs : Tensor, tuple or mapping, optional
+        Arguments of the model: its outputs on them, in float64, are compared before and after. A
+        model may have been altered where nobody looks (:func:`quotientopt.find_symmetries` looks
+        for hooks and patches).
 
     Returns
     -------
@@ -116,8 +123,9 @@ def dress_(
         If `model` is no Module, or the optimizer's state cannot be moved.
     ValueError
         If nothing is known to dress, a group lacks the section, a pair is rank-deficient, not
-        finite, of mixed dtypes or half frozen, the dressed values do not fit the dtype, or
-        `residual` is asked for where O(d) is broken. Nothing is changed then.
+        finite, of mixed dtypes or half frozen, the dressed values do not fit the dtype, the
+        outputs on `example_inputs` change, or `residual` is asked for where O(d) is broken. Nothing
+        is changed then.
 
     Notes
     -----
@@ -142,7 +150,7 @@ def dress_(
     gaps: dict[str, Tensor] = {}
     view: BlockView = stored
     if residual:
-        stream, _ = require_group(symmetries)
+        stream, _ = require_group(symmetries, model)
         element[RESIDUAL], gaps[RESIDUAL] = canonical_rotation(model, symmetries)
         view = rotated(stream, element[RESIDUAL])
     view = of_unit_length(symmetries, view)
@@ -157,10 +165,17 @@ def dress_(
     affine = [symmetry for symmetry in symmetries.heads if symmetry.translation is not None]
     for symmetry, t in zip(affine, translations_to_zero(affine).values(), strict=True):
         symmetry.check_translation(t)
+
+    def shifts() -> dict[str, Tensor]:
+        # Of the biases as they are now, so that b − b is zero to the last bit.
+        return {name + TRANSLATION: t for name, t in translations_to_zero(affine).items()}
+
+    with unchanged_outputs(model, example_inputs, f"the {section} section", put_back=True):
+        if example_inputs is not None:
+            symmetries.act_(element)
+            symmetries.act_(shifts())
     move_(symmetries, element, optimizer)
-    # Of the biases as they are now, so that b − b is zero to the last bit.
-    shifts = translations_to_zero(affine)
-    translation = {name + TRANSLATION: t for name, t in shifts.items()}
+    translation = shifts()
     move_(symmetries, translation)
     return Dressing(element | translation, section, gaps)
 

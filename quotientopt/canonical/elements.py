@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from quotientopt.groups import RotaryCommutant, Scale, StructureGroup
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
+SectionKind = Literal["svd", "balanced", "orthonormal", "triangular", "polar"]
 Elements = Callable[[Tensor, Tensor], Pair]
 
 

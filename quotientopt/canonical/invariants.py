@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import compute_dtype, wide
+from quotientopt._linalg import compute_dtype, outside_autocast, wide
 from quotientopt.canonical.compact import is_compact, joint
 from quotientopt.canonical.elements import elements_of
 from quotientopt.canonical.outside import effective_shifts
@@ -56,6 +56,7 @@ class FactoredInvariant:
     effective_bias: Tensor | None = None
 
     @property
+    @outside_autocast()
     def singular_values(self) -> Tensor:
         """Those of AᵀB, ``(query heads, r)``, in decreasing order, from r×r matrices.
 
@@ -91,6 +92,7 @@ class FactoredInvariant:
             raise ValueError(f"{self.name!r} has no rotary planes, its group is {self.group!r}")
         return self.group.complex_rows(self.left), self.group.complex_rows(self._shared())
 
+    @outside_autocast()
     def dense(self) -> Tensor:
         """The invariants written out, for inspection: n×m matrices for every query head.
 
@@ -107,7 +109,7 @@ class FactoredInvariant:
             tokens = GramQuotient(
                 *X.shape[-2:], stabilizer=self.group, batch_shape=X.shape[:1], check=False
             )
-            return tokens.canonical_projection(X)
+            return tokens.canonical_projection(wide(X)).to(X.dtype)
         group = self.group
         if isinstance(group, RotaryPhases):
             group, left = group.commutant, joint((left, right))
@@ -122,7 +124,7 @@ class FactoredInvariant:
             batch_shape=left.shape[:1],
             check=False,
         )
-        return manifold.canonical_projection((left, right))
+        return manifold.canonical_projection((wide(left), wide(right))).to(left.dtype)
 
     def _shared(self) -> Tensor:
         """The right factor of every query head."""
@@ -142,7 +144,7 @@ def product_singular_values(A: Tensor, B: Tensor) -> Tensor:
     With ``Aᵀ = Q_A R_A`` and ``Bᵀ = Q_B R_B`` they are those of ``R_A R_Bᵀ``; a Gram matrix would
     lose half the digits of the small ones. Any rank is fine.
     """
-    return torch.linalg.svdvals(_triangular(A) @ _triangular(B).mT)
+    return torch.linalg.svdvals((wide(_triangular(A)) @ wide(_triangular(B)).mT).to(A.dtype))
 
 
 def _triangular(X: Tensor) -> Tensor:
@@ -150,6 +152,7 @@ def _triangular(X: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@outside_autocast()
 def invariants(
     model: nn.Module,
     *,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import wide
+from quotientopt._linalg import outside_autocast, wide
 from quotientopt.canonical.reading import rotate_axis
 from quotientopt.symmetries import Block, HeadSymmetry, ScaleSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
@@ -104,6 +104,7 @@ def _places(symmetry: HeadSymmetry) -> list[tuple[object, ...]]:
 
 
 @torch.no_grad()
+@outside_autocast()
 def move_(symmetries: SymmetryMap, element: Mapping[str, Tensor], optimizer: Any = None) -> None:
     """Act on parameters, on gradients that are there, and on the optimizer's state.
 

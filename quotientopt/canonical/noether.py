@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import compute_dtype
+from quotientopt._linalg import compute_dtype, outside_autocast
 from quotientopt.canonical.reading import (
     moved_first,
     require_pairs,
@@ -40,6 +40,7 @@ from quotientopt.symmetries.map import TRANSLATION
 
 
 @torch.no_grad()
+@outside_autocast()
 def noether_charges(
     model: nn.Module, *, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None
 ) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quotientopt._files import write_atomically
 from quotientopt.canonical.head_order import PARTS
 from quotientopt.canonical.reading import require_heads, symmetries_of
 from quotientopt.canonical.spectra import Spectrum, spectra
@@ -19,6 +20,7 @@ from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 TITLES = {"qk": "$G_{QK}$", "vo": "$G_{VO}$"}
 FLOOR = 1e-4
 MOST_LABELS = 32
+SOFTWARE = "quotientopt"  # stands in the picture's metadata
 
 
 def plot_spectra(
@@ -67,15 +69,9 @@ def plot_spectra(
         _draw_kind(figure, row, TITLES.get(kind, kind), layers)
     figure.suptitle(f"{type(model).__name__}: circuits by layer and head")
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(image.getvalue())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+    FigureCanvasAgg(figure).print_png(image, metadata={"Software": SOFTWARE})
+    write_atomically(Path(path), image.getvalue())
+    return Path(path)
 
 
 def _by_kind(found: dict[str, Spectrum]) -> dict[str, dict[str, Spectrum]]:

@@ -20,10 +20,15 @@ from quotientopt.canonical.outside import Outside, outside_of, residual_axes
 from quotientopt.canonical.reading import BlockView, of_unit_length, right_blocks, stored
 from quotientopt.groups import O
 from quotientopt.symmetries import Block, ResidualStream, SymmetryMap
+from quotientopt.symmetries.fold import folding_obstacle
 
 
-def require_group(symmetries: SymmetryMap) -> tuple[ResidualStream, O]:
+def require_group(
+    symmetries: SymmetryMap, model: nn.Module | None = None
+) -> tuple[ResidualStream, O]:
     """The residual stream and its group, if it has one: O(d), or the stabiliser of ones.
+
+    With the model, a refusal says whether folding its norms would help.
 
     Raises
     ------
@@ -36,9 +41,13 @@ def require_group(symmetries: SymmetryMap) -> tuple[ResidualStream, O]:
             f"residual=True needs a known residual stream: {symmetries.residual_reason}"
         )
     if stream.group is None:
+        obstacle = None if model is None else folding_obstacle(model)
+        advice = "fold_norms_(model, untie=True) makes it exact"
+        if obstacle is not None:
+            advice = f"folding cannot make it exact: {obstacle}"
         raise ValueError(
             "residual=True needs an exact symmetry of the residual stream, O(d) is broken by "
-            f"{', '.join(stream.broken_by[:3])}; see fold_norms_(model)"
+            f"{', '.join(stream.broken_by[:3])}; {advice}"
         )
     return stream, stream.group
 
@@ -89,7 +98,7 @@ def canonical_rotation(model: nn.Module, symmetries: SymmetryMap) -> tuple[Tenso
     ValueError
         If the stream has no symmetry, or no matrix outside the head pairs is there to fix signs.
     """
-    stream, group = require_group(symmetries)
+    stream, group = require_group(symmetries, model)
     axes = residual_axes(stream)
     outside = {n: o for n, o in outside_of(model, symmetries).items() if o.axis is not None}
     if not outside:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quotientopt._linalg import outside_autocast
 from quotientopt.canonical.convention import smallest_gap
 from quotientopt.canonical.invariants import product_singular_values
 from quotientopt.canonical.noether import imbalance_of
@@ -52,6 +53,7 @@ class Spectrum:
 
 
 @torch.no_grad()
+@outside_autocast()
 def spectra(
     model: nn.Module, *, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None
 ) -> dict[str, Spectrum]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from quotientopt.canonical import dress_
 from quotientopt.canonical.dress import Dressing
+from quotientopt.canonical.elements import SectionKind
 from quotientopt.checkpoints.errors import CheckpointError
 from quotientopt.checkpoints.loading import Loaded, load_checkpoint
 from quotientopt.checkpoints.matching import Place, fingerprints, places_of
+from quotientopt.checkpoints.optimizer_state import saved_optimizer
 from quotientopt.checkpoints.outputs import outputs_of
-from quotientopt.checkpoints.source import find_checkpoint
-from quotientopt.checkpoints.writing import refuse_target, written
+from quotientopt.checkpoints.source import Checkpoint, find_checkpoint
+from quotientopt.checkpoints.writing import Destination, destination
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
 from quotientopt.symmetries.verification import largest_deviation
 
@@ -43,6 +46,10 @@ class Report:
         Largest change of an output on random inputs, relative to the largest output, and what was
         allowed: the root of the precision in which the weights are stored, or four times what
         rounding errors in the original weights do, where that is more.
+    moved : tuple of str
+        States of optimizers that were moved along.
+    left_out : tuple of str
+        States of optimizers that the copy lacks, and why they could not be moved.
     """
 
     dressing: Dressing
@@ -51,6 +58,8 @@ class Report:
     missing: tuple[str, ...]
     deviation: float
     allowed: float
+    moved: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -66,13 +75,15 @@ class Report:
             lines.append(f"not understood, left as they are: {', '.join(self.unrecognized)}")
         if self.missing:
             lines.append(f"not in the files, nor in the copy: {', '.join(self.missing)}")
+        lines += [f"moved along: {name}" for name in self.moved]
+        lines += [f"left out: {name}" for name in self.left_out]
         return "\n".join(lines)
 
 
 def dress_checkpoint(
     path: str | Path,
     out: str | Path,
-    section: str = "svd",
+    section: SectionKind = "svd",
     *,
     config: str | Path | None = None,
     residual: bool = False,
@@ -82,7 +93,8 @@ def dress_checkpoint(
 
     Only the values of dressed tensors change: names, dtypes, metadata, shards, tied copies and all
     other files stay. The copy gets its name when it is complete and has been loaded again, so that
-    `out` is never half written.
+    `out` is never half written. The state of an optimizer beside the weights belongs to them as
+    they were: that of QuotientAdam or QuotientSGD moves along, others are left out.
 
     Parameters
     ----------
@@ -93,7 +105,8 @@ def dress_checkpoint(
     section, residual
         See :func:`quotientopt.dress_`.
     overwrite : bool
-        Whether `out` may be there already.
+        Whether `out` may be a checkpoint already. Its weights and settings are replaced, other
+        files stay.
 
     Returns
     -------
@@ -110,16 +123,32 @@ def dress_checkpoint(
     The model is loaded, dressed and run in float32 (float64 if stored so), and then rounded.
     """
     checkpoint, out = find_checkpoint(path, config), Path(out)
-    refuse_target(checkpoint, out, overwrite=overwrite)
+    try:
+        with destination(checkpoint, out, overwrite=overwrite) as place:
+            return _dressed_into(place, checkpoint, section, config=config, residual=residual)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(f"cannot write {out}: {error.strerror or error}{where}") from error
+
+
+def _dressed_into(
+    destination: Destination,
+    checkpoint: Checkpoint,
+    section: SectionKind,
+    *,
+    config: str | Path | None,
+    residual: bool,
+) -> Report:
     loaded = load_checkpoint(checkpoint, at_least_float32=True)
     model = loaded.model
     before, outputs = fingerprints(model), outputs_of(model)
     try:
         symmetries = find_symmetries(model)
         originals = _copies(model, symmetries, residual=residual)
+        optimizer = saved_optimizer(checkpoint, loaded, symmetries)
         dressing = dress_(model, section, symmetries=symmetries, residual=residual)
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(_for_files(str(error))) from error
     changed = [name for name, mark in fingerprints(model).items() if mark != before[name]]
     absent = [name for name in changed if name in loaded.missing]
     if absent:
@@ -141,14 +170,31 @@ def dress_checkpoint(
             f"dressing would change the outputs of {checkpoint.path} by {deviation:.1e}, more "
             f"than {allowed:.1e}: convert it to a wider dtype first, or take another section"
         )
-    try:
-        with written(checkpoint, values, out) as temporary:
-            copied = find_checkpoint(temporary, config)
-            _require_equal(load_checkpoint(copied, at_least_float32=True), loaded)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
+    optimizer.move_(dressing)
+    copy = destination.write(values, without=optimizer.left_out, further=optimizer.files)
+    copied = find_checkpoint(copy, config)
+    _require_equal(load_checkpoint(copied, at_least_float32=True), loaded)
+    destination.commit()
     names = tuple(place.name for found in places.values() for place in found)
-    return Report(dressing, names, symmetries.unrecognized, loaded.missing, deviation, allowed)
+    return Report(
+        dressing,
+        names,
+        symmetries.unrecognized,
+        loaded.missing,
+        deviation,
+        allowed,
+        moved=tuple(optimizer.files),
+        left_out=tuple(f"{name}, {reason}" for name, reason in optimizer.left_out.items()),
+    )
+
+
+def _for_files(message: str) -> str:
+    """The advice of a refusal in Python, as it is meant for a folder."""
+    message = re.sub(r",? or leave the symmetry out with symmetries=", "", message)
+    return message.replace(
+        "fold_norms_(model, untie=True) makes it exact",
+        "load it in Python, fold_norms_(model, untie=True), save_pretrained, and take that folder",
+    ).replace("residual=True", "--residual")
 
 
 def _copies(model: nn.Module, symmetries: SymmetryMap, *, residual: bool) -> dict[str, Tensor]:

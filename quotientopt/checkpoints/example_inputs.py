@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from quotientopt.checkpoints.errors import CheckpointError
 
 TOKENS, DECODER_TOKENS = 16, 8
+MOST_VALUES = 50_000_000
 
 
 def example_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
         if not (_has(config, "num_mel_bins") and _has(config, "max_source_positions")):
             raise _unknown(model, wanted)
         frames = 2 * config.max_source_positions
-        inputs["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
+        inputs["input_features"] = _values((1, config.num_mel_bins, frames), generator)
     if not wanted <= inputs.keys():
         raise _unknown(model, wanted)
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
@@ -99,4 +101,11 @@ def _tokens(config: Any, length: int, generator: torch.Generator) -> Tensor:
 def _pixels(config: Any, generator: torch.Generator) -> Tensor:
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return torch.randn(1, config.num_channels, height, width, generator=generator)
+    return _values((1, config.num_channels, height, width), generator)
+
+
+def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal values, not more than a model would be given."""
+    if math.prod(shape) > MOST_VALUES:
+        raise CheckpointError(f"inputs of shape {shape} are too large to be made")
+    return torch.randn(shape, generator=generator)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from quotientopt.checkpoints.errors import CheckpointError, first_line
 from quotientopt.checkpoints.matching import same_name
 from quotientopt.checkpoints.packages import require_transformers
 from quotientopt.checkpoints.source import Checkpoint
 
+# Keys of configurations, without their underscores, that choose kernels.
+IMPLEMENTATIONS = {
+    "attn_implementation",
+    "attn_implementation_internal",
+    "experts_implementation",
+    "experts_implementation_internal",
+}
+LAYERS = re.compile(r"layers?$|depths?$|blocks$|experts$|groups$|stages$|copies$")
+MOST_LAYERS = 1000
+SMALL_MODEL = 200_000_000
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,10 +45,13 @@ class Loaded:
         to a rotation of the residual stream then.
     missing : tuple of str
         Parameters that the files do not hold, so that they are random.
+    dtype_changed : bool
+        Whether the files hold another dtype than the model has.
     """
 
     model: nn.Module
     missing: tuple[str, ...]
+    dtype_changed: bool = False
 
 
 def load_checkpoint(
@@ -58,32 +78,43 @@ def load_checkpoint(
     """
     transformers = require_transformers()
     model_class = _class_of(checkpoint, transformers)
-    dtype = dtype or widest(
-        entry.dtype for file in checkpoint.files for entry in file.entries().values()
-    )
+    entries = [entry for file in checkpoint.files for entry in file.entries().values()]
+    dtype = dtype or widest(entry.dtype for entry in entries)
     if dtype is None:
         raise CheckpointError(f"{checkpoint.path} holds no floating-point tensors")
     if at_least_float32:
         dtype = torch.promote_types(dtype, torch.float32)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    # Of other shapes the caller hears below, in one line.
-    options["ignore_mismatched_sizes"] = True
-    place = None
-    if checkpoint.is_folder:
-        place = checkpoint.path
-        safetensors = checkpoint.files[0].path.suffix == ".safetensors"
-        options |= {"local_files_only": True, "use_safetensors": safetensors}
-    else:
-        # Copies: the model's parameters must not be the mapped memory of the file.
-        tensors = (pair for file in checkpoint.files for pair in file.tensors())
-        options["state_dict"] = {name: tensor.clone() for name, tensor in tensors}
+    _refuse_many_layers(checkpoint.config, len(entries))
+    # transformers gets tensors and settings, never a folder: it opens further files where it finds
+    # them (adapters, pickled metadata), and asks the hub for what they name.
+    tensors = {name: tensor for file in checkpoint.files for name, tensor in file.tensors()}
+    stored = sum(math.prod(entry.shape) for entry in entries)
     try:
-        config = model_class.config_class.from_dict(checkpoint.config)
-        model, info = model_class.from_pretrained(place, config=config, **options)
-    except Exception as error:  # what transformers raises depends on the architecture
+        with offline(), _bounded(stored):
+            config = model_class.config_class.from_dict(without_implementations(checkpoint.config))
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # of these the caller hears below, in one line
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {checkpoint.path}: {error}") from None
+    except (Exception, SystemExit) as error:  # what is raised depends on the architecture
         raise CheckpointError(f"cannot load {checkpoint.path}: {first_line(error)}") from error
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # it may be the mapped memory of a file
     if info["mismatched_keys"]:
         name, *shapes = min(info["mismatched_keys"])
+        if tuple(shapes[0]) == (1, *shapes[1]):
+            raise CheckpointError(
+                f"{checkpoint.path} was saved by a folded model whose residual stream has left "
+                f"mean zero ({name!r} has an axis more): {model_class.__name__} computes "
+                "something else"
+            )
         raise CheckpointError(
             f"{name!r} in {checkpoint.path} does not have the shape its configuration asks for: "
             + " and ".join(str(tuple(shape)) for shape in shapes)
@@ -95,7 +126,8 @@ def load_checkpoint(
             f"no tensor in {checkpoint.path} is a weight of {model_class.__name__}; is that the "
             "right configuration?"
         )
-    return Loaded(model.eval().requires_grad_(False), missing)
+    changed = any(entry.dtype not in (None, dtype) for entry in entries)
+    return Loaded(model.eval().requires_grad_(False), missing, changed)
 
 
 def _refuse_quantised(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -121,8 +153,18 @@ def widest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:
 def _class_of(checkpoint: Checkpoint, transformers: Any) -> Any:
     """The class of transformers that a configuration names."""
     names = checkpoint.config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"the configuration of {checkpoint.path} should have a list of names as architectures, "
+            f"it has {names!r:.60}"
+        )
     if names:
-        found = getattr(transformers, str(names[0]), None)
+        try:
+            found = getattr(transformers, names[0], None)
+        except Exception as error:  # a class that needs a package, or a name that is none
+            raise CheckpointError(
+                f"architecture {names[0]!r} is not available: {first_line(error)}"
+            ) from error
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
         code = ", and code of the folder is not run" if "auto_map" in checkpoint.config else ""
@@ -131,9 +173,85 @@ def _class_of(checkpoint: Checkpoint, transformers: Any) -> Any:
             f"such model{code}"
         )
     kind = checkpoint.config.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"the configuration of {checkpoint.path} names no architecture and no known "
-            f"model_type, got {kind!r}"
+            f"model_type, got {kind!r:.60}"
         )
-    return transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]
+    try:
+        return transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]
+    except KeyError:
+        raise CheckpointError(f"transformers has no base model of model_type {kind!r}") from None
+
+
+def without_implementations(config: Any) -> Any:
+    """A configuration without its choice of kernels, whose names may be looked up on the hub."""
+    if isinstance(config, dict):
+        return {
+            key: without_implementations(value)
+            for key, value in config.items()
+            if key.strip("_") not in IMPLEMENTATIONS
+        }
+    if isinstance(config, list):
+        return [without_implementations(value) for value in config]
+    return config
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within it, the hub's client refuses every request, whatever a configuration names."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _refuse_many_layers(config: Any, tensors: int) -> None:
+    """Refuse more layers than the tensors in the files could be, before one is built."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_many_layers(value, tensors)
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        numbers = [count for count in numbers if isinstance(count, (int, float))]
+        if LAYERS.search(key) and sum(numbers) > MOST_LAYERS + tensors:
+            raise CheckpointError(
+                f"the configuration asks for {key} = {sum(numbers):.6g}, the files hold {tensors} "
+                "tensors"
+            )
+
+
+@contextmanager
+def _bounded(stored: int) -> Iterator[None]:
+    """Within it, modules much larger than what the files hold are refused while they are built.
+
+    Parameters
+    ----------
+    stored : int
+        Numbers in the files. A model may have what they lack, a head for example.
+    """
+    most = SMALL_MODEL + 4 * stored
+    counts = {"parameters": 0, "buffers": 0}
+
+    def count(kind: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            counts[kind] += tensor.numel() + 1
+            if counts[kind] > most:
+                raise CheckpointError(
+                    f"the configuration asks for more than {most:.0e} numbers in {kind}, the "
+                    f"files hold {stored}"
+                )
+
+    hooks = [
+        register_module_parameter_registration_hook(lambda _, __, p: count("parameters", p)),
+        register_module_buffer_registration_hook(lambda _, __, b: count("buffers", b)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -45,9 +45,11 @@ def outputs_of(model: nn.Module) -> dict[str, Tensor]:
     CheckpointError
         If the model does not run on inputs made from its configuration, or is not finite there.
     """
-    inputs = example_inputs(model)
     try:
+        inputs = example_inputs(model)
         output = LogitsOnly(model)(**inputs)
+    except CheckpointError:
+        raise
     except Exception as error:  # a model may fail in any way on inputs that do not suit it
         raise CheckpointError(
             f"{type(model).__name__} does not run on random inputs: {first_line(error)}"

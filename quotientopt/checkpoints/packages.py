@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quotientopt._extras import install_command
 from quotientopt.checkpoints.errors import CheckpointError
 
 
@@ -19,6 +20,6 @@ def require_transformers() -> Any:
         import transformers
     except ImportError:
         raise CheckpointError(
-            "transformers is not installed: pip install 'quotientopt[transformers]'"
+            f"transformers is not installed: {install_command('transformers')}"
         ) from None
     return transformers

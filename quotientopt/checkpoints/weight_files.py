@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -163,6 +164,26 @@ class PickledFile:
         return state
 
 
+def require_file(path: Path) -> None:
+    """Refuse what is no file before it is opened: reading a pipe would wait for ever.
+
+    Raises
+    ------
+    CheckpointError
+        If there is something else at `path`, or nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if path.is_symlink() and isinstance(error, FileNotFoundError):
+            reason = "a link to nothing"
+        raise CheckpointError(f"cannot read {path}: {reason}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no file"
+        raise CheckpointError(f"cannot read {path}: it is {kind}")
+
+
 def open_weights(path: Path) -> WeightFile:
     """Open a file of weights by the ending of its name.
 
@@ -171,6 +192,7 @@ def open_weights(path: Path) -> WeightFile:
     CheckpointError
         If the ending is not known, or the file cannot be read or holds anything but tensors.
     """
+    require_file(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in PICKLED:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from quotientopt._extras import install_command
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -87,7 +89,7 @@ class CheckResult:
                 from matplotlib import pyplot
             except ImportError:
                 raise ImportError(
-                    "plots need matplotlib: pip install 'quotientopt[compare]'"
+                    f"plots need matplotlib: {install_command('matplotlib')}"
                 ) from None
             _, ax = pyplot.subplots()
         if self.steps:

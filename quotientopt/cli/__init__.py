@@ -1,12 +1,12 @@
 """The command ``quotientopt``: one module for each of its commands."""
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from quotientopt._version import __version__
 from quotientopt.cli import compare, dress, inspect
-from quotientopt.cli.parser import Parser
+from quotientopt.cli.parser import TERMINATED, Parser, TerminatedError, terminable
 
 COMMANDS = (compare, inspect, dress)
 
@@ -17,8 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="quotientopt",
         description="Riemannian optimization on quotient manifolds of Transformer symmetries.",
     )
-    version = importlib.metadata.version("quotientopt")
-    parser.add_argument("--version", action="version", version=f"quotientopt {version}")
+    parser.add_argument("--version", action="version", version=f"quotientopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
@@ -37,4 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(build_parser().parse_args(arguments))
     name = options.pop("command")
     command = next(command for command in COMMANDS if command.__name__.endswith(f".{name}"))
-    return command.run(arguments, options)
+    try:
+        with terminable():
+            return command.run(arguments, options)
+    except TerminatedError:
+        print("quotientopt: terminated", file=sys.stderr)
+        return TERMINATED

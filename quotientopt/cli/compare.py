@@ -46,7 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--out",
         default="quotientopt-compare",
         metavar="DIR",
-        help="folder for the results; an earlier comparison there is replaced, unless resumed",
+        help="folder for the results; one that holds a comparison needs --resume or --overwrite",
     )
     add(
         "--jobs",
@@ -60,6 +60,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         default=argparse.SUPPRESS,
         help="reuse the runs in DIR/compare.json, which must be of the same protocol",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="replace the comparison in DIR, once the first run is finished",
     )
     add(
         "--redo",
@@ -79,9 +85,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run(arguments: list[str], options: dict[str, object]) -> int:
     """Run a comparison; what was measured before an interrupt is reported all the same."""
     from quotientopt.compare.comparison import Comparison, Request, command_line
-    from quotientopt.compare.errors import UsageError
+    from quotientopt.compare.errors import RunFailedError, UsageError
 
-    stopped = False
     try:
         request = Request(command=command_line(arguments), **options)  # type: ignore[arg-type]
         comparison = Comparison(request)
@@ -89,15 +94,24 @@ def run(arguments: list[str], options: dict[str, object]) -> int:
         fail(str(error))
     except KeyboardInterrupt:
         return interrupted("nothing written")
-    try:
-        comparison.run()
-    except KeyboardInterrupt:
-        stopped = True
-    written = comparison.write_report()
+    with comparison:
+        failed, stopped = "", False
+        try:
+            comparison.run()
+        except KeyboardInterrupt:
+            stopped = True
+        except RunFailedError as error:
+            failed = str(error)
+        try:
+            written = comparison.write_report()
+        except RunFailedError as error:
+            fail(failed or str(error))
+    runs = len(comparison.record.runs)
+    kept = f"{runs} runs are reported in {comparison.folder}" if written else "nothing written"
     if stopped:
-        return interrupted(
-            f"{len(comparison.record.runs)} runs are reported in {comparison.folder}"
-        )
+        return interrupted(kept)
+    if failed:
+        fail(f"{failed}; {kept}" + (", --resume goes on" if written else ""))
     print(written[0].read_text(encoding="utf-8").partition("## All runs")[0].rstrip())
     print("\nwritten: " + ", ".join(str(path) for path in written))
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 from quotientopt.cli.parser import Parser, fail, interrupted
 from quotientopt.cli.quiet import quiet_transformers
 
-SECTIONS = ("svd", "balanced", "orthonormal", "triangular", "polar")
+SECTIONS = ("svd", "balanced", "orthonormal", "triangular")
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -52,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--overwrite",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="replace what is at --out, once the copy is complete",
+        help="replace the checkpoint at --out, once the copy is complete; other files there stay",
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ def run(arguments: list[str], options: dict[str, Any]) -> int:
     except (ValueError, ImportError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"cannot write: {error}")
+        fail(f"cannot write {error.filename or 'the results'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return interrupted("nothing written")
 
@@ -68,15 +69,20 @@ def inspect(
     """Print what is known of a checkpoint and return the exit status."""
     import torch
 
+    from quotientopt._files import write_atomically
     from quotientopt.canonical import plot_spectra, redundancy, spectra
     from quotientopt.checkpoints import find_checkpoint, load_checkpoint, verify_checkpoint
-    from quotientopt.compare.record import write_atomically
     from quotientopt.symmetries import find_symmetries
 
     quiet_transformers()
     for target in (record, plot):
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise ValueError(f"no such folder: {Path(target).parent}")
+        if target is not None and not _is_replaceable(Path(target)):
+            raise ValueError(
+                f"{target} is another file than this command writes: move it first, or choose "
+                "another name"
+            )
     checkpoint = find_checkpoint(path, config)
     loaded = load_checkpoint(checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     model = loaded.model
@@ -96,7 +102,23 @@ def inspect(
     written = [target for target in (record, plot) if target is not None]
     if written:
         print("\nwritten: " + ", ".join(written))
-    return NOT_EXACT if deviations and max(deviations.values()) > EXACT else 0
+    return NOT_EXACT if deviations and any(value > EXACT for value in deviations.values()) else 0
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether nothing is at `target`, or a record or picture of an earlier run."""
+    if not os.path.lexists(target):
+        return True
+    if not target.is_file():
+        return False
+    content = target.read_bytes()
+    if content.startswith(b"\x89PNG"):
+        return b"Software\0quotientopt" in content[:4096]
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return not content
+    return isinstance(record, dict) and {"symmetries", "redundancy", "environment"} <= set(record)
 
 
 def _heading(path: str, loaded: "Loaded", counts: "Redundancy") -> str:
@@ -111,13 +133,22 @@ def _heading(path: str, loaded: "Loaded", counts: "Redundancy") -> str:
 def _verification(deviations: Mapping[str, float] | None) -> str:
     if deviations is None:
         return "not verified"
-    name = max(deviations, key=deviations.__getitem__)
-    wrong = sum(value > EXACT for value in deviations.values())
-    verdict = f"{wrong} NOT EXACT" if wrong else "all exact"
-    return (
-        f"verified in float64: {len(deviations)} symmetries, {verdict}; largest relative deviation "
-        f"of an output {deviations[name]:.1e} ({name})"
-    )
+    measured = {name: value for name, value in deviations.items() if not math.isnan(value)}
+    unfelt = [name for name in deviations if name not in measured]
+    lines = []
+    if measured:
+        name = max(measured, key=measured.__getitem__)
+        wrong = sum(value > EXACT for value in measured.values())
+        verdict = f"{wrong} NOT EXACT" if wrong else "all exact"
+        lines.append(
+            f"verified in float64: {len(measured)} symmetries, {verdict}; largest relative "
+            f"deviation of an output {measured[name]:.1e} ({name})"
+        )
+    if unfelt:
+        lines.append(
+            "not verified, the outputs do not depend on what they act on: " + ", ".join(unfelt)
+        )
+    return "\n".join(lines)
 
 
 def _by_part(found: Mapping[str, "Spectrum"]) -> dict[str, list["Spectrum"]]:
@@ -190,7 +221,8 @@ def _record(
             "unknown": list(counts.unknown),
             "total": dataclasses.asdict(counts.total) | {"dimension": counts.total.dimension},
         },
-        "deviations": deviations,
+        "deviations": deviations
+        and {name: None if math.isnan(d) else d for name, d in deviations.items()},
         "spectra": {
             name: {
                 "singular_values": spectrum.singular_values.tolist(),

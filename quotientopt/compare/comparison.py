@@ -3,25 +3,30 @@
 import shlex
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from quotientopt._files import LockedError, locked, write_atomically
 from quotientopt.compare import plot, report
 from quotientopt.compare.defaults import MODEL_DEFAULTS, load_task
 from quotientopt.compare.environment import available_cores, describe_environment
-from quotientopt.compare.errors import UsageError, require
+from quotientopt.compare.errors import RunFailedError, UsageError, require
 from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, find_optimizers
 from quotientopt.compare.progress import Progress, make_progress
 from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.record import Record, prepare_folder, write_atomically
+from quotientopt.compare.record import FILE_NAME, Record, prepare_folder, runs_in
 from quotientopt.compare.summary import optimizers_of
 from quotientopt.compare.task import IMAGES, Task
 from quotientopt.compare.train import build_model, time_alone
 from quotientopt.compare.trial import Run, Trial, best_run
 from quotientopt.compare.tuning import Plan, parse_grid, plan
 from quotientopt.compare.workers import ParallelWorkers, SerialWorkers, Workers
+
+LOCK = ".compare.lock"
+REPORTS = (report.FILE_NAME, plot.FILE_NAME)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Request:
     jobs: int | None = None
     resume: bool = False
     redo: str | None = None
+    overwrite: bool = False
     batch: int | None = None
     context: int | None = None
     layers: int | None = None
@@ -47,7 +53,7 @@ class Request:
 
 
 class Comparison:
-    """A checked request, ready to run.
+    """A checked request, ready to run; holds its folder until it is closed.
 
     Parameters
     ----------
@@ -56,7 +62,8 @@ class Comparison:
     Raises
     ------
     UsageError
-        If anything in the request is wrong; nothing is written then.
+        If anything in the request is wrong, another comparison is at work in the folder, or one is
+        there that is neither to be resumed nor to be overwritten; nothing is written then.
     """
 
     def __init__(self, request: Request) -> None:
@@ -78,18 +85,72 @@ class Comparison:
         environment = describe_environment(device) | {"runs at a time": self.jobs}
         self.record = Record(request.command, protocol, environment)
         self.folder = Path(request.out)
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        prepare_folder(self.folder)
+        self._held = ExitStack()
+        try:
+            self._hold_folder()
+            self._take_over(request, redo)
+        except BaseException:
+            self.close()
+            for path in made:
+                path.rmdir()
+            raise
+
+    def _hold_folder(self) -> None:
+        try:
+            self._held.enter_context(locked(self.folder / LOCK))
+        except LockedError:
+            raise UsageError(
+                f"another comparison is at work in {str(self.folder)!r}: wait for it, or choose "
+                "another --out"
+            ) from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"cannot lock {str(self.folder)!r}: {reason}") from error
+
+    def _take_over(self, request: Request, redo: list[str]) -> None:
+        """Take over the runs in the folder, or make sure that they may be replaced."""
+        runs = runs_in(self.folder)
+        # An earlier record stays until there is something to put in its place.
+        self._replaces = runs is not None and not request.resume
         if request.resume:
             self.record.resume(self.folder, redo)
             for name in optimizers_of(self.record.runs):
                 find_optimizers(name)  # each is timed again at the end
-        prepare_folder(self.folder)
+        elif not request.overwrite:
+            there = [n for n in (FILE_NAME, *REPORTS) if (self.folder / n).exists()]
+            if there:
+                what = there[0] if runs is None else f"a comparison of {runs} runs"
+                raise UsageError(
+                    f"{str(self.folder)!r} holds {what}: --resume goes on with it, --overwrite "
+                    "starts anew, or choose another --out"
+                )
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._held.close()
+
+    def __enter__(self) -> "Comparison":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run(self) -> None:
-        """Train everything; compare.json is up to date after every run."""
+        """Train everything; compare.json is up to date after every run.
+
+        Raises
+        ------
+        RunFailedError
+            If a run cannot be finished, or its result not be written.
+        """
         progress = make_progress(self.record.protocol.steps)
-        self.record.save(self.folder)
-        workers = self._workers(progress)
+        workers: Workers | None = None
         try:
+            if not self._replaces:
+                self._save()
+            workers = self._workers(progress)
             protocol = self.record.protocol
             plans = {
                 entry.name: plan(
@@ -102,17 +163,40 @@ class Comparison:
             if self.jobs > 1 or self.record.earlier_commands:
                 self._time_alone(progress)
         finally:
-            workers.close()
+            if workers is not None:
+                workers.close()
             progress.close()
 
     def write_report(self) -> list[Path]:
-        """Write compare.md and compare.png from what was measured so far."""
-        self.record.save(self.folder)
+        """Write compare.md and compare.png from what was measured so far.
+
+        Without a run nothing is written in the place of an earlier comparison.
+
+        Raises
+        ------
+        RunFailedError
+            If they cannot be written.
+        """
+        if self._replaces and not self.record.runs:
+            return []
+        self._save()
         table, curves = self.folder / report.FILE_NAME, self.folder / plot.FILE_NAME
-        write_atomically(table, report.markdown(self.record))
-        curves.unlink(missing_ok=True)  # no run finished: an earlier plot must not pass for one
-        plot.plot(self.record, curves)
+        try:
+            write_atomically(table, report.markdown(self.record))
+            curves.unlink(missing_ok=True)  # no run finished: an earlier plot must not pass for one
+            plot.plot(self.record, curves)
+        except OSError as error:
+            raise self._not_written(error) from error
         return [path for path in (table, curves) if path.exists()]
+
+    def _save(self) -> None:
+        try:
+            self.record.save(self.folder)
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> RunFailedError:
+        return RunFailedError(f"cannot write in {str(self.folder)!r}: {error.strerror or error}")
 
     def _workers(self, progress: Progress) -> Workers:
         protocol = self.record.protocol
@@ -157,7 +241,7 @@ class Comparison:
 
     def _keep(self, run: Run, progress: Progress, left: int) -> None:
         self.record.runs.append(run)
-        self.record.save(self.folder)
+        self._save()
         progress.finished(run, len(self.record.runs), left)
 
     def _time_alone(self, progress: Progress) -> None:
@@ -169,10 +253,12 @@ class Comparison:
             if best is not None and best.status == "finished":
                 progress.say(f"timing {name} alone")
                 self.record.timings[name] = time_alone(best.trial, protocol, self.task)
-        self.record.save(self.folder)
+        self._save()
 
 
 def _check_numbers(request: Request) -> None:
+    if request.resume and request.overwrite:
+        raise UsageError("--resume goes on with a comparison and --overwrite starts anew: take one")
     for name in ("steps", "seeds", "batch", "context", "layers", "width"):
         value = getattr(request, name)
         if value is not None and value < 1:
@@ -217,6 +303,8 @@ def _protocol(request: Request, device: str, threads: int) -> Protocol:
         context=given("context"),
         layers=given("layers"),
         width=given("width"),
+        # Short runs have a curve too.
+        evaluate_every=min(Protocol.evaluate_every, max(1, request.steps // 8)),
         validation_batches=defaults.validation_batches,
     )
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("quotientopt", "torch", "pytorch_optimizer", "geoopt", "numpy", "matplotlib")
+from quotientopt._version import __version__
+
+PACKAGES = ("torch", "pytorch_optimizer", "geoopt", "numpy", "matplotlib")
 
 
 def describe_environment(device: str) -> dict[str, Any]:
@@ -20,6 +22,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "quotientopt": __version__,
         **versions,
     }
 

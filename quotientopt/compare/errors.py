@@ -2,11 +2,15 @@
 
 import importlib
 
-COMPARE_INSTALL = 'pip install "quotientopt[compare]"'
+from quotientopt._extras import install_command
 
 
 class UsageError(ValueError):
     """A request that cannot be carried out; its message is one line that says why."""
+
+
+class RunFailedError(RuntimeError):
+    """A run that could not be finished, for reasons outside the request; one line that says why."""
 
 
 def require(package: str) -> None:
@@ -14,4 +18,4 @@ def require(package: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f"{package} is not installed: {COMPARE_INSTALL}") from error
+        raise UsageError(f"{package} is not installed: {install_command(package)}") from error

@@ -4,8 +4,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from quotientopt._files import write_atomically
 from quotientopt.compare.defaults import MODEL_DEFAULTS
-from quotientopt.compare.record import Record, write_atomically
+from quotientopt.compare.record import Record
 from quotientopt.compare.report import setting
 from quotientopt.compare.summary import BASELINE, Row, best_runs, summarize, timed_curve
 
@@ -25,6 +26,7 @@ STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
     "muon": "-.",
     "geoopt-adam": (0, (1, 1)),
 }
+FEW = 8
 PANELS = ((0, "steps"), (1, "training seconds (without evaluations)"))
 
 
@@ -62,11 +64,14 @@ def plot(record: Record, path: Path) -> None:
 
 
 def _line(axes: Any, record: Record, row: Row, column: int) -> None:
-    color, name = COLORS[row.optimizer], row.optimizer
+    name = row.optimizer
+    color = COLORS.get(name, f"C{sum(name.encode()) % 10}")
     x = [point[column] for point in row.curve]
     label = f"{name} ({setting(row.rate, row.settings)}): {row.curve[-1][2]:.3f}"
     mean = [point[2] for point in row.curve]
-    axes.plot(x, mean, linestyle=STYLES[name], color=color, label=label)
+    marker = "o" if len(x) <= FEW else None  # a single evaluation has no line
+    style = STYLES.get(name, ":")
+    axes.plot(x, mean, linestyle=style, color=color, label=label, marker=marker, markersize=4)
     curves = [
         timed_curve(run, record.timings.get(name))
         for run in best_runs(record.runs, name)

@@ -1,13 +1,13 @@
 """compare.json: everything measured, rewritten atomically after every run."""
 
 import json
-import os
 import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quotientopt._files import write_atomically
 from quotientopt.compare.errors import UsageError
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.summary import summarize
@@ -82,7 +82,7 @@ class Record:
             protocol = document["protocol"]
             runs = [Run.from_dict(run) for run in document["runs"]] if schema == SCHEMA else []
             commands = [*document.get("earlier_commands", []), document["command"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"cannot resume from {path}: {type(error).__name__} {error}"
             ) from error
@@ -99,17 +99,28 @@ class Record:
                 f"cannot resume from {path}: it was made with {'; '.join(differences)}"
             )
         self.runs = [run for run in runs if run.trial.optimizer not in redo]
-        self.earlier_commands = commands
+        # Each once: the same command may have gone on several times.
+        self.earlier_commands = [c for c in dict.fromkeys(commands) if c != self.command]
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file at `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def runs_in(folder: Path) -> int | None:
+    """How many runs the comparison in `folder` has; None without one.
+
+    Raises
+    ------
+    UsageError
+        If the files of a comparison are there and are none.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if {"schema", "protocol"} <= document.keys():
+            return len(document["runs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UsageError(f"{path} is no record of a comparison: move it, or choose another --out")
 
 
 def prepare_folder(folder: Path) -> None:

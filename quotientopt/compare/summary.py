@@ -71,9 +71,11 @@ def crossing(curve: Sequence[Sequence[float]], target: float) -> tuple[float, fl
     -------
     tuple of float, or None
         Linearly interpolated between the evaluations; the first evaluation if it is already
-        there; None if none is.
+        there; None if none is, or a single one is below: nobody saw when it got there.
     """
     previous = None
+    if len(curve) == 1 and curve[0][2] < target:
+        return None
     for step, seconds, loss in curve:
         if loss <= target:
             if previous is None:

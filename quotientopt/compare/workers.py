@@ -2,13 +2,16 @@
 
 import multiprocessing
 import signal
-import traceback
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Protocol as Interface
 
 import torch
 
+from quotientopt.compare.errors import RunFailedError
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.task import Task
 from quotientopt.compare.train import train
@@ -70,20 +73,21 @@ class ParallelWorkers:
         context = multiprocessing.get_context("spawn")
         self._idle: list[Connection] = []
         self._processes = []
-        # Ctrl-C reaches the whole process group; the children ignore it from their first
-        # instruction on, and are stopped by `close`.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "pthread_sigmask"):
+            resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
         try:
             for _ in range(jobs):
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(there, protocol, task))
                 process.daemon = True
-                process.start()
+                with _interrupts_held_back():
+                    process.start()
+                    self._processes.append(process)
                 there.close()
                 self._idle.append(here)
-                self._processes.append(process)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, trial: Trial) -> None:
         """Send the trial to an idle process."""
@@ -109,11 +113,22 @@ class ParallelWorkers:
     def _receive(self, connection: Connection) -> Run | tuple[int, float]:
         try:
             message = connection.recv()
-        except EOFError as error:
-            raise RuntimeError(f"the process running {self._busy[connection]} died") from error
+        except (EOFError, OSError):
+            trial = self._busy[connection]
+            raise RunFailedError(
+                f"the process running {trial} {self._end_of_one()}; fewer --jobs need less memory"
+            ) from None
         if isinstance(message, str):
-            raise RuntimeError(f"{self._busy[connection]} failed:\n{message}")
+            raise RunFailedError(f"{self._busy[connection]} failed: {message}")
         return message
+
+    def _end_of_one(self) -> str:
+        """How a process that has gone away ended."""
+        for process in self._processes:
+            process.join(0.2)
+            if process.exitcode is not None and process.exitcode < 0:
+                return f"was killed by {signal.Signals(-process.exitcode).name}"
+        return "has ended"
 
     def close(self) -> None:
         """Stop all processes."""
@@ -123,14 +138,41 @@ class ParallelWorkers:
             process.join()
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Within it Ctrl-C waits, and processes started here never see it.
+
+    It reaches the whole process group: the children inherit the blocked signal, and are stopped by
+    `close`. This process, in which another thread may get it, hears of it when the block is left.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    blocked = hasattr(signal, "pthread_sigmask")  # not on Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if blocked else set()
+    try:
+        yield
+    finally:
+        if blocked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _serve(connection: Connection, protocol: Protocol, task: Task) -> None:
     """Body of a worker process: receive trials, send (step, loss) pairs, then the run."""
     torch.set_num_threads(protocol.threads)
-    while True:
-        trial = connection.recv()
-        try:
-            run = train(trial, protocol, task, lambda step, loss: connection.send((step, loss)))
-        except Exception:
-            connection.send(traceback.format_exc())
-        else:
-            connection.send(run)
+    with suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            trial = connection.recv()
+            try:
+                run = train(trial, protocol, task, lambda step, loss: connection.send((step, loss)))
+            except OSError:
+                raise
+            except Exception as error:
+                connection.send(" ".join(f"{type(error).__name__}: {error}".split()))
+            else:
+                connection.send(run)

@@ -1,10 +1,12 @@
 """Our quotient manifolds as manifolds of geoopt, for its optimizers: ``qo.geoopt``.
 
-Imported on first use, since it needs geoopt: ``pip install 'quotientopt[geoopt]'``. Inside this
+Imported on first use, since it needs geoopt: ``pip install geoopt``. Inside this
 package ``geoopt`` is geoopt itself, by absolute import.
 """
 
 import warnings
+
+from quotientopt._extras import install_command
 
 try:
     with warnings.catch_warnings():
@@ -15,7 +17,7 @@ except ModuleNotFoundError as error:
     if error.name != "geoopt":
         raise
     raise ModuleNotFoundError(
-        "quotientopt.geoopt needs geoopt: pip install 'quotientopt[geoopt]'", name="geoopt"
+        f"quotientopt.geoopt needs geoopt: {install_command('geoopt')}", name="geoopt"
     ) from None
 
 from quotientopt.geoopt.factor import FactorManifold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from quotientopt._linalg import Pair, standard_normal, wide
 from quotientopt.canonical import dress_
+from quotientopt.canonical.elements import SectionKind
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.nn.invariant_chart import condition, to_chart
 from quotientopt.nn.invariant_chart_linear import ChartLinear
@@ -348,7 +349,8 @@ def redress_(attention: nn.Module, section: str, optimizer: Any = None) -> None:
                 f"{type(optimizer).__name__} does not know the pairs of this "
                 f"{type(attention).__name__}; make it anew from the model that it trains"
             )
-    dress_(attention, section, symmetries=SymmetryMap(heads), optimizer=optimizer)
+    kind = cast("SectionKind", section)  # dress_ refuses another one
+    dress_(attention, kind, symmetries=SymmetryMap(heads), optimizer=optimizer)
 
 
 def _lies_in(symmetry: HeadSymmetry, module: nn.Module) -> bool:

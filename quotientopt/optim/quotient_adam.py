@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -146,13 +146,13 @@ class QuotientAdam(SymmetricOptimizer):
         *,
         symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
         example_inputs: Any = None,
-        head_frame: str | None = "balanced",
-        residual_frame: str | None = "per_matrix",
+        head_frame: Literal["balanced", "orthonormal", "svd"] | None = "balanced",
+        residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
         nesterov: bool = True,
         polar: bool = True,
-        lora_frame: str | None = "transported",
+        lora_frame: Literal["transported", "balanced", "orthonormal", "svd"] | None = "transported",
         lora_polar: bool = False,
         master_weights: bool = False,
         stochastic_rounding: bool = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class QuotientSGD(SymmetricOptimizer):
         *,
         symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
         example_inputs: Any = None,
-        metric: str = "preconditioned",
+        metric: Literal["preconditioned", "right-invariant"] = "preconditioned",
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:

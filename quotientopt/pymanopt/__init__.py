@@ -1,8 +1,10 @@
 """Our quotient manifolds in pymanopt's solvers: ``qo.pymanopt``.
 
-Imported on first use, since it needs pymanopt: ``pip install quotientopt[pymanopt]``. Inside this
+Imported on first use, since it needs pymanopt: ``pip install pymanopt``. Inside this
 package ``pymanopt`` is pymanopt itself, by absolute import.
 """
+
+from quotientopt._extras import install_command
 
 try:
     import pymanopt as _pymanopt  # noqa: F401 -- only to say what to install
@@ -10,7 +12,7 @@ except ModuleNotFoundError as error:
     if error.name != "pymanopt":
         raise
     raise ModuleNotFoundError(
-        "quotientopt.pymanopt needs pymanopt: pip install 'quotientopt[pymanopt]'", name="pymanopt"
+        f"quotientopt.pymanopt needs pymanopt: {install_command('pymanopt')}", name="pymanopt"
     ) from None
 
 from quotientopt.pymanopt.factor import FactorManifold

@@ -1,10 +1,12 @@
-"""Cost, gradient and Hessian-vector products of a torch function at the latest point, by autograd.
+"""Cost, gradient and Hessian-vector products of a torch function, by autograd.
 
-The solvers of pymanopt ask for the cost, the gradient and many Hessian-vector products at one point
-in separate calls; here they share one graph.
+A cost may read more than the point: a penalty weight, a mask, a minibatch. So nothing of one
+evaluation is used in another, even at the same point. The Riemannian Hessian, which needs gradient
+and Hessian-vector product, is one evaluation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,16 +19,21 @@ Cost = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Differentiator:
-    """Derivatives of `cost`, a function of the tensors of a point, at points made of `arrays`.
-
-    The graph of the latest point is kept. A point is known by its values, so that writing to its
-    arrays cannot make the graph wrong.
-    """
+    """Derivatives of `cost`, a function of the tensors of a point, at points made of `arrays`."""
 
     def __init__(self, cost: Cost, arrays: Arrays) -> None:
         self._cost = cost
         self._arrays = arrays
-        self._latest: _Evaluation | None = None
+        self._shared: list[_Evaluation] | None = None
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it, calls at one point share the cost's forward pass and its graph."""
+        before, self._shared = self._shared, []
+        try:
+            yield
+        finally:
+            self._shared = before
 
     def value(self, point: Sequence[Any]) -> float:
         """The cost as a Python float."""
@@ -44,11 +51,11 @@ class Differentiator:
 
     def _at(self, point: Sequence[Any]) -> "_Evaluation":
         tensors = [self._arrays.to_torch(array) for array in point]
-        latest = self._latest
-        if latest is None or not latest.is_at(tensors):
-            self._latest = None  # frees the old graph before the new one is built
-            latest = self._latest = _Evaluation(self._cost, tensors)
-        return latest
+        if self._shared is None:
+            return _Evaluation(self._cost, tensors)
+        if not self._shared or not self._shared[0].is_at(tensors):
+            self._shared[:] = [_Evaluation(self._cost, tensors)]
+        return self._shared[0]
 
 
 class _Evaluation:

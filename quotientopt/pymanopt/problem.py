@@ -27,9 +27,9 @@ def problem(
 ) -> pymanopt.Problem:
     """A pymanopt problem that every solver runs, differentiated by autograd.
 
-    The gradient and Hessian-vector products (double backward) of the latest point are computed on
-    one graph, which is kept until the cost is asked for at another point: a solver's evaluations at
-    one point share the forward pass.
+    Every evaluation runs the cost anew, so that it may read what changes between them: a penalty
+    weight, a mask, a minibatch. The gradient and the Hessian-vector product (double backward) of a
+    Riemannian Hessian are one evaluation, on one graph.
 
     Parameters
     ----------
@@ -85,13 +85,34 @@ def problem(
         return product[0] if single else product
 
     wrap = pymanopt.function.numpy(manifold)  # passes arrays of every kind through
-    return pymanopt.Problem(
+    return _Problem(
         manifold,
         wrap(value),
+        differentiator,
         euclidean_gradient=wrap(gradient),
         euclidean_hessian=wrap(hessian),
         preconditioner=preconditioner,
     )
+
+
+class _Problem(pymanopt.Problem):
+    """A problem whose Riemannian Hessian is one evaluation of the cost."""
+
+    def __init__(
+        self, manifold: Manifold, cost: Any, differentiator: Differentiator, **options: Any
+    ) -> None:
+        super().__init__(manifold, cost, **options)
+        self._differentiator = differentiator
+
+    @property
+    def riemannian_hessian(self) -> Callable[[Any, Any], Any]:
+        hessian = super().riemannian_hessian
+
+        def one_evaluation(point: Any, tangent_vector: Any) -> Any:
+            with self._differentiator.evaluation():
+                return hessian(point, tangent_vector)
+
+        return one_evaluation
 
 
 def _backend(factors: Sequence[Manifold]) -> Arrays:

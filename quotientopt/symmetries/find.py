@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         found, overlapping = _beside([*heads, *units], discover(model, inputs, kwargs))
     if residual is None and found.stream is not None:
         residual = _stream_of(found.stream, ownership)
+    if residual is not None:
+        residual = replace(residual, dropouts=_dropouts(model))
     heads, mixed = with_one_dtype([*heads, *found.heads])
     _warn(mixed, "mixes dtypes, which no group element can move as one: left out")
     _warn(
@@ -143,6 +145,12 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         not_exercised=[*found.not_exercised, *found.not_examined],
         overlapping=overlapping,
     )
+
+
+def _dropouts(model: nn.Module) -> tuple[str, ...]:
+    """Dropout modules that mask something in training."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+    return tuple(n for n, m in model.named_modules() if isinstance(m, kinds) and m.p > 0)
 
 
 def symmetries_from(model: nn.Module, example_inputs: Any = None) -> SymmetryMap:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quotientopt._linalg import outside_autocast, wide
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.find import collect, find_stream, find_symmetries
 from quotientopt.symmetries.map import SymmetryMap
-from quotientopt.symmetries.norm import Norm, UncentredLayerNorm
+from quotientopt.symmetries.norm import Norm
 from quotientopt.symmetries.residual import SHOWN, Stream, norm_breakers
+from quotientopt.symmetries.uncentred import (
+    StreamWriters,
+    UncentredLayerNorm,
+    warn_of_centring_weights,
+)
+from quotientopt.symmetries.verification import unchanged_outputs
 
 
 @torch.no_grad()
-def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
+@outside_autocast()
+def fold_norms_(
+    model: nn.Module, *, untie: bool = False, example_inputs: Any = None
+) -> SymmetryMap:
     """Fold the norms of the residual stream into the matrices around them, in place.
 
     The function stays the same and O(d) becomes exact:
@@ -27,9 +38,11 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
       Gains then multiply by one and stop training (``requires_grad`` False).
     - Centring goes into what writes to the stream: embeddings, output matrices and their biases
       lose their mean over the residual axis. Every LayerNorm becomes an
-      :class:`~quotientopt.symmetries.norm.UncentredLayerNorm`, with the same parameters.
+      :class:`~quotientopt.symmetries.uncentred.UncentredLayerNorm`, with the same parameters.
 
-    An optimizer created before has to be created anew.
+    An optimizer created before has to be created anew. Trained or rotated, a stream leaves mean
+    zero and no model of LayerNorms computes the same: see
+    :class:`~quotientopt.symmetries.uncentred.UncentredLayerNorm` for how it is saved then.
 
     Parameters
     ----------
@@ -39,6 +52,8 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
         Give a matrix that reads the stream its own copy where it is tied to an embedding, and set
         ``model.config.tie_word_embeddings`` to False. Otherwise such a model is refused: one
         matrix cannot take up a gain as a head and stay as it is as an embedding.
+    example_inputs : Tensor, tuple or mapping, optional
+        Arguments of the model: its outputs on them, in float64, are compared before and after.
 
     Returns
     -------
@@ -50,7 +65,8 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
     ValueError
         If the model is not known, a norm's output is read by a skip connection (post-norm) or by
         something unknown, something else than norms breaks O(d), a bias would have to be divided
-        by a gain of zero, or a matrix is tied. Nothing is changed.
+        by a gain of zero, a matrix is tied, or the outputs on `example_inputs` change. Nothing is
+        changed.
     """
     copies: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -66,17 +82,78 @@ def fold_norms_(model: nn.Module, *, untie: bool = False) -> SymmetryMap:
             setattr(module, attribute, parameter)
         raise
     config: Any = getattr(model, "config", None)
-    if copies and hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = False
-    for norm in plan.norms:
-        _fold_gain_(norm, ownership)
-    if plan.centred:
-        for name in sorted(stream.writers):
-            vectors = ownership.parameter(name).movedim(stream.axes[name], -1)
-            vectors.sub_(_wide(vectors).mean(-1, keepdim=True))
-        for norm in plan.centred:
-            model.get_submodule(norm.name).__class__ = UncentredLayerNorm
+    tied = getattr(config, "tie_word_embeddings", None)
+    trained = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        if copies and tied is not None:
+            config.tie_word_embeddings = False
+        with unchanged_outputs(model, example_inputs, "folding"):
+            for norm in plan.norms:
+                _fold_gain_(norm, ownership)
+            if plan.centred:
+                _centre_(stream, ownership)
+                _uncentre_(model, plan.centred, stream, ownership)
+    except BaseException:
+        _recentre_(model, plan.centred)
+        for parameter, flag, gradient in trained:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        if copies and tied is not None:
+            config.tie_word_embeddings = tied
+        for module, attribute, parameter in copies:
+            setattr(module, attribute, parameter)
+        raise
     return find_symmetries(model)
+
+
+def folding_obstacle(model: nn.Module) -> str | None:
+    """Why :func:`fold_norms_` refuses a model even with ``untie=True``; None if it does not."""
+    copies: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        copies = _untie_(model, _Plan.of(*_known_stream(model)).shared)
+        tied = _Plan.of(*_known_stream(model)).tied
+        return tied[0] if tied else None
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    finally:
+        for module, attribute, parameter in copies:
+            setattr(module, attribute, parameter)
+
+
+def _centre_(stream: Stream, ownership: Ownership) -> None:
+    """Take the mean from all that writes to the stream."""
+    for name in sorted(stream.writers):
+        vectors = ownership.parameter(name).movedim(stream.axes[name], -1)
+        vectors.sub_(wide(vectors).mean(-1, keepdim=True))
+
+
+def _uncentre_(
+    model: nn.Module, norms: Sequence[Norm], stream: Stream, ownership: Ownership
+) -> None:
+    """Replace the norms' class; they are saved as what they are from now on."""
+    places = (name.rpartition(".") for name in sorted(stream.writers))
+    writers = StreamWriters(
+        model,
+        (
+            (model.get_submodule(path), attribute, stream.axes[f"{path}{dot}{attribute}"])
+            for path, dot, attribute in places
+        ),
+    )
+    for norm in norms:
+        module = model.get_submodule(norm.name)
+        module.__class__ = UncentredLayerNorm
+        module.writers = writers  # type: ignore[assignment]
+    if warn_of_centring_weights not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(warn_of_centring_weights)
+
+
+def _recentre_(model: nn.Module, norms: Sequence[Norm]) -> None:
+    """Undo :func:`_uncentre_`."""
+    for norm in norms:
+        module: nn.Module = model.get_submodule(norm.name)
+        if isinstance(module, UncentredLayerNorm):
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
+            vars(module).pop("writers", None)
 
 
 def _known_stream(model: nn.Module) -> tuple[Stream, Ownership]:
@@ -191,13 +268,13 @@ def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
             for reader in readers.values():
                 rows = ownership.parameter(reader.weight).movedim(reader.axis, -1)
                 shift = ownership.parameter(reader.bias or "")
-                shift.add_((_wide(rows) @ _wide(bias)).to(shift.dtype))
+                shift.add_((wide(rows) @ wide(bias)).to(shift.dtype))
             bias.zero_()
         elif bias is not None:
-            bias.copy_(torch.where(bias == 0, 0, _wide(bias) / factor))
+            bias.copy_(torch.where(bias == 0, 0, wide(bias) / factor))
         for reader in readers.values():
             rows = ownership.parameter(reader.weight).movedim(reader.axis, -1)
-            rows.copy_(_wide(rows) * factor)
+            rows.copy_(wide(rows) * factor)
         gain.fill_(norm.neutral)
     gain.requires_grad_(False)
     gain.grad = None
@@ -205,7 +282,7 @@ def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
 
 def _factor(norm: Norm, ownership: Ownership) -> Tensor:
     """γ, from the gain's parameter."""
-    return _wide(ownership.parameter(norm.gain or "").detach()) + (1 - norm.neutral)
+    return wide(ownership.parameter(norm.gain or "").detach()) + (1 - norm.neutral)
 
 
 def _is_neutral(norm: Norm, ownership: Ownership) -> bool:
@@ -219,11 +296,6 @@ def _divides_by_zero(norm: Norm, ownership: Ownership) -> bool:
         return False
     bias = ownership.parameter(norm.bias)
     return bool(((_factor(norm, ownership) == 0) & (bias != 0)).any())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In at least float32, so that low precision is rounded once."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _refusal(model: nn.Module, reason: str) -> ValueError:

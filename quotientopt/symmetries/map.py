@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quotientopt._linalg import outside_autocast
 from quotientopt.symmetries.census import (
     HEADS,
     LENGTHS,
@@ -23,7 +24,7 @@ from quotientopt.symmetries.census import (
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.head_blocks import HeadBlocks, head_blocks
 from quotientopt.symmetries.residual import ResidualStream
-from quotientopt.symmetries.verification import deviations
+from quotientopt.symmetries.verification import deviations, unchanged_outputs
 
 RESIDUAL = "residual"
 # After the name of a head symmetry: its translations, elements of shape (heads, r).
@@ -213,15 +214,38 @@ class SymmetryMap:
             element[RESIDUAL] = self.residual.group.random(generator=generator, dtype=torch.float64)
         return element
 
-    def act_(self, element: Mapping[str, Tensor]) -> None:
+    @outside_autocast()
+    def act_(
+        self,
+        element: Mapping[str, Tensor],
+        *,
+        model: nn.Module | None = None,
+        example_inputs: Any = None,
+    ) -> None:
         """Act on the model's parameters in place; symmetries not named stay as they are.
+
+        Parameters
+        ----------
+        element : mapping of str to Tensor
+        model : Module, optional
+            The model these symmetries were found in, for `example_inputs`.
+        example_inputs : Tensor, tuple or mapping, optional
+            Arguments of the model: its outputs on them are compared before and after.
 
         Raises
         ------
         ValueError
-            If a name is unknown, or an element has the wrong shape or is not in its group. Nothing
-            is changed then.
+            If a name is unknown, an element has the wrong shape or is not in its group, or the
+            outputs on `example_inputs` change. Nothing is changed then.
         """
+        if example_inputs is not None:
+            if model is None:
+                raise ValueError(
+                    "example_inputs needs the model that they are arguments of: model="
+                )
+            with unchanged_outputs(model, example_inputs, "this group element"):
+                self.act_(element)
+            return
         known = self._actors()
         translated = {symmetry.name + TRANSLATION: symmetry for symmetry in self._translated()}
         names = {*known, *translated, *([RESIDUAL] if self.residual is not None else [])}
@@ -250,6 +274,7 @@ class SymmetryMap:
         *inputs: Any,
         cond: float = 10.0,
         generator: torch.Generator | None = None,
+        train_mode: bool = False,
         **kwargs: Any,
     ) -> dict[str, float]:
         """Act with random group elements and compare the model's outputs in float64.
@@ -264,14 +289,21 @@ class SymmetryMap:
             Condition number of the random elements.
         generator : torch.Generator, optional
             Source of randomness; a fixed seed by default.
+        train_mode : bool
+            Run in training mode, with the same dropout masks throughout, instead of in evaluation
+            mode. What is called exact is so in evaluation: dropout on the residual stream breaks
+            O(d), on attention weights the translations of value biases.
 
         Returns
         -------
         dict
-            Symmetry name to the largest deviation of an output, relative to the largest output.
+            Symmetry name to the largest deviation of an output, relative to the largest output; NaN
+            where the outputs do not depend on what a symmetry acts on, so that nothing is verified.
             The parameters and buffers are restored bit for bit.
         """
-        return deviations(self, model, inputs, kwargs, cond=cond, generator=generator)
+        return deviations(
+            self, model, inputs, kwargs, cond=cond, generator=generator, train_mode=train_mode
+        )
 
     def __str__(self) -> str:
         header = ("symmetry", "group", "heads", "left", "right", "redundant", "known by")
@@ -308,6 +340,10 @@ class SymmetryMap:
                 state += f" and {len(broken_by) - _BREAKERS_SHOWN} more"
             if broken_by and self.residual.group is not None:
                 state += f"; {self.residual.group} exact"
+            dropouts = self.residual.dropouts
+            if dropouts and self.residual.group is not None:
+                state += f" in evaluation, in training unless {dropouts[0]} or one of the "
+                state += f"{len(dropouts)} dropouts is on the stream"
             lines.append(
                 f"residual stream: d = {self.residual.dimension}, "
                 f"{len(self.residual.axes)} parameters, O({self.residual.dimension}) {state}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from quotientopt.symmetries.registry import ByClass
+from quotientopt.symmetries.uncentred import UncentredLayerNorm as UncentredLayerNorm
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,6 @@ class Norm:
     readers: tuple[Reader, ...] | None = None
 
 
-class UncentredLayerNorm(nn.LayerNorm):
-    """A LayerNorm that does not subtract the mean: ``γ ∘ x / √(mean(x²) + ε) + β``.
-
-    :func:`quotientopt.fold_norms_` puts it in the place of a LayerNorm once everything that writes
-    to the stream writes vectors of mean zero. On such vectors both compute the same, and this one
-    commutes with all of O(d) (γ = 1). Parameters and ``state_dict`` keys are those of LayerNorm.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axes of `x`."""
-        x = functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return x if self.bias is None else x + self.bias
-
-
 @dataclass(frozen=True)
 class NormKind:
     """What a norm class computes: the attributes of :class:`Norm` of the same names."""
@@ -117,4 +103,4 @@ def norm_kind(norm: nn.Module) -> NormKind | None:
 
 register_norm("torch.nn.modules.normalization.LayerNorm", centres=True)
 register_norm("torch.nn.modules.normalization.RMSNorm")
-register_norm("quotientopt.symmetries.norm.UncentredLayerNorm")
+register_norm("quotientopt.symmetries.uncentred.UncentredLayerNorm")

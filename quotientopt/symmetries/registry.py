@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import nn
 
+from quotientopt.symmetries.alterations import alteration, replaced_rotary
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.sources import class_text, named_text
 
@@ -208,8 +209,13 @@ def lookup(module: nn.Module) -> Adapter | None:
     name = _adapters.name_for(module)
     if name is None:
         return None
+    known = _known_base(module, name)
+    rotary = None if known is None else replaced_rotary(module, known, name)
+    if rotary is not None:  # which the attentions inside read
+        raise NotUnderstoodError(f"{type(module).__name__}: {rotary}", inside=True)
     if not follows(module, name):
-        raise NotUnderstoodError(f"{type(module).__name__} changes the methods of {name}")
+        reason = None if known is None else alteration(module, known, name)
+        raise NotUnderstoodError(reason or f"{type(module).__name__} changes the methods of {name}")
     return _adapters[name]
 
 
@@ -217,15 +223,15 @@ def follows(module: nn.Module, class_name: str) -> bool:
     """Whether a module computes what the class of that qualified name computes.
 
     True for the class itself, for copies of it and for subclasses of either that override neither
-    ``forward`` nor another method of the class.
+    ``forward`` nor another method of the class, unless the module or its class was altered
+    (:func:`~quotientopt.symmetries.alterations.alteration`).
     """
     module = unwrapped(module)
-    if _forward_is_replaced(module):
+    known = _known_base(module, class_name)
+    if known is None or alteration(module, known, class_name) is not None:
         return False
     ancestors = type(module).__mro__
-    position = next((i for i, base in enumerate(ancestors) if _is_class(base, class_name)), None)
-    if position is None:
-        return False
+    position = ancestors.index(known)
     methods = {
         attribute
         for base in ancestors[position : ancestors.index(nn.Module)]
@@ -236,13 +242,9 @@ def follows(module: nn.Module, class_name: str) -> bool:
     return not (methods - _HARMLESS) & overridden
 
 
-def _forward_is_replaced(module: nn.Module) -> bool:
-    """Whether an instance has a forward of its own that computes something else."""
-    # Accelerate replaces it to move data between devices, and to cast under mixed precision.
-    if "forward" not in vars(module) or hasattr(module, "_hf_hook"):
-        return False
-    original = vars(module).get("_original_forward")
-    return getattr(original, "__func__", None) is not type(module).forward
+def _known_base(module: nn.Module, class_name: str) -> type | None:
+    """The class of that name among a module's class and its bases, or a copy of it."""
+    return next((base for base in type(module).__mro__ if _is_class(base, class_name)), None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

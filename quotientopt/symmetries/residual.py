@@ -35,16 +35,20 @@ class ResidualStream:
         The same names to the parameters.
     broken_by : tuple of str
         What breaks O(d); empty when the symmetry is exact.
+    dropouts : tuple of str
+        Dropout modules of the model that are not switched off. On the stream their masks single out
+        a basis: the symmetry is one in evaluation.
     """
 
     dimension: int
     axes: Mapping[str, int]
     parameters: Mapping[str, Tensor]
     broken_by: tuple[str, ...] = ()
+    dropouts: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
-        """Whether all of O(d) is a symmetry of the model."""
+        """Whether all of O(d) is a symmetry of the model, in evaluation."""
         return not self.broken_by
 
     @property

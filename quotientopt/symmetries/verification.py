@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -28,6 +30,7 @@ def deviations(
     *,
     cond: float = 10.0,
     generator: torch.Generator | None = None,
+    train_mode: bool = False,
 ) -> dict[str, float]:
     """Act with one random element per symmetry and compare outputs in float64.
 
@@ -44,12 +47,17 @@ def deviations(
         Condition number of the random elements.
     generator : torch.Generator, optional
         Source of the random elements; a fixed seed by default.
+    train_mode : bool
+        Run in training mode, all runs with the same dropout masks: a mask on the residual stream
+        or on attention weights is no function that commutes with the group.
 
     Returns
     -------
     dict
         Symmetry name to the largest deviation over all floating-point output tensors, each
-        relative to the largest entry of that tensor; infinite if an output is no longer finite.
+        relative to the largest entry of that tensor; infinite if an output is no longer finite,
+        NaN if the outputs do not depend on what the symmetry acts on (it did not run, or is gated
+        to zero), so that nothing was verified.
 
     Raises
     ------
@@ -67,7 +75,7 @@ def deviations(
     _require_same_model(symmetries, model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     result = {}
-    with _float64_evaluation(model) as restore:
+    with _float64_copies(model, train_mode=train_mode) as restore:
         reference = _run(model, inputs, kwargs)
         if not reference:
             raise ValueError(f"{type(model).__name__} returned no floating-point tensor to compare")
@@ -81,9 +89,121 @@ def deviations(
         for name, element in symmetries.random_element(cond, generator=generator).items():
             restore(moved)
             moved = symmetries.parameters_of(name)
+            before = [tensor.detach().clone() for tensor in moved]
             symmetries.act_({name: element})
             result[name] = largest_deviation(_run(model, inputs, kwargs), reference)
+            if result[name] == 0:  # exact, or not felt at all
+                after = [tensor.detach().clone() for tensor in moved]
+                restore(moved)
+                for tensor, old, new in zip(moved, before, after, strict=True):
+                    noise = torch.rand(new.shape, generator=generator, dtype=torch.float64)
+                    tensor.data.add_((new - old) * noise.to(new.device))
+                if largest_deviation(_run(model, inputs, kwargs), reference) == 0:
+                    result[name] = float("nan")
     return result
+
+
+def float64_outputs(
+    model: nn.Module, example_inputs: Any, *, train_mode: bool = False
+) -> dict[str, Tensor]:
+    """All floating-point outputs of a model, computed on float64 copies of its parameters.
+
+    Parameters
+    ----------
+    model : Module
+    example_inputs : Tensor, tuple or list, or mapping
+        One argument, positional arguments, or keyword arguments.
+    train_mode : bool
+
+    Raises
+    ------
+    TypeError
+        If `example_inputs` is something else.
+    ValueError
+        If there is no output to compare, or one is not finite.
+    """
+    inputs: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Tensor):
+        inputs = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        inputs = tuple(example_inputs)
+    else:
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple of arguments or a mapping of keyword "
+            f"arguments, got {type(example_inputs).__name__}"
+        )
+    with _float64_copies(model, train_mode=train_mode):
+        outputs = _run(model, inputs, kwargs)
+    if not outputs:
+        raise ValueError(f"{type(model).__name__} returned no floating-point tensor to compare")
+    for name, value in outputs.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"output {name!r} of {type(model).__name__} is not finite")
+    return outputs
+
+
+@contextmanager
+def unchanged_outputs(
+    model: nn.Module, example_inputs: Any, what: str, *, put_back: bool = False
+) -> Iterator[None]:
+    """Within it parameters change and outputs must not; nothing has changed after an error.
+
+    Parameters
+    ----------
+    model : Module
+    example_inputs : Tensor, tuple or list, or mapping, or None
+        See :func:`float64_outputs`. None compares nothing.
+    what : str
+        What changes them, for the error.
+    put_back : bool
+        Whether parameters are as they were afterwards in any case: what is within is a trial.
+
+    Raises
+    ------
+    ValueError
+        If an output differs by more than the square root of the precision of the parameters,
+        relative to the largest output. Parameters and buffers are then as they were, bit for bit.
+    """
+    if example_inputs is None:
+        yield
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    floating = [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
+    allowed = max(floating, default=0.0) ** 0.5
+    reference = float64_outputs(model, example_inputs)
+    same = False
+    try:
+        yield
+        deviation = largest_deviation(float64_outputs(model, example_inputs), reference)
+        same = deviation <= allowed
+        if not same:
+            raise ValueError(
+                f"{what} would change the outputs of {type(model).__name__} by {deviation:.1e} of "
+                f"the largest, {allowed:.1e} allowed: the model computes something else than its "
+                "classes say (a hook, a patched function?); nothing was changed"
+            )
+    finally:
+        if put_back or not same:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Within it, parameters have no gradients that would be moved along."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 class KeepFloat64(TorchFunctionMode):
@@ -131,38 +251,36 @@ def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
 
 
 @contextmanager
-def _float64_evaluation(model: nn.Module) -> Iterator[Callable[[Sequence[Tensor]], None]]:
-    """Swap in float64 copies and evaluation mode.
+def _float64_copies(
+    model: nn.Module, *, train_mode: bool = False
+) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    """Swap in float64 copies, and evaluation or training mode.
 
-    Yields a function that resets the buffers, and the copies of the given parameters.
+    Tensors that share memory go on sharing it: a buffer may be a view of a weight. Yields a
+    function that resets the buffers, and the copies of the given parameters.
     """
     training = {module: module.training for module in model.modules()}
     # A forward may register or replace buffers, so the dictionaries are kept as well.
     buffers = {module: dict(module._buffers) for module in model.modules()}
-    parameters = {id(parameter): parameter.data for parameter in model.parameters()}
+    parameters = set(map(id, model.parameters()))
     originals = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    # Of every tensor: its memory here and what belongs in it.
+    memory: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reset(moved: Sequence[Tensor]) -> None:
         for module, values in buffers.items():
             module._buffers.clear()
             module._buffers.update(values)
-        for tensor, original in originals:
-            if id(tensor) not in parameters:
-                tensor.data.copy_(original)
-        for tensor in moved:
-            tensor.data.copy_(parameters[id(tensor)])
+        for tensor in (*moved, *(t for t, _ in originals if id(t) not in parameters)):
+            here, content = memory[id(tensor)]
+            here.copy_(content)
 
     try:
-        for tensor, original in originals:
-            dtype = torch.float64 if original.is_floating_point() else original.dtype
-            if isinstance(tensor, nn.Parameter):
-                # Blocks are read with the strides of their parameter.
-                tensor.data = torch.empty_strided(
-                    original.shape, original.stride(), dtype=dtype, device=original.device
-                ).copy_(original)
-            else:
-                tensor.data = original.to(dtype, copy=True)
-        model.eval()
+        copies = _copies_of([original for _, original in originals])
+        for (tensor, _), (own, here, content) in zip(originals, copies, strict=True):
+            memory[id(tensor)] = here, content
+            tensor.data = own
+        model.train(train_mode)
         with torch.no_grad():
             yield reset
     finally:
@@ -175,6 +293,38 @@ def _float64_evaluation(model: nn.Module) -> Iterator[Callable[[Sequence[Tensor]
             module.training = flag
 
 
+def _copies_of(originals: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Copies, floating-point ones in float64, which share memory where the originals do.
+
+    With each the memory that it lies in, and what was copied there.
+    """
+    users = Counter(map(_memory, originals))
+    whole: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+    copies = []
+    for original in originals:
+        dtype = torch.float64 if original.is_floating_point() else original.dtype
+        place, size, stride = _memory(original), original.shape, original.stride()
+        if users[place] == 1 or original.numel() == 0:
+            if 0 in stride:
+                copy = original.to(dtype, copy=True)
+            else:  # blocks are read with the strides of their parameter
+                copy = torch.empty_strided(size, stride, dtype=dtype, device=original.device)
+                copy.copy_(original)
+            copies.append((copy, copy, original))
+            continue
+        if place not in whole:
+            length = original.untyped_storage().nbytes() // original.element_size()
+            content = original.as_strided((length,), (1,), 0)
+            whole[place] = content.to(dtype, copy=True), content
+        view = whole[place][0].as_strided(size, stride, original.storage_offset())
+        copies.append((view, *whole[place]))
+    return copies
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.dtype]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype
+
+
 def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Floating-point outputs by path."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -183,8 +333,13 @@ def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     # Fresh arguments: a cache among them would grow from run to run.
     inputs, kwargs = tree_map(_fresh, (tuple(inputs), dict(kwargs)))
     # The generators' state is put back after every run, so that all runs draw the same numbers.
-    with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False), KeepFloat64():
-        output = model(*inputs, **kwargs)
+    drawn = random.getstate()  # layers may be dropped by it
+    random.seed(0)
+    try:
+        with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False), KeepFloat64():
+            output = model(*inputs, **kwargs)
+    finally:
+        random.setstate(drawn)
     return dict(floating_tensors(output, "output"))
 
 

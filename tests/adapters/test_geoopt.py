@@ -15,7 +15,7 @@ from quotientopt.manifolds import FactorQuotient, GramQuotient
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    geoopt = pytest.importorskip("geoopt", reason="pip install 'quotientopt[geoopt]'")
+    geoopt = pytest.importorskip("geoopt", reason="pip install geoopt")
 
 import quotientopt.geoopt as qg
 

@@ -8,7 +8,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    pytest.importorskip("geoopt", reason="pip install 'quotientopt[geoopt]'")
+    pytest.importorskip("geoopt", reason="pip install geoopt")
 
 PAGE = Path(__file__).parents[2] / "docs" / "geoopt.md"
 

@@ -10,7 +10,7 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    geoopt = pytest.importorskip("geoopt", reason="pip install 'quotientopt[geoopt]'")
+    geoopt = pytest.importorskip("geoopt", reason="pip install geoopt")
 
 import quotientopt.geoopt as qg
 from quotientopt.groups import O, RotaryCommutant, StabilizerOfOnes

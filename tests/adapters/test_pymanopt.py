@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pymanopt", reason="pip install 'quotientopt[pymanopt]'")
+pytest.importorskip("pymanopt", reason="pip install pymanopt")
 
 import pymanopt
 
@@ -48,7 +48,7 @@ def test_a_missing_pymanopt_is_named_with_the_way_out():
     code = "import sys\nsys.modules['pymanopt'] = None\nimport quotientopt.pymanopt"
     last = run_python(code).stderr.strip().splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: quotientopt.pymanopt needs pymanopt")
-    assert last.endswith("pip install 'quotientopt[pymanopt]'")
+    assert last.endswith("pip install 'pymanopt>=2.2'")
 
 
 def test_public_names():
@@ -339,7 +339,7 @@ def test_cost_takes_the_point_or_its_arrays():
         assert abs(qp.problem(product, form).cost(point) / (expected + 6) - 1) < 1e-13
 
 
-def test_one_forward_pass_serves_all_that_is_asked_at_a_point():
+def test_one_forward_pass_serves_one_evaluation():
     adapted = cases.manifold("preconditioned")
     cost, calls = cases.invariant_cost(adapted), []
 
@@ -350,11 +350,19 @@ def test_one_forward_pass_serves_all_that_is_asked_at_a_point():
     problem = qp.problem(adapted, counted, check_invariance=False)
     x, y = adapted.random_point(), adapted.random_point()
     u = adapted.random_tangent_vector(x)
-    problem.cost(x), problem.riemannian_gradient(x)
-    problem.riemannian_hessian(x, u), problem.riemannian_hessian(x, -u)
-    assert len(calls) == 1
-    problem.cost(y), problem.cost(x)
-    assert len(calls) == 3
+    for count, evaluation in enumerate(
+        (
+            lambda: problem.cost(x),
+            lambda: problem.riemannian_gradient(x),
+            lambda: problem.riemannian_hessian(x, u),
+            lambda: problem.riemannian_hessian(x, -u),
+            lambda: problem.euclidean_hessian(x, u),
+            lambda: problem.cost(y),
+        ),
+        start=1,
+    ):
+        evaluation()
+        assert len(calls) == count
 
 
 @every_backend

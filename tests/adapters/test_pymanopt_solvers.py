@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pymanopt", reason="pip install 'quotientopt[pymanopt]'")
+pytest.importorskip("pymanopt", reason="pip install pymanopt")
 
 from pymanopt.manifolds import Euclidean, Product
 from pymanopt.optimizers import (

@@ -152,7 +152,7 @@ def test_float32_and_bfloat16_keep_dtype_and_memory():
 @pytest.mark.parametrize("section", SECTIONS)
 def test_hugging_face_llama(section):
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install 'quotientopt[transformers]'"
+        "transformers", reason="needs transformers: pip install transformers"
     )
     config = transformers.LlamaConfig(
         vocab_size=50,

@@ -13,12 +13,12 @@ from quotientopt.checks.views import as_view
 def geoopt():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return pytest.importorskip("geoopt", reason="pip install 'quotientopt[geoopt]'")
+        return pytest.importorskip("geoopt", reason="pip install geoopt")
 
 
 @pytest.fixture
 def pymanopt():
-    return pytest.importorskip("pymanopt", reason="pip install 'quotientopt[pymanopt]'")
+    return pytest.importorskip("pymanopt", reason="pip install pymanopt")
 
 
 WEIGHTS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -16,7 +16,7 @@ from quotientopt.groups import GL, O
 from quotientopt.symmetries import HeadSymmetry
 from tests.optim.training import batches, loss_of, small_model, twin_of
 
-pytest.importorskip("quotientopt.geoopt", reason="pip install 'quotientopt[geoopt]'")
+pytest.importorskip("quotientopt.geoopt", reason="pip install geoopt")
 
 from quotientopt.compare.geoopt_pairs import PairsRiemannianAdam
 

@@ -58,7 +58,7 @@ def small_llama(key_value_heads: int = 2) -> Llama:
 
 def small_gpt2(**config: Any) -> nn.Module:
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install 'quotientopt[transformers]'"
+        "transformers", reason="needs transformers: pip install transformers"
     )
     settings = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": 2, "vocab_size": 50} | config
     configuration = transformers.GPT2Config(

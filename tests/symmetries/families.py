@@ -17,7 +17,7 @@ END = VOCABULARY - 1
 
 def transformers() -> Any:
     return pytest.importorskip(
-        "transformers", reason="needs transformers: pip install 'quotientopt[transformers]'"
+        "transformers", reason="needs transformers: pip install transformers"
     )
 
 

@@ -1,5 +1,7 @@
 """verify leaves the model as it was, whatever happens, and refuses what it cannot judge."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -86,7 +88,7 @@ def test_strided_parameters():
 
 def test_arguments_are_not_changed():
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install 'quotientopt[transformers]'"
+        "transformers", reason="needs transformers: pip install transformers"
     )
     model = small_gpt2().eval()
     cache = transformers.DynamicCache(config=model.config)
@@ -106,7 +108,8 @@ def test_attention_weights_are_compared():
     wrong = HeadSymmetry(qk.left_blocks[:1], qk.right_blocks, qk.group, "wrong")
     symmetries = SymmetryMap([wrong])
     assert symmetries.verify(model, *inputs)["wrong"] > 1e-3
-    assert symmetries.verify(model, *inputs, need_weights=False)["wrong"] == 0
+    # Without them the outputs do not depend on the pair, and nothing is verified.
+    assert math.isnan(symmetries.verify(model, *inputs, need_weights=False)["wrong"])
 
 
 def test_outputs_that_cannot_be_compared():

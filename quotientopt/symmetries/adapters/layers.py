@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from quotientopt.groups import GL, StructureGroup
+from quotientopt.symmetries.alterations import alteration
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.head import HeadSymmetry, Translation
 from quotientopt.symmetries.norm import Norm, Reader, norm_kind
@@ -100,7 +101,10 @@ def require(module: Any, *class_names: str) -> Any:
     module = unwrapped(module)
     if not any(follows(module, class_name) for class_name in class_names):
         found = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise NotUnderstoodError(f"a {found} in the place of a plain {class_names[0]}")
+        raise NotUnderstoodError(
+            alteration(module, type(module), found)
+            or f"a {found} in the place of a plain {class_names[0]}"
+        )
     return module
 
 

@@ -1,0 +1,237 @@
+"""Modules that were altered behind their class, and no longer compute what it computes.
+
+An adapter knows a class, not what somebody did to an instance or to the class itself. What can be
+seen is looked for here; what cannot (a patched function of torch, a parameter's own tensor class)
+is found by comparing outputs only.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# Packages whose decorators and hooks leave values alone, or are seen in other ways.
+TRUSTED = {"torch", "transformers", "timm", "peft", "accelerate", "quotientopt"}
+# Hooks that read, move or record, by the start of the module that defines them.
+OBSERVERS = (
+    "torch.",
+    "accelerate.",
+    "transformers.utils.",
+    "transformers.modeling_utils",
+    "wandb.",
+)
+# Hooks of accelerate that move data between devices.
+MOVERS = {"ModelHook", "AlignDevicesHook", "CpuOffload"}
+# Functions in a module of transformers that its attentions call.
+ROTARY = "RotaryEmbedding"
+HELPERS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv")
+
+
+def alteration(module: nn.Module, known: type, class_name: str) -> str | None:
+    """Why a module does not compute what its class does; None if nothing is seen.
+
+    Looks for hooks before and after its forward, methods that were replaced on the instance or on
+    its class, parameters and submodules that a subclass or the instance computes, for attentions of
+    transformers another attention function under a known name, and replaced rotary embeddings.
+
+    Parameters
+    ----------
+    module : Module
+    known : type
+        Its class or one of its bases.
+    class_name : str
+        Qualified name of the class that `known` is, or is a copy of.
+    """
+    return (
+        _hooked(module)
+        or _patched_instance(module)
+        or _patched_class(module)
+        or _computed(module, known)
+        or _attention_function(module, known, class_name)
+        or replaced_rotary(module, known, class_name)
+    )
+
+
+def replaced_rotary(module: nn.Module, known: type, class_name: str) -> str | None:
+    """Why the rotary embedding in a module of transformers is not that of its class, if so.
+
+    It is read by all attentions inside.
+    """
+    if not class_name.startswith("transformers."):
+        return None
+    scope = vars(sys.modules.get(known.__module__, sys))
+    # Those that the file defines, or imports from another one.
+    rotary = {v for v in scope.values() if isinstance(v, type) and v.__name__.endswith(ROTARY)}
+    for name, child in module.named_children():
+        if "rotary" not in name:
+            continue
+        base = next((base for base in type(child).__mro__ if base in rotary), None)
+        if base is None:
+            return f"its {name} was replaced by a {type(child).__name__}"
+        if _method(type(child), "forward") is not _method(base, "forward"):
+            return f"its {name} is a {type(child).__name__} with another forward"
+        reason = alteration(child, base, class_name)
+        if reason is not None:
+            return f"its {name}: {reason}"
+    return None
+
+
+def _hooked(module: nn.Module) -> str | None:
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        origin = _origin(hook)
+        if not origin.startswith(OBSERVERS):
+            name = getattr(hook, "__qualname__", type(hook).__qualname__)
+            return f"a {type(module).__name__} has a hook, {name}"
+    return None
+
+
+def _origin(function: Any) -> str:
+    """The module that defines a function, its wrapper's if it is wrapped."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    scope = getattr(function, "__globals__", None)
+    if scope is not None:
+        return str(scope.get("__name__", ""))
+    named = getattr(function, "__module__", None)
+    return str(named or type(function).__module__)
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """A function and those that it wraps, outermost first."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _patched_instance(module: nn.Module) -> str | None:
+    """A method of its class that the instance has anew."""
+    own = vars(module)
+    for name in ("forward", "__call__", "_call_impl"):
+        harmless = name == "forward" and (_only_moves_data(module) or _only_casts(module))
+        if name in own and not harmless:
+            return f"the {name} of a {type(module).__name__} was replaced"
+    for name, value in own.items():
+        if callable(value) and not isinstance(value, nn.Module) and name != "forward":
+            method = _method(type(module), name)
+            if method is not None:
+                return f"the {name} of a {type(module).__name__} was replaced"
+    return None
+
+
+def _method(cls: type, name: str) -> Any:
+    """A method that the class or a base below Module defines."""
+    for base in cls.__mro__:
+        if base is nn.Module:
+            return None
+        if name in vars(base):
+            value = vars(base)[name]
+            return value if callable(value) and not isinstance(value, type) else None
+    return None
+
+
+def _only_casts(module: Any) -> bool:
+    """Whether accelerate alone has replaced the forward, to run it under mixed precision."""
+    before, forward = vars(module).get("_original_forward"), vars(module).get("forward")
+    return _origin(forward).startswith("accelerate.") and (
+        before is not None and _function(before) is _function(type(module).forward)
+    )
+
+
+def _only_moves_data(module: Any) -> bool:
+    """Whether accelerate alone has replaced the forward, to move data between devices."""
+    hook, forward = getattr(module, "_hf_hook", None), vars(module).get("forward")
+    if hook is None or not isinstance(forward, functools.partial):
+        return False
+    if not _origin(forward).startswith("accelerate."):
+        return False
+    before = getattr(module, "_old_forward", None)
+    if _function(before) is not _function(type(module).forward):
+        return False
+    hooks = getattr(hook, "hooks", (hook,))
+    return all(
+        type(one).__module__ == "accelerate.hooks" and type(one).__name__ in MOVERS for one in hooks
+    )
+
+
+def _function(method: Any) -> Any:
+    return getattr(method, "__func__", method)
+
+
+def _patched_class(module: nn.Module) -> str | None:
+    """A method of the classes up to the one with the forward that was put there afterwards."""
+    cls = type(module)
+    names = {base.__qualname__ for base in cls.__mro__}
+    homes = {base.__module__.partition(".")[0] for base in cls.__mro__[:-1]} | TRUSTED
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        # A class that is not where its name says may come from anywhere.
+        scope = vars(sys.modules.get(base.__module__, sys))
+        known = homes if scope.get(base.__qualname__) is base else None
+        for name, value in vars(base).items():
+            function = getattr(value, "__func__", value)
+            if hasattr(function, "__code__") and not _belongs(function, name, base, names, known):
+                return f"the {name} of class {base.__name__} was replaced"
+        if "forward" in vars(base):
+            break
+    return None
+
+
+def _belongs(
+    function: Any, name: str, base: type, classes: set[str], homes: set[str] | None
+) -> bool:
+    """Whether a method was defined with its class: by its name, and where its layers are from."""
+    inner = function
+    for inner in _layers(function):
+        if homes is not None and _origin(inner).partition(".")[0] not in homes:
+            return False
+    path, _, own = inner.__qualname__.rpartition(".")
+    if own == name and path in classes:
+        return True
+    # A function of the module given to the class, or made by a decorator.
+    at_home = path == "" or path.endswith("<locals>")
+    return at_home and (name != "forward" or inner.__module__ == base.__module__)
+
+
+def _computed(module: nn.Module, known: type) -> str | None:
+    """A parameter or submodule that attribute access does not give as it is registered."""
+    registered = {*module._parameters, *module._modules, *module._buffers}
+    hidden = registered & vars(module).keys()
+    if hidden:
+        return f"{min(hidden)} of a {type(module).__name__} is hidden by an attribute"
+    for base in type(module).__mro__:
+        if base is known or base is nn.Module:
+            break
+        names = vars(base).keys()
+        special = {"__getattr__", "__getattribute__", "__call__"} & names
+        computed = {name for name in registered & names if vars(base)[name] is not None}
+        for name in sorted(special | computed):
+            return f"a {type(module).__name__} computes its {name}"
+    return None
+
+
+def _attention_function(module: Any, known: type, class_name: str) -> str | None:
+    """Another function where an attention of transformers calls one of its package."""
+    if not class_name.startswith("transformers.") or "Attention" not in class_name:
+        return None
+    scope = vars(sys.modules.get(known.__module__, sys))
+    homes = {"transformers", "torch", known.__module__.partition(".")[0]}
+    functions = {name: scope[name] for name in HELPERS if name in scope}
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    functions["eager"] = scope.get("eager_attention_forward")
+    if isinstance(name, str) and name.removeprefix("paged|") != "eager":
+        interface = scope.get("ALL_ATTENTION_FUNCTIONS")
+        for key in (name, name.removeprefix("paged|")):
+            if interface is not None and key in interface:
+                functions[name] = interface[key]
+    for called, function in functions.items():
+        origins = [_origin(layer).partition(".")[0] for layer in _layers(function)]
+        if not homes.issuperset(origins):
+            return f"the function {called!r} that a {type(module).__name__} calls was replaced"
+    return None
