@@ -7,9 +7,10 @@ from quotientopt.nn.relational_feed_forward import RelationalFeedForward
 from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
 from quotientopt.nn.relational_readout import PairReadout, PooledReadout, TokenReadout
 from quotientopt.nn.relational_transformer import RelationalTransformer, Relations
-from quotientopt.nn.tokens import DressedTokens, dress_tokens
+from quotientopt.nn.tokens import CausalDressing, DressedTokens, dress_tokens
 
 __all__ = [
+    "CausalDressing",
     "DressedTokens",
     "InvariantAttention",
     "PairReadout",

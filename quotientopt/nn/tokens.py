@@ -17,9 +17,11 @@ from quotientopt._linalg import (
 )
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups import O
+from quotientopt.sections.causal import CausalAxes, causal_lq, differentiable_lq
 from quotientopt.sections.derivatives import default_tolerance, principal_axes, symmetric_root
 
-SECTIONS = ("svd", "polar")
+SECTIONS = ("svd", "polar", "triangular")
+CAUSAL_SECTIONS = ("triangular",)
 
 
 class DressedTokens(NamedTuple):
@@ -32,8 +34,9 @@ class DressedTokens(NamedTuple):
     gap : Tensor, shape (*batch)
         ``"svd"``: the smallest difference of neighbouring singular values, of those that do not
         vanish, over the largest one. Infinite where there are not two of them.
-        ``"polar"``: smallest over largest singular value of the leading block. In at least float32,
-        no part of the graph.
+        ``"polar"``: smallest over largest singular value of the leading block. ``"triangular"``:
+        smallest distance of a token from the span of those before it, over its length, zero where
+        it lies there. In at least float32, no part of the graph.
     """
 
     tokens: Tensor
@@ -48,6 +51,7 @@ def dress_tokens(
     stabilizer: O | None = ...,
     tolerance: float | None = ...,
     strict: bool = ...,
+    causal: bool = ...,
     return_gap: Literal[False] = ...,
     check: bool = ...,
 ) -> Tensor: ...
@@ -61,6 +65,7 @@ def dress_tokens(
     stabilizer: O | None = ...,
     tolerance: float | None = ...,
     strict: bool = ...,
+    causal: bool = ...,
     return_gap: Literal[True],
     check: bool = ...,
 ) -> DressedTokens: ...
@@ -73,6 +78,7 @@ def dress_tokens(
     stabilizer: O | None = None,
     tolerance: float | None = None,
     strict: bool = False,
+    causal: bool = False,
     return_gap: bool = False,
     check: bool = True,
 ) -> Tensor | DressedTokens:
@@ -87,12 +93,19 @@ def dress_tokens(
     - ``"polar"``: the leading k×k block, ``k = min(N, d)``, is symmetric positive definite; with
       N ≤ d tokens the result is ``[(X Xᵀ)^{1/2}, 0]``. The leading k tokens must be linearly
       independent.
+    - ``"triangular"``: L of ``X = L Q``, rows of Q orthonormal, L lower triangular with positive
+      diagonal. **The causal one**: row i depends on the tokens up to i alone, to the last bit. Any
+      rank: a token in the span of those before it has no column of its own, and where d tokens
+      span everything the others are given in their axes.
+
+    ``"svd"`` and ``"polar"`` read all tokens to dress any one of them: under a causal mask later
+    tokens would leak into earlier ones through them. Ask with ``causal=True`` in such a model.
 
     Parameters
     ----------
     X : Tensor, shape (*batch, N, d)
         Tokens as rows. Computed in float64 where the device has it, returned in the dtype of X.
-    section : {"svd", "polar"}
+    section : {"svd", "polar", "triangular"}
     stabilizer : StabilizerOfOnes or O, optional
         The group divided by, O(d) by default. Under the stabiliser of the all-ones vector, for
         streams that LayerNorm centres, only the part of the rows orthogonal to 1 is dressed, as
@@ -102,6 +115,8 @@ def dress_tokens(
         for float64 and 3.5e-4 for every other dtype.
     strict : bool
         Raise where the gap is not above the tolerance. For ``"svd"`` it waits for the device.
+    causal : bool
+        Refuse sections by which a token would depend on later ones.
     return_gap : bool
         Return :class:`DressedTokens`, tokens and gap.
     check : bool
@@ -115,9 +130,9 @@ def dress_tokens(
     Raises
     ------
     ValueError
-        On an unknown section, a wrong shape or `stabilizer`, the meta device, a tolerance that is
-        not in (0, 1), non-finite entries, dependent leading tokens (``"polar"``), or, with
-        `strict`, a gap below the tolerance.
+        On an unknown section, one that is not causal with `causal`, a wrong shape or `stabilizer`,
+        the meta device, a tolerance that is not in (0, 1), non-finite entries, dependent leading
+        tokens (``"polar"``), or, with `strict`, a gap below the tolerance.
     TypeError
         If the dtype is not real floating-point.
 
@@ -135,6 +150,10 @@ def dress_tokens(
     derivative, and it is taken to be zero. Differentiable by autograd twice and more; inside the
     tolerance only the first derivative means anything.
 
+    ``"triangular"`` is smooth wherever the leading tokens are independent, and not continuous where
+    one comes to lie in the span of those before it; there the part outside that span is a constant.
+    It takes one step after the other, min(N, d) of them.
+
     Examples
     --------
     >>> X = torch.randn(4, 16, 8, dtype=torch.float64)
@@ -144,6 +163,11 @@ def dress_tokens(
     """
     if section not in SECTIONS:
         raise ValueError(f"section must be one of {SECTIONS}, got {section!r}")
+    if causal and section not in CAUSAL_SECTIONS:
+        raise ValueError(
+            f"section {section!r} lets tokens depend on later ones, which a causal layer must not: "
+            "use section='triangular'"
+        )
     group = _check_tokens(X, stabilizer)
     if tolerance is None:
         tolerance = default_tolerance(X.dtype)
@@ -156,12 +180,15 @@ def dress_tokens(
     floor = max(moving.shape[-2:]) * torch.finfo(compute_dtype(X.dtype)).eps
     if section == "svd":
         dressed, gap = _svd(moving, tolerance, floor)
+    elif section == "triangular":
+        dressed, gap = _triangular(moving, X.dtype, check)
     else:
         dressed, gap = _polar(moving, floor, check)
     if strict and bool((gap <= tolerance).any()):
+        other = "polar" if section == "svd" else "svd"
         raise ValueError(
             f"the relative gap of X is {gap.min().item():.1e}{locate_first(gap <= tolerance)}, not "
-            f"above the tolerance {tolerance:.1e}: use section='polar' or strict=False"
+            f"above the tolerance {tolerance:.1e}: use section={other!r} or strict=False"
         )
     if moving.shape[-1] < tokens.shape[-1]:
         fixed = tokens - group.from_moving_part(moving)
@@ -215,6 +242,85 @@ def _polar(X: Tensor, floor: float, check: bool) -> tuple[Tensor, Tensor]:
     if X.shape[-2] < X.shape[-1]:
         return _padded(symmetric_root(X @ X.mT, values, Wt.mT), X.shape[-1]), gap
     return X @ orthogonal_polar_factor(leading).mT, gap
+
+
+def _triangular(X: Tensor, stored: torch.dtype, check: bool) -> tuple[Tensor, Tensor]:
+    """L of ``X = L Q`` and the smallest relative distance from the span of earlier tokens."""
+    with torch.no_grad():
+        found = causal_lq(X.detach(), floor=_dependence(X.shape[-1], stored), stop_early=check)
+    return differentiable_lq(X, found)[0], found.distance.amin(dim=-1)
+
+
+def _dependence(width: int, stored: torch.dtype) -> float:
+    """Relative distance from a span at which a token counts as lying in it."""
+    return 4 * width * torch.finfo(compute_dtype(stored)).eps
+
+
+class CausalDressing:
+    """``dress_tokens(X, "triangular")`` token by token, as a key-value cache needs it.
+
+    Appended rows come out bit for bit as if all tokens had been dressed together. What is kept are
+    the axes found so far, at most d×d numbers per batch item; earlier rows never change. No
+    gradients are taken.
+
+    Parameters
+    ----------
+    stabilizer : StabilizerOfOnes or O, optional
+        As for :func:`dress_tokens`; under ``StabilizerOfOnes`` equal to rounding only.
+    check : bool
+        Whether to look for non-finite entries, and for the moment when all of R^d is spanned, which
+        waits for the device.
+
+    Examples
+    --------
+    >>> X = torch.randn(2, 16, 8, dtype=torch.float64)
+    >>> dressing = CausalDressing()
+    >>> rows = [dressing.append(part) for part in X.split([10, 1, 1, 4], dim=1)]
+    >>> torch.equal(torch.cat(rows, dim=1), dress_tokens(X, "triangular"))
+    True
+    """
+
+    def __init__(self, *, stabilizer: O | None = None, check: bool = True) -> None:
+        self.stabilizer, self.check = stabilizer, check
+        self.axes: CausalAxes | None = None
+        self._like: tuple[torch.Size, int, torch.dtype] | None = None
+
+    @torch.no_grad()
+    def append(self, X: Tensor) -> Tensor:
+        """Dress the tokens that come next, (*batch, M, d) -> (*batch, M, d).
+
+        Raises
+        ------
+        ValueError, TypeError
+            For the reasons of :func:`dress_tokens`, or if batch shape, width or dtype are not those
+            of the tokens before. The axes are left as they were then.
+        """
+        group = _check_tokens(X, self.stabilizer)
+        like = (X.shape[:-2], X.shape[-1], X.dtype)
+        if self._like is not None and like != self._like:
+            batch, width, dtype = self._like
+            raise ValueError(
+                f"the tokens before these have shape {(*batch, 'M', width)} and dtype {dtype}, "
+                f"got {tuple(X.shape)} and {X.dtype}"
+            )
+        if self.check:
+            check_finite("token matrix X", X)
+        moving = group.moving_part(wide(X))
+        floor = _dependence(moving.shape[-1], X.dtype)
+        found = causal_lq(moving, self.axes, floor=floor, stop_early=self.check)
+        self.axes, self._like = found.axes, like
+        if moving.shape[-1] == X.shape[-1]:
+            return found.tokens.to(X.dtype)
+        fixed = wide(X) - group.from_moving_part(moving)
+        return (fixed + group.from_moving_part(found.tokens)).to(X.dtype)
+
+    def select(self, index: Tensor) -> None:
+        """Keep the batch items `index` of the first batch axis, in this order (beam search)."""
+        if self.axes is None or self._like is None or not self._like[0]:
+            raise ValueError("there are no tokens with a batch axis to select from")
+        self.axes = CausalAxes(*(tensor[index] for tensor in self.axes))
+        batch = (len(self.axes.signs), *self._like[0][1:])
+        self._like = (torch.Size(batch), *self._like[1:])
 
 
 def _padded(tokens: Tensor, width: int) -> Tensor:
