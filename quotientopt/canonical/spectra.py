@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quotientopt.canonical.convention import smallest_gap
 from quotientopt.canonical.invariants import product_singular_values
 from quotientopt.canonical.noether import imbalance_of
 from quotientopt.canonical.reading import factor, query_groups, right_factor, symmetries_of
+from quotientopt.sections.convention import smallest_gap
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 

@@ -280,7 +280,14 @@ class FactorQuotient(QuotientManifold[Pair]):
         pair, other = self._wide_pair("x", x), self._wide_pair("y", y)
         return self._orbits.distance(pair, other).to(x[0].dtype)
 
-    def section(self, x: Pair, kind: str = "svd") -> tuple[Pair, Tensor]:
+    def section(
+        self,
+        x: Pair,
+        kind: str = "svd",
+        *,
+        return_gap: bool = False,
+        warn_below: float | None = None,
+    ) -> Any:
         """A canonical representative of x's orbit, and the g that leads to it.
 
         See :func:`quotientopt.sections.section` for GL(r),
@@ -291,13 +298,17 @@ class FactorQuotient(QuotientManifold[Pair]):
         ----------
         x : tuple of Tensor
         kind : {"svd", "balanced", "orthonormal", "triangular"}, for O(r) {"svd", "polar"}
+        return_gap, warn_below
+            See :meth:`QuotientManifold.section`.
         """
         if kind not in self.section_kinds:
             raise ValueError(
                 f"section must be one of {self.section_kinds} for {self.group!r}, got {kind!r}"
             )
         self._pair("x", x)
-        return self._orbits.section(kind, x, check=self.check)
+        return self._orbits.section(
+            kind, x, check=self.check, return_gap=return_gap, warn_below=warn_below
+        )
 
     def _require_closed_geodesics(self, name: str) -> None:
         if self.metric != "euclidean":

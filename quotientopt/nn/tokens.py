@@ -12,13 +12,12 @@ from quotientopt._linalg import (
     check_floating,
     compute_dtype,
     locate_first,
-    row_signs,
     wide,
 )
-from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups import O
-from quotientopt.sections.causal import CausalAxes, causal_lq, differentiable_lq
-from quotientopt.sections.derivatives import default_tolerance, principal_axes, symmetric_root
+from quotientopt.sections.causal import CausalAxes, causal_lq
+from quotientopt.sections.derivatives import default_tolerance
+from quotientopt.sections.gram import dependence, dress_matrix
 
 SECTIONS = ("svd", "polar", "triangular")
 CAUSAL_SECTIONS = ("triangular",)
@@ -89,7 +88,8 @@ def dress_tokens(
 
     - ``"svd"``: ``X V = U Σ`` with the right singular vectors V of X. Columns are orthogonal, in
       decreasing length; in each the entry of largest modulus is positive (of several equal ones
-      the first). Any rank: columns past the rank are zero, N < d included.
+      the first); columns of equal length are turned by the same rule. Any rank: columns past the
+      rank are zero, N < d included.
     - ``"polar"``: the leading k×k block, ``k = min(N, d)``, is symmetric positive definite; with
       N ≤ d tokens the result is ``[(X Xᵀ)^{1/2}, 0]``. The leading k tokens must be linearly
       independent.
@@ -120,8 +120,8 @@ def dress_tokens(
     return_gap : bool
         Return :class:`DressedTokens`, tokens and gap.
     check : bool
-        Whether to look for non-finite entries and, for ``"polar"``, dependent tokens, which waits
-        for the device.
+        Whether to look for non-finite entries, for equal singular values (``"svd"``) and for
+        dependent tokens (``"polar"``), which waits for the device.
 
     Returns
     -------
@@ -177,13 +177,7 @@ def dress_tokens(
         check_finite("token matrix X", X)
     tokens = wide(X)
     moving = group.moving_part(tokens)
-    floor = max(moving.shape[-2:]) * torch.finfo(compute_dtype(X.dtype)).eps
-    if section == "svd":
-        dressed, gap = _svd(moving, tolerance, floor)
-    elif section == "triangular":
-        dressed, gap = _triangular(moving, X.dtype, check)
-    else:
-        dressed, gap = _polar(moving, floor, check)
+    dressed, _, gap = dress_matrix(section, moving, X.dtype, tolerance=tolerance, check=check)
     if strict and bool((gap <= tolerance).any()):
         other = "polar" if section == "svd" else "svd"
         raise ValueError(
@@ -195,65 +189,6 @@ def dress_tokens(
         dressed = fixed + group.from_moving_part(dressed)
     dressed = dressed.to(X.dtype)
     return DressedTokens(dressed, gap.to(compute_dtype(X.dtype))) if return_gap else dressed
-
-
-def _svd(X: Tensor, tolerance: float, floor: float) -> tuple[Tensor, Tensor]:
-    """``U Σ``, from a decomposition of the size of the smaller side, and the gap."""
-    tall = X.shape[-2] >= X.shape[-1]
-    Y = X if tall else X.mT
-    with torch.no_grad():
-        # A QR decomposition does not square the condition number, as the Gram matrix would.
-        _, R = torch.linalg.qr(Y.detach(), mode="r")
-        _, values, Wt = torch.linalg.svd(R)
-        present = values > floor * values[..., :1]
-    S = Y.mT @ Y
-    _, W = principal_axes(S, torch.where(present, values, 0), Wt.mT, tolerance)
-    if tall:
-        dressed = X @ W
-    else:
-        # Σ as a function of X: where axes are held still it does not stay diagonal.
-        middle = W.mT @ S @ W
-        tiny = torch.where(values[..., :1] > 0, floor * values[..., :1], 1)
-        roots = torch.where(present, values, tiny)
-        identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-        dressed = W @ symmetric_root((middle + middle.mT) / 2, roots, identity)
-    signs = row_signs(dressed.detach().mT).mT
-    dressed = torch.where(present.unsqueeze(-2), signs * dressed, 0)
-    return _padded(dressed, X.shape[-1]), _smallest_gap(torch.where(present, values, 0))
-
-
-def _polar(X: Tensor, floor: float, check: bool) -> tuple[Tensor, Tensor]:
-    """``X gᵀ`` with the polar factor g of the leading block, and its smallest singular value."""
-    size = min(X.shape[-2:])
-    leading = X[..., :size, :]
-    if X.shape[-2] < X.shape[-1]:
-        with torch.no_grad():
-            _, R = torch.linalg.qr(X.detach().mT, mode="r")
-            _, values, Wt = torch.linalg.svd(R)
-    else:
-        values = torch.linalg.svdvals(leading.detach())
-    least, most = values[..., -1], values[..., 0]
-    if check and bool((least <= floor * most).any()):
-        raise ValueError(
-            f"the leading {size} tokens of X are linearly dependent"
-            f"{locate_first(least <= floor * most)}: the polar section is undefined, use 'svd'"
-        )
-    gap = least / torch.where(most > 0, most, 1)
-    if X.shape[-2] < X.shape[-1]:
-        return _padded(symmetric_root(X @ X.mT, values, Wt.mT), X.shape[-1]), gap
-    return X @ orthogonal_polar_factor(leading).mT, gap
-
-
-def _triangular(X: Tensor, stored: torch.dtype, check: bool) -> tuple[Tensor, Tensor]:
-    """L of ``X = L Q`` and the smallest relative distance from the span of earlier tokens."""
-    with torch.no_grad():
-        found = causal_lq(X.detach(), floor=_dependence(X.shape[-1], stored), stop_early=check)
-    return differentiable_lq(X, found)[0], found.distance.amin(dim=-1)
-
-
-def _dependence(width: int, stored: torch.dtype) -> float:
-    """Relative distance from a span at which a token counts as lying in it."""
-    return 4 * width * torch.finfo(compute_dtype(stored)).eps
 
 
 class CausalDressing:
@@ -306,7 +241,7 @@ class CausalDressing:
         if self.check:
             check_finite("token matrix X", X)
         moving = group.moving_part(wide(X))
-        floor = _dependence(moving.shape[-1], X.dtype)
+        floor = dependence(moving.shape[-1], X.dtype)
         found = causal_lq(moving, self.axes, floor=floor, stop_early=self.check)
         self.axes, self._like = found.axes, like
         if moving.shape[-1] == X.shape[-1]:
@@ -321,19 +256,6 @@ class CausalDressing:
         self.axes = CausalAxes(*(tensor[index] for tensor in self.axes))
         batch = (len(self.axes.signs), *self._like[0][1:])
         self._like = (torch.Size(batch), *self._like[1:])
-
-
-def _padded(tokens: Tensor, width: int) -> Tensor:
-    """With columns of zeros up to `width`."""
-    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[-1]))
-
-
-def _smallest_gap(values: Tensor) -> Tensor:
-    """Smallest step between neighbours, none of which vanishes, over the largest value."""
-    most = torch.where(values[..., :1] > 0, values[..., :1], 1)
-    steps = (values[..., :-1] - values[..., 1:]) / most
-    steps = torch.where(values[..., 1:] > 0, steps, torch.inf)
-    return torch.nn.functional.pad(steps, (0, 1), value=torch.inf).amin(dim=-1)
 
 
 def _check_tokens(X: Tensor, stabilizer: O | None) -> O:
