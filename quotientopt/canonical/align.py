@@ -131,8 +131,8 @@ def align_(
     Raises
     ------
     ValueError
-        If the models differ in names, shapes or symmetries, or a pair is rank-deficient, not
-        finite, of mixed dtypes or half frozen. Nothing is changed then.
+        If the models differ in names, shapes or symmetries, or a pair is not finite, of mixed
+        dtypes or half frozen. Nothing is changed then.
     ImportError
         If heads are to be matched and SciPy is missing.
 
