@@ -45,8 +45,9 @@ class Dressing(dict[str, Tensor]):
     gaps : dict of str to Tensor
         For the SVD section, name to the smallest difference of neighbouring singular values, of
         those that do not vanish, over the largest, per head; infinite where there are fewer than
-        two, as for rotary planes, which are not ordered. The canonical rows are determined to about the precision of the parameters
-        divided by this gap. With ``residual=True`` also ``"residual"``, of shape (1,).
+        two, as for rotary planes, which are not ordered. The canonical rows are determined to about
+        the precision of the parameters divided by this gap. With ``residual=True`` also
+        ``"residual"``, of shape (1,).
     """
 
     def __init__(
@@ -93,8 +94,8 @@ def dress_(
         which is the same rule for one row. Pairs of any rank, as padded heads, pruned channels and
         outputs that start at zero: what AᵀB does not see comes after its singular values, as
         orthonormal rows of one factor, see :func:`quotientopt.sections.section`. See
-        :meth:`FactorQuotient.section` for the others, and for ``"svd"`` and ``"polar"`` under O(r). Under compact groups (normalised queries and keys)
-        the rows of [A B] are dressed.
+        :meth:`FactorQuotient.section` for the others, and for ``"svd"`` and ``"polar"`` under O(r).
+        Under compact groups (normalised queries and keys) the rows of [A B] are dressed.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         What to dress; by default the optimizer's symmetries, or all that are found.
     optimizer : optional
@@ -119,7 +120,8 @@ def dress_(
     ValueError
         If nothing is known to dress, a group lacks the section, a pair is not finite, lacks full
         rank (for other sections than ``"svd"``), is of mixed dtypes or half frozen, the dressed
-        values do not fit the dtype, or `residual` is asked for where O(d) is broken. Nothing is changed then.
+        values do not fit the dtype, or `residual` is asked for where O(d) is broken. Nothing is
+        changed then.
 
     Notes
     -----
