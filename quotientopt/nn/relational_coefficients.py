@@ -72,6 +72,7 @@ class CoefficientStream:
         self.grams, self.width = grams, width
         self.terms: list[Term] = []
         self.squares = torch.empty(0)
+        self.record: dict[tuple[str, str], Tensor] | None = None
         self._given: JointGram | None = None
         self._slices: dict[str, slice] = {}
 
@@ -96,6 +97,10 @@ class CoefficientStream:
     def read(self, name: str) -> Tensor:
         """``⟨x, w⟩`` with a stack of rows, (*batch, N, m)."""
         parts = [self._part(term, name) for term in self.terms]
+        if self.record is not None:
+            for term, part in zip(self.terms, parts, strict=True):
+                key = ("input" if term.name is None else term.name, name)
+                self.record[key] = part.detach().square().mean().sqrt()
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def reading(self, norm: Norm | None) -> Callable[[str], Tensor]:

@@ -168,6 +168,33 @@ class RelationalForm(nn.Module):
         TypeError, ValueError
             If inputs do not fit.
         """
+        stream = self._start(inputs, weights)
+        shape = tuple(stream.squares.shape)
+        masks = Masks(shape, attn_mask, key_padding_mask)
+        rotation = self._rotation(position_embeddings, shape, stream)
+        return self._run(stream, masks, rotation)
+
+    @torch.no_grad()
+    def contributions(
+        self, inputs: Tensor | JointGram, *, position_embeddings: Rotation | None = None
+    ) -> dict[tuple[str, str], Tensor]:
+        """Which inner products the model uses: root mean squares of what every ⟨x, w⟩ is made of.
+
+        Keys are (what was written, what reads it), names of :attr:`rows` or ``"input"`` for given
+        tokens; values the root mean square of ``Σ c_a ⟨w_a, w⟩`` over tokens and reading rows,
+        before the norm divides. Inputs as of :meth:`forward`.
+        """
+        stream = self._start(inputs, None)
+        stream.record = {}
+        shape = tuple(stream.squares.shape)
+        rotation = self._rotation(position_embeddings, shape, stream)
+        self._run(stream, Masks(shape, None, None), rotation)
+        return stream.record
+
+    def _start(
+        self, inputs: Tensor | JointGram, weights: Weights | Tensor | None
+    ) -> CoefficientStream:
+        """The stream before the first layer."""
         given: JointGram | None = None
         if isinstance(weights, Tensor):
             weights = self._sliced(weights)
@@ -188,9 +215,7 @@ class RelationalForm(nn.Module):
             if self.plan.positions:
                 positions = torch.arange(shape[-1], device=ids.device).expand(shape)
                 stream.embed(POSITIONS, positions)
-        masks = Masks(shape, attn_mask, key_padding_mask)
-        rotation = self._rotation(position_embeddings, shape, stream)
-        return self._run(stream, masks, rotation)
+        return stream
 
     def weights_of(self, model: nn.Module) -> Weights:
         """The inner products of another model of this form, with gradients to its parameters.

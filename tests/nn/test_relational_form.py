@@ -312,6 +312,25 @@ def test_gradients_to_tokens_and_norms():
         assert (x - y).abs().max() < 1e-10
 
 
+def test_contributions_are_what_products_are_made_of():
+    model = model_of("gpt")
+    form = relational_form(model)
+    found = form.contributions(IDS)
+    first = "blocks.0.attention.query"
+    tokens = model.embedding.weight[IDS] @ model.blocks[0].attention.query.weight.mT
+    assert found["tokens", first].item() == pytest.approx(tokens.square().mean().sqrt().item())
+    readers = {reader for _, reader in found}
+    assert {first, "blocks.1.mlp.up", "head"} <= readers
+    written = {"tokens", "positions"} | {
+        f"blocks.{i}.{name}" for i in range(2) for name in ("attention.output", "mlp.down")
+    }
+    assert {source for source, reader in found if reader == "head"} == written
+    silent = copy.deepcopy(model)
+    torch.nn.init.zeros_(silent.blocks[0].mlp.down.weight)
+    quiet = relational_form(silent).contributions(IDS)
+    assert quiet["blocks.0.mlp.down", "head"] == 0 < found["blocks.0.mlp.down", "head"]
+
+
 # ---- what is kept, and what is refused -----------------------------------------------------------
 
 
