@@ -187,8 +187,8 @@ def plot(record: dict[str, Any]) -> bytes:
             )
         ):
             axes = panels[row][column]
-            picture = torch.tensor(record["pictures"][kind][row][part])
-            limit = 1.0 if kind == "relational" else picture.abs().max().item()
+            picture = torch.tensor(record["pictures"][kind][row][part]).numpy()
+            limit = 1.0 if kind == "relational" else abs(picture).max()
             axes.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
             axes.set(xticks=[], yticks=[])
             if column == 0:
@@ -198,7 +198,7 @@ def plot(record: dict[str, Any]) -> bytes:
                 axes.set_title("inner products" if kind == "relational" else name, fontsize=10)
     top.suptitle("One head in two gauges", fontsize=12)
     left, right = bottom.subplots(1, 2)
-    image = left.imshow(torch.tensor(record["gram"]), cmap="RdBu_r", vmin=-0.6, vmax=0.6)
+    image = left.imshow(torch.tensor(record["gram"]).numpy(), cmap="RdBu_r", vmin=-0.6, vmax=0.6)
     edges = [0]
     for size in record["sizes"].values():
         edges.append(edges[-1] + size)
@@ -218,7 +218,7 @@ def plot(record: dict[str, Any]) -> bytes:
         if b in readers:
             shares[sources.index(a), readers.index(b)] = value**2
     shares = shares / shares.nansum(dim=0)
-    image = right.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    image = right.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for i in range(len(sources)):
         for j in range(len(readers)):
             if not shares[i, j].isnan():
