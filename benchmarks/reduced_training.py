@@ -43,8 +43,8 @@ RATES = {
     "ordinary parameters, AdamW": (4e-3, 8e-3, 1.6e-2),
     "dressed representatives": (8e-3, 1.6e-2, 3.2e-2),
     "invariant parameters (chart), AdamW": (4e-3, 8e-3, 1.6e-2),
-    "projected flow (QuotientSGD)": (3e-2, 1e-1, 3e-1),
-    "QuotientAdam": (8e-3, 1.6e-2, 3.2e-2),
+    "projected flow (QuotientSGD)": (1e-2, 3e-2, 1e-1),
+    "QuotientAdam": (1.6e-2, 3.2e-2, 6.4e-2),
 }
 COLORS = ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1}
