@@ -137,9 +137,8 @@ def align_(
     Raises
     ------
     ValueError
-        If the models differ in names, shapes or symmetries, a pair is rank-deficient, not finite,
-        of mixed dtypes or half frozen, or the outputs on `example_inputs` change. Nothing is
-        changed then.
+        If the models differ in names, shapes or symmetries, a pair is not finite, of mixed dtypes
+        or half frozen, or the outputs on `example_inputs` change. Nothing is changed then.
     ImportError
         If heads are to be matched and SciPy is missing.
 

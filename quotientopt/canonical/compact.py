@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quotientopt import sections
-from quotientopt._linalg import Pair, cholesky, locate_first
+from quotientopt._linalg import Pair
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
 
@@ -60,34 +60,21 @@ def compact_distance(group: StructureGroup, x: Pair, y: Pair) -> Tensor:
 
 
 def section_element(kind: str, group: StructureGroup, S: Tensor) -> Tensor:
-    """The element that takes [A B] to a section, up to signs and phases.
+    """The element that takes [A B] to the section ``"polar"``.
 
     Parameters
     ----------
-    kind : {"svd", "polar"}
+    kind : {"polar"}
     group : StructureGroup
-        Compact.
+        Compact, O or a stabiliser: phases have ``"svd"`` alone, which reads the factors
+        (:mod:`quotientopt.canonical.convention`).
     S : Tensor
-        For ``"svd"`` the Gram matrix ``A Aᵀ + B Bᵀ``, for ``"polar"`` the leading r×r block of
-        [A B]; ``(heads, r, r)``.
+        The leading r×r block of [A B], ``(heads, r, r)``.
 
     Raises
     ------
     ValueError
-        If [A B] lacks full row rank (in the rows that are mixed), or is not finite.
+        If the leading block is singular (in the rows that are mixed), or not finite.
     """
-    if isinstance(group, RotaryPhases):
-        commutant = group.commutant
-        start, planes = commutant.rotary_dim, len(commutant.planes)
-        if not bool(torch.isfinite(S).all()):
-            failed = ~torch.isfinite(S).flatten(-2).all(dim=-1)
-            raise ValueError(f"[A B] has non-finite entries{locate_first(failed)}")
-        block = None
-        if commutant.pass_rows:
-            block = section_element(kind, O(group.r - start), S[..., start:, start:])
-        ones = torch.ones(*S.shape[:-2], planes, dtype=S.dtype, device=S.device)
-        return commutant.element(torch.complex(ones, torch.zeros_like(ones)), block)
     assert isinstance(group, O)
-    # [A B]ᵀ as a token matrix: r rows with the same Gram matrix, or the leading ones, are enough.
-    X = S.mT if kind == "polar" else cholesky(S, "[A B]").mT
-    return sections.gram_section(kind, X, stabilizer=group)[1]
+    return sections.gram_section(kind, S.mT, stabilizer=group)[1]

@@ -1,159 +1,106 @@
-"""What an SVD leaves open, fixed: signs, phases, and bases of equal singular values.
+"""The canonical element of a pair under every group: the SVD section with nothing left open.
 
-The rows of the right factor in the SVD section are right singular vectors of AᵀB up to scale. A
-simple one is known up to its sign, those of k equal singular values up to O(k). Both are fixed by
-one rule, a QR decomposition with column pivoting: among the columns of the k×m block the longest is
-turned to the first axis, positively; among what remains of the others the longest to the second;
-and so on. It reads the span alone, so that every representative of an orbit ends at the same rows.
-For k = 1 it makes the entry of largest modulus positive.
+Signs and bases of equal singular values are fixed by the rule of
+:mod:`quotientopt.sections.convention`, pairs of deficient rank brought to the form of
+:func:`quotientopt.sections.section`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, compute_dtype, first_largest, row_signs, wide
-from quotientopt._lyapunov import orthogonal_polar_factor
-from quotientopt.canonical.compact import joint
+from quotientopt._linalg import Pair, first_largest, locate_first
+from quotientopt.canonical.compact import is_compact, joint
 from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.sections.factor import svd_dressing
+from quotientopt.sections.gram import dress_matrix
+from quotientopt.sections.rotary import rotary_svd_dressing
+from quotientopt.symmetries import HeadSymmetry
+
+_BALANCED = 1e-6
 
 
-class Turn(NamedTuple):
-    """What :func:`canonical_turn` finds.
+def canonical_element(symmetry: HeadSymmetry, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """The element that leads to the canonical representative, its contragredient, and the gap.
 
-    Attributes
+    Parameters
     ----------
-    element : Tensor
-        Orthogonal elements of the group, ``(heads, r, r)``, which act on both factors alike.
-    gap : Tensor
-        Smallest difference of neighbouring singular values over the largest, per head; infinite
-        where there are fewer than two.
+    symmetry : HeadSymmetry
+    pair : tuple of Tensor
+        Its factors, ``(heads, r, n)`` and ``(heads, r, m)``, in the widest precision. Under GL(r),
+        and for the passing rows of a rotary commutant, B tells signs; for a plane the phase that
+        makes the entry of largest modulus of the complex row b real and positive (of a, where b
+        vanishes); under compact groups the rows of [A B].
+
+    Raises
+    ------
+    ValueError
+        If an entry is not finite; the symmetry is named.
     """
+    group, stored = symmetry.group, symmetry.blocks[0].parameter.dtype
+    try:
+        if isinstance(group, RotaryPhases):
+            return _phases(group, joint(pair), stored)
+        if isinstance(group, O):
+            rows = _finite(joint(pair))
+            found = dress_matrix("svd", group.moving_part(rows.mT), stored)
+            g = group.element_of_moving(found.element)
+            return g, g, found.gap
+        if isinstance(group, RotaryCommutant):
+            _, _, g, contragredient, gap = rotary_svd_dressing(group, *pair, stored)
+        else:
+            _, _, g, contragredient, gap = svd_dressing(*pair, stored)
+    except ValueError as error:
+        raise ValueError(f"symmetry {symmetry.name!r}: {error}") from None
+    return g, contragredient, gap
 
-    element: Tensor
-    gap: Tensor
+
+def _phases(
+    group: RotaryPhases, rows: Tensor, stored: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Phases that put the largest entry of every complex row of [A B] on the positive axis."""
+    commutant = group.commutant
+    rows = _finite(rows)
+    planes = commutant.complex_rows(rows)
+    largest = first_largest(planes).squeeze(-1) if commutant.planes else planes[..., 0]
+    modulus = largest.abs()
+    phase = torch.where(modulus > 0, largest.conj() / torch.where(modulus > 0, modulus, 1), 1)
+    block, gap = None, modulus.new_full(rows.shape[:-2], torch.inf)
+    if commutant.pass_rows:
+        found = dress_matrix("svd", rows[..., commutant.rotary_dim :, :].mT, stored)
+        block, gap = found.element, found.gap
+    g = commutant.element(phase, block)
+    return g, g, gap
 
 
-def canonical_turn(group: StructureGroup, pair: Pair, stored: torch.dtype) -> Turn:
-    """The turn that takes a pair in the SVD section to the canonical representative.
+def _finite(rows: Tensor) -> Tensor:
+    finite = torch.isfinite(rows).all(dim=-1).all(dim=-1)
+    if not bool(finite.all()):
+        raise ValueError(f"[A B] has non-finite entries{locate_first(~finite)}")
+    return rows
+
+
+def without_unseen_rows(group: StructureGroup, left: Tensor, right: Tensor) -> Pair:
+    """Factors in the SVD section without the rows that ``Aᵀ B`` does not see.
+
+    Rows that it sees are equally long on both sides; the others have a partner of zeros.
 
     Parameters
     ----------
     group : StructureGroup
-    pair : tuple of Tensor
-        Dressed factors, ``(heads, r, n)`` and ``(heads, r, m)``. Under GL(r), and for the passing
-        rows of a rotary commutant, B tells; for a plane the phase that makes the entry of largest
-        modulus of the complex row b real and positive; under compact groups the rows of [A B].
-    stored : torch.dtype
-        Dtype of the parameters, which decides what :func:`clusters` counts as equal.
+    left, right : Tensor
+        ``(heads, query heads of one, r, n)`` and ``(heads, r, m)``.
     """
-    if isinstance(group, O):
-        rows = group.moving_part(joint(pair).mT).mT
-        turn, gap = turn_of_rows(rows, torch.linalg.vector_norm(rows, dim=-1), stored)
-        return Turn(group.element_of_moving(turn), gap)
-    if isinstance(group, RotaryPhases):
-        rows = joint(pair)
-        passing = rows[..., group.commutant.rotary_dim :, :]
-        values = torch.linalg.vector_norm(passing, dim=-1)
-        return _with_phases(group.commutant, rows, turn_of_rows(passing, values, stored))
-    B = pair[1]
-    if not isinstance(group, RotaryCommutant):
-        return turn_of_rows(B, B.square().sum(dim=-1), stored)
-    passing = B[..., group.rotary_dim :, :]
-    values = passing.square().sum(dim=-1)
-    return _with_phases(group, B, turn_of_rows(passing, values, stored))
-
-
-def _with_phases(group: RotaryCommutant, rows: Tensor, passing: Turn) -> Turn:
-    """Phases that put the largest entry of every complex row on the positive axis."""
-    planes = group.complex_rows(rows)
-    largest = first_largest(planes).squeeze(-1) if group.planes else planes[..., 0]
-    modulus = largest.abs()
-    phase = torch.where(modulus > 0, largest.conj() / torch.where(modulus > 0, modulus, 1), 1)
-    return Turn(group.element(phase, passing.element), passing.gap)
-
-
-def turn_of_rows(rows: Tensor, values: Tensor, stored: torch.dtype) -> Turn:
-    """Signs, and rotations among rows whose singular values coincide.
-
-    Parameters
-    ----------
-    rows : Tensor
-        Shape ``(heads, r, m)``, orthogonal to each other.
-    values : Tensor
-        Their singular values in decreasing order, ``(heads, r)``.
-    stored : torch.dtype
-        See :func:`canonical_turn`.
-    """
-    if values.shape[-1] == 0:
-        return Turn(torch.diag_embed(values), smallest_gap(values))
-    element = torch.diag_embed(row_signs(rows).squeeze(-1))
-    for (start, stop), found in clusters(values, stored).items():
-        index = torch.tensor(found, device=rows.device)
-        element[index, start:stop, start:stop] = pivoted_rotation(rows[index, start:stop])
-    return Turn(element, smallest_gap(values))
-
-
-def smallest_gap(values: Tensor) -> Tensor:
-    """Smallest difference of neighbours over the largest, ``(heads, r) -> (heads,)``.
-
-    Infinite for fewer than two values; zero where all vanish.
-    """
-    differences = (values[:, :-1] - values[:, 1:]).abs()
-    relative = differences / torch.where(values[:, :1] > 0, values[:, :1], 1)
-    return torch.cat((relative, relative.new_full((len(values), 1), float("inf"))), dim=1).amin(1)
-
-
-def clusters(values: Tensor, stored: torch.dtype) -> dict[tuple[int, int], list[int]]:
-    """Runs of equal singular values, (first row, end) to the heads that have them.
-
-    Neighbours count as equal if they differ by at most ε^{2/3} of the largest, 3.7e-11 for float64
-    and 2.4e-5 for float32 and narrower parameters: rounding in a gauge of condition number κ moves
-    singular values by κε, so that equal ones are recognised up to κ = ε^{-1/3}.
-
-    Parameters
-    ----------
-    values : Tensor
-        In decreasing order, ``(heads, r)``.
-    stored : torch.dtype
-        See :func:`canonical_turn`.
-    """
-    tolerance = torch.finfo(compute_dtype(stored)).eps ** (2 / 3)
-    equal = values[:, :-1] - values[:, 1:] <= tolerance * values[:, :1]
-    found: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for head in equal.any(dim=1).nonzero().flatten().tolist():
-        flags = equal[head].tolist()
-        start = 0
-        while start < len(flags):
-            stop = start
-            while stop < len(flags) and flags[stop]:
-                stop += 1
-            if stop > start:
-                found[start, stop + 1].append(head)
-            start = stop + 1
-    return found
-
-
-def pivoted_rotation(rows: Tensor) -> Tensor:
-    """The rotation Q that makes the QR decomposition with column pivoting of `rows` triangular.
-
-    Batched: ``(*batch, k, m) -> (*batch, k, k)``, Q applied from the left. Diagonal entries are
-    positive; of columns whose lengths agree to the root of the precision the first is taken.
-    """
-    slack = 1 - torch.finfo(rows.dtype).eps ** 0.5
-    rest, directions = wide(rows), []
-    for _ in range(rows.shape[-2]):
-        lengths = torch.linalg.vector_norm(rest, dim=-2)
-        longest = lengths >= slack * lengths.amax(dim=-1, keepdim=True)
-        place = longest.to(torch.uint8).argmax(dim=-1)[..., None, None]
-        column = rest.gather(-1, place.expand(*rest.shape[:-1], 1))
-        length = torch.linalg.vector_norm(column, dim=-2, keepdim=True)
-        direction = column / torch.where(length > 0, length, 1)
-        rest = rest - direction @ (direction.mT @ rest)
-        directions.append(direction)
-    # Gram–Schmidt loses orthogonality where columns nearly depend; dependent ones are completed.
-    return orthogonal_polar_factor(torch.cat(directions, dim=-1).mT)
+    if is_compact(group):
+        return left, right
+    one = torch.linalg.vector_norm(left, dim=(-3, -1))
+    two = torch.linalg.vector_norm(right, dim=-1)
+    if isinstance(group, RotaryCommutant):
+        for plane in group.planes:
+            for lengths in (one, two):
+                rows = list(plane)
+                lengths[:, rows] = torch.linalg.vector_norm(lengths[:, rows], dim=-1, keepdim=True)
+    unequal = torch.minimum(one, two) <= _BALANCED * torch.maximum(one, two)
+    unseen = unequal.unsqueeze(-1)
+    return torch.where(unseen.unsqueeze(-3), 0, left), torch.where(unseen, 0, right)

@@ -44,10 +44,11 @@ class Dressing(dict[str, Tensor]):
     ----------
     section : str
     gaps : dict of str to Tensor
-        For the SVD section, name to the smallest difference of neighbouring singular values over
-        the largest, per head; infinite where there are fewer than two, as for rotary planes, which
-        are not ordered. The canonical rows are determined to about the precision of the parameters
-        divided by this gap. With ``residual=True`` also ``"residual"``, of shape (1,).
+        For the SVD section, name to the smallest difference of neighbouring singular values, of
+        those that do not vanish, over the largest, per head; infinite where there are fewer than
+        two, as for rotary planes, which are not ordered. The canonical rows are determined to about
+        the precision of the parameters divided by this gap. With ``residual=True`` also
+        ``"residual"``, of shape (1,).
     """
 
     def __init__(
@@ -93,9 +94,11 @@ def dress_(
         ``"svd"``: ``A Aᵀ = B Bᵀ = Σ``, the singular values of AᵀB in decreasing order (for a rotary
         plane ``|a| = |b|``). Signs: in each row of the dressed B the entry of largest modulus is
         positive. Rows of equal singular values: by a QR decomposition of B with column pivoting,
-        which is the same rule for one row. See :meth:`FactorQuotient.section` for the others, and
-        for ``"svd"`` and ``"polar"`` under O(r). Under compact groups (normalised queries and keys)
-        the rows of [A B] are dressed.
+        which is the same rule for one row. Pairs of any rank, as padded heads, pruned channels and
+        outputs that start at zero: what AᵀB does not see comes after its singular values, as
+        orthonormal rows of one factor, see :func:`quotientopt.sections.section`. See
+        :meth:`FactorQuotient.section` for the others, and for ``"svd"`` and ``"polar"`` under O(r).
+        Under compact groups (normalised queries and keys) the rows of [A B] are dressed.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         What to dress; by default the optimizer's symmetries, or all that are found.
     optimizer : optional
@@ -122,10 +125,10 @@ def dress_(
     TypeError
         If `model` is no Module, or the optimizer's state cannot be moved.
     ValueError
-        If nothing is known to dress, a group lacks the section, a pair is rank-deficient, not
-        finite, of mixed dtypes or half frozen, the dressed values do not fit the dtype, the
-        outputs on `example_inputs` change, or `residual` is asked for where O(d) is broken. Nothing
-        is changed then.
+        If nothing is known to dress, a group lacks the section, a pair is not finite, lacks full
+        rank (for other sections than ``"svd"``), is of mixed dtypes or half frozen, the dressed
+        values do not fit the dtype, the outputs on `example_inputs` change, or `residual` is asked
+        for where O(d) is broken. Nothing is changed then.
 
     Notes
     -----

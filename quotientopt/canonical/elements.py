@@ -11,7 +11,7 @@ from torch import Tensor
 from quotientopt import sections
 from quotientopt._linalg import Pair, gram, row_signs, wide_dtype
 from quotientopt.canonical.compact import is_compact, section_element, section_kinds
-from quotientopt.canonical.convention import canonical_turn
+from quotientopt.canonical.convention import canonical_element
 from quotientopt.canonical.reading import (
     BlockView,
     columns_of,
@@ -38,7 +38,8 @@ class Element(NamedTuple):
     g, contragredient : Tensor
         For B and for A, each ``(heads, r, r)`` in the widest precision.
     gap : Tensor, optional
-        See :class:`~quotientopt.canonical.convention.Turn`; only of the SVD section.
+        Smallest difference of neighbouring singular values, of those that do not vanish, over the
+        largest, per head; only of the SVD section.
     """
 
     g: Tensor
@@ -107,12 +108,15 @@ def section_elements(
     Raises
     ------
     ValueError
-        If a group has no such section, or a pair lacks full rank or is not finite; the symmetry is
-        named.
+        If a group has no such section, a pair is not finite, or, for other sections than ``"svd"``,
+        lacks full rank; the symmetry is named.
     """
     refuse_unknown_section(symmetries, kind)
     found: dict[str, Element] = {}
     for members in of_one_group(symmetries):
+        if kind == "svd":
+            found |= {s.name: Element(*canonical_element(s, pair_of(s, view))) for s in members}
+            continue
         elements = _elements(members[0].group, kind)
         first = _name_failures(members, elements, [_summary(s, kind, view) for s in members])
         again = [
@@ -122,13 +126,7 @@ def section_elements(
         second = _name_failures(members, elements, again)
         for i, symmetry in enumerate(members):
             g, contragredient = (new[i] @ old[i] for new, old in zip(second, first, strict=True))
-            gap = None
-            if kind == "svd":
-                A, B = pair_of(symmetry, view)
-                dtype = symmetry.blocks[0].parameter.dtype
-                turn, gap = canonical_turn(symmetry.group, (contragredient @ A, g @ B), dtype)
-                g, contragredient = turn @ g, turn @ contragredient
-            found[symmetry.name] = Element(g, contragredient, gap)
+            found[symmetry.name] = Element(g, contragredient)
     return found
 
 
@@ -169,13 +167,30 @@ def elements_of(
 def balanced_elements(symmetries: SymmetryMap) -> dict[str, Element]:
     """Elements of the balanced section, and the identity where the group is compact."""
     compact = [symmetry for symmetry in symmetries.heads if is_compact(symmetry.group)]
-    found = section_elements([s for s in symmetries.heads if s not in compact], "balanced")
+    found = _balanced_or_svd([s for s in symmetries.heads if s not in compact])
     found |= {unit.name: unit_elements(unit) for unit in symmetries.hidden_units}
     for symmetry in compact:
         device = symmetry.blocks[0].parameter.device
         identity = symmetry.group.identity((symmetry.heads,), wide_dtype(device), device)
         found[symmetry.name] = Element(identity, identity)
     return found
+
+
+def _balanced_or_svd(symmetries: Sequence[HeadSymmetry]) -> dict[str, Element]:
+    """Balanced elements, or those of the SVD section where a pair lacks full rank.
+
+    At full rank the two differ by a rotation, which those who ask for balanced ones do not see.
+    """
+    try:
+        return section_elements(symmetries, "balanced")
+    except ValueError:
+        found: dict[str, Element] = {}
+        for symmetry in symmetries:
+            try:
+                found |= section_elements([symmetry], "balanced")
+            except ValueError:
+                found |= section_elements([symmetry], "svd")
+        return found
 
 
 def _summary(

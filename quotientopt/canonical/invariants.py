@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quotientopt._linalg import compute_dtype, outside_autocast, wide
 from quotientopt.canonical.compact import is_compact, joint
+from quotientopt.canonical.convention import without_unseen_rows
 from quotientopt.canonical.elements import elements_of
 from quotientopt.canonical.outside import effective_shifts
 from quotientopt.canonical.reading import (
@@ -172,12 +173,14 @@ def invariants(
     Returns
     -------
     dict of str to FactoredInvariant
-        By symmetry name; copies, in at least float32. Two gauges of one model have the same.
+        By symmetry name; copies, in at least float32. Two gauges of one model have the same. At
+        deficient rank what AᵀB does not see is left out: rows of zeros come last in both factors,
+        a form that no group element may lead to (:func:`quotientopt.sections.section`).
 
     Raises
     ------
     ValueError
-        If a pair is rank-deficient or not finite; it is named.
+        If a pair is not finite; it is named.
     """
     if symmetries is None:
         symmetries = symmetries_from(model, example_inputs)
@@ -190,16 +193,15 @@ def invariants(
         g, contragredient, _ = elements[symmetry.name]
         dtype = compute_dtype(symmetry.blocks[0].parameter.dtype)
         groups = [contragredient @ factor(blocks, view) for blocks in query_groups(symmetry)]
+        left, right = without_unseen_rows(
+            symmetry.group, torch.stack(groups, dim=1), g @ right_factor(symmetry, view)
+        )
         bias = None
         if symmetry.translation is not None and symmetry.translation.sink is not None:
             sink = symmetry.translation.sink
             effective = wide(sink.parameter.detach()) + shifts[id(sink.parameter)]
             bias = sink.view(effective).flatten().to(dtype)
         found[symmetry.name] = FactoredInvariant(
-            symmetry.name,
-            symmetry.group,
-            torch.stack(groups, dim=1).flatten(0, 1).to(dtype),
-            (g @ right_factor(symmetry, view)).to(dtype),
-            bias,
+            symmetry.name, symmetry.group, left.flatten(0, 1).to(dtype), right.to(dtype), bias
         )
     return found

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from quotientopt._linalg import first_largest, row_signs, wide_dtype
 from quotientopt.canonical.compact import moving_block
-from quotientopt.canonical.convention import clusters, pivoted_rotation, smallest_gap
 from quotientopt.canonical.elements import balanced_elements
 from quotientopt.canonical.outside import Outside, outside_of, residual_axes
 from quotientopt.canonical.reading import BlockView, of_unit_length, right_blocks, stored
 from quotientopt.groups import O
+from quotientopt.sections.convention import clusters, pivoted_rotation, smallest_gap
 from quotientopt.symmetries import Block, ResidualStream, SymmetryMap
 from quotientopt.symmetries.fold import folding_obstacle
 

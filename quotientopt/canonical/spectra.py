@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import outside_autocast
-from quotientopt.canonical.convention import smallest_gap
 from quotientopt.canonical.invariants import product_singular_values
 from quotientopt.canonical.noether import imbalance_of
 from quotientopt.canonical.reading import factor, query_groups, right_factor, symmetries_of
+from quotientopt.sections.convention import smallest_gap
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 

@@ -44,7 +44,7 @@ def check_section(
         The group element h; by default a random one of ``manifold.group``.
     residual : {"trivial", "orthogonal"}, optional
         What k may be. By default trivial for the kinds ``"svd"`` and ``"polar"``, orthogonal
-        for everything else.
+        for everything else, and where points have a stabiliser (tokens fewer than dimensions).
     cond : float
         Condition number of h.
     tolerance : float, optional
@@ -62,7 +62,8 @@ def check_section(
         If `residual` is unknown.
     """
     if residual is None:
-        residual = "trivial" if section in ("svd", "polar") else "orthogonal"
+        free = getattr(manifold, "acts_freely", True)
+        residual = "trivial" if free and section in ("svd", "polar") else "orthogonal"
     if residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
     subject = Subject(manifold, x, tolerance=tolerance, generator=generator, dtype=dtype)

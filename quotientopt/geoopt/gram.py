@@ -10,7 +10,7 @@ from quotientopt.manifolds import GramQuotient
 
 
 class GramManifold(QuotientAdapter[Tensor]):
-    """Matrices X of full column rank modulo ``X gᵀ``, with the Bures–Wasserstein metric.
+    """Matrices X of full rank modulo ``X gᵀ``, with the Bures–Wasserstein metric.
 
     A point has shape ``(*batch, N, d)``; see :class:`quotientopt.manifolds.GramQuotient` for the
     geometry. Exponential map, logarithm and distance are exact.
@@ -18,7 +18,7 @@ class GramManifold(QuotientAdapter[Tensor]):
     Parameters
     ----------
     N, d : int
-        Rows and columns of a point; N at least d.
+        Rows and columns of a point, of rank min(N, d).
     stabilizer : StructureGroup, optional
         As of :class:`quotientopt.manifolds.GramQuotient`.
     check : bool

@@ -1,7 +1,7 @@
 """The interface of a quotient manifold represented by its total space."""
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -187,9 +187,27 @@ class QuotientManifold(ABC, Generic[PointT]):
         """A distance between the orbits of `x` and `y`, of shape `batch_shape`."""
 
     @abstractmethod
-    def section(self, x: PointT, kind: str) -> tuple[PointT, Tensor]:
+    def section(
+        self,
+        x: PointT,
+        kind: str,
+        *,
+        return_gap: bool = False,
+        warn_below: float | None = None,
+    ) -> Any:
         """A canonical representative of x's orbit, and the g that leads to it.
 
         Equal for all points of an orbit, up to the residual group documented with each `kind` in
-        :mod:`quotientopt.sections`.
+        :mod:`quotientopt.sections`; for ``"svd"`` at equal singular values too.
+
+        Parameters
+        ----------
+        x : point
+        kind : str
+        return_gap : bool
+            For ``"svd"``: return the smallest difference of neighbouring singular values over the
+            largest as well, of shape `batch_shape`: representatives are determined to the precision
+            of the point divided by it.
+        warn_below : float, optional
+            For ``"svd"``: warn where that gap is not above it, with the first batch item.
         """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import Pair, compute_dtype, standard_normal, wide
-from quotientopt.groups import GL, StructureGroup
+from quotientopt.groups import GL, O, StructureGroup
 from quotientopt.manifolds._blocks import in_blocks
 from quotientopt.manifolds._validation import (
     check_batch_shape,
@@ -18,6 +18,7 @@ from quotientopt.manifolds._validation import (
 )
 from quotientopt.manifolds.base import QuotientManifold
 from quotientopt.manifolds.factor_geometry import FactorGeometry
+from quotientopt.manifolds.orbits.nearest import nearest_element, relative_charge
 
 
 class FactorQuotient(QuotientManifold[Pair]):
@@ -246,23 +247,57 @@ class FactorQuotient(QuotientManifold[Pair]):
             check_group_element(self.group, g)
         return self.group.act(g, pair)
 
-    def align(self, x: Pair, y: Pair) -> tuple[Pair, Tensor]:
-        """The representative of x's orbit closest to `y`, and the g that leads to it.
+    def align(self, x: Pair, y: Pair, *, return_charge: bool = False) -> Any:
+        """The representative of x's orbit closest to `y` in Frobenius norm, and the g to it.
 
-        For O(r) the nearest in Frobenius norm (orthogonal Procrustes). For the other groups both
-        pairs are dressed by the balanced section, whose representatives of one orbit differ by the
-        compact part of the group (O(r); a phase for every plane and O on the passing rows), and the
-        k that brings the dressed x nearest to the dressed y is found there: ``g = g_y^{-1} k g_x``.
-        If both lie on one orbit the result is `y`. Invariant under a change of x's representative,
-        equivariant under one of y's.
+        For O(r) by orthogonal Procrustes. For the other groups by Newton's method on the group,
+        from the start that :meth:`align_balanced` gives, to where the charge of the difference,
+        ``Δ_B Bᵀ − A Δ_Aᵀ`` in the Lie algebra, vanishes: the difference is then orthogonal to the
+        orbit. Of the minima found in both components of GL the nearer one, never further than the
+        start; if both pairs lie on one orbit the result is `y`. It does not depend on the
+        representative of x; under one of y's it is equivariant where the group element is
+        orthogonal, since others change lengths. g is a constant for autograd.
+
+        Parameters
+        ----------
+        x, y : tuple of Tensor
+        return_charge : bool
+            Return the norm of that charge over ``‖A Aᵀ‖ + ‖B Bᵀ‖`` as well, of shape `batch_shape`:
+            the certificate, about 1e-13.
         """
+        pair, other = self._aligned_input(x, y)
+        g, contragredient = self._orbits.aligning_element(pair, other, check=self.check)
+        if not isinstance(self.group, O):
+            g, contragredient, _ = nearest_element(self.group, pair, other, (g, contragredient))
+        wide_pair = contragredient @ pair[0], g @ pair[1]
+        result = self._like(x, wide_pair), g.to(compute_dtype(x[0].dtype))
+        if not return_charge:
+            return result
+        charge = relative_charge(self.group, wide_pair, other)
+        return (*result, charge.to(compute_dtype(x[0].dtype)))
+
+    def align_balanced(self, x: Pair, y: Pair) -> tuple[Pair, Tensor]:
+        """A representative of x's orbit near `y` in closed form, and the g that leads to it.
+
+        Both pairs are dressed by the balanced section, whose representatives of one orbit differ by
+        the compact part of the group (O(r); a phase for every plane and O on the passing rows), and
+        the k that brings the dressed x nearest to the dressed y is found there (Procrustes):
+        ``g = g_y^{-1} k g_x``. If both lie on one orbit the result is `y`. Invariant under a change
+        of x's representative, equivariant under one of y's, and differentiable; it lies further
+        from y than :meth:`align`, by 3 to 20 % for unrelated pairs. For O(r) the same as
+        :meth:`align`.
+        """
+        pair, other = self._aligned_input(x, y)
+        g, contragredient = self._orbits.aligning_element(pair, other, check=self.check)
+        aligned = self._like(x, (contragredient @ pair[0], g @ pair[1]))
+        return aligned, g.to(compute_dtype(x[0].dtype))
+
+    def _aligned_input(self, x: Pair, y: Pair) -> tuple[Pair, Pair]:
         pair, other = self._wide_pair("x", x), self._wide_pair("y", y)
         if self.check:
             self.check_point(x)
             self.check_point(y)
-        g, contragredient = self._orbits.aligning_element(pair, other, check=self.check)
-        aligned = self._like(x, (contragredient @ pair[0], g @ pair[1]))
-        return aligned, g.to(compute_dtype(x[0].dtype))
+        return pair, other
 
     def distance(self, x: Pair, y: Pair) -> Tensor:
         """A distance between orbits: zero exactly if `x` and `y` lie on one. It ignores the metric.
@@ -280,7 +315,14 @@ class FactorQuotient(QuotientManifold[Pair]):
         pair, other = self._wide_pair("x", x), self._wide_pair("y", y)
         return self._orbits.distance(pair, other).to(x[0].dtype)
 
-    def section(self, x: Pair, kind: str = "svd") -> tuple[Pair, Tensor]:
+    def section(
+        self,
+        x: Pair,
+        kind: str = "svd",
+        *,
+        return_gap: bool = False,
+        warn_below: float | None = None,
+    ) -> Any:
         """A canonical representative of x's orbit, and the g that leads to it.
 
         See :func:`quotientopt.sections.section` for GL(r),
@@ -291,13 +333,17 @@ class FactorQuotient(QuotientManifold[Pair]):
         ----------
         x : tuple of Tensor
         kind : {"svd", "balanced", "orthonormal", "triangular"}, for O(r) {"svd", "polar"}
+        return_gap, warn_below
+            See :meth:`QuotientManifold.section`.
         """
         if kind not in self.section_kinds:
             raise ValueError(
                 f"section must be one of {self.section_kinds} for {self.group!r}, got {kind!r}"
             )
         self._pair("x", x)
-        return self._orbits.section(kind, x, check=self.check)
+        return self._orbits.section(
+            kind, x, check=self.check, return_gap=return_gap, warn_below=warn_below
+        )
 
     def _require_closed_geodesics(self, name: str) -> None:
         if self.metric != "euclidean":

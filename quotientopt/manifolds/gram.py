@@ -1,6 +1,7 @@
 """The quotient of full-rank token matrices by O(d): Gram matrices, Bures–Wasserstein metric."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,19 +32,23 @@ class GramQuotient(QuotientManifold[Tensor]):
     """Matrices X ∈ R_*^{N×d} modulo ``X ~ X gᵀ``, g ∈ O(d) or the stabiliser of the ones vector.
 
     Under O(d) the orbit is named by the Gram matrix ``X Xᵀ``, so the quotient is the manifold of
-    N×N positive semidefinite matrices of rank d. The Euclidean metric ``tr(Uᵀ V)`` descends to it:
+    N×N positive semidefinite matrices of rank min(N, d): with fewer tokens than dimensions, of the
+    positive definite ones. Points have full rank. With N < d they have a stabiliser O(d − N), so
+    that orbits are smaller than the group and elements that lead from one point to another are not
+    unique; horizontal vectors are ``M X`` with M symmetric, and all of the geometry is that of N×N
+    matrices. The Euclidean metric ``tr(Uᵀ V)`` descends to it:
     its geodesic distance is the Bures–Wasserstein distance. Token matrices up to a rotation of the
     residual stream, and all weights of a model that read or write it, stacked, are such points
     (François & Ravera, arXiv 2602.18948). Not complete: rank may drop along a geodesic.
 
     LayerNorm's centring singles out the all-ones vector 1 of R^d and breaks O(d) to its stabiliser:
     then the inner products ``X 1`` of the rows with 1 are invariants as well, and only the part of
-    the rows orthogonal to 1 moves, which has to have the full rank d − 1.
+    the rows orthogonal to 1 moves, which has to have the full rank min(N, d − 1).
 
     Parameters
     ----------
     N, d : int
-        Rows and columns of a point; N at least d (d − 1 under ``StabilizerOfOnes``).
+        Rows and columns of a point.
     stabilizer : StabilizerOfOnes or O, optional
         The group; ``O(d)`` by default.
     batch_shape : sequence of int
@@ -71,20 +76,29 @@ class GramQuotient(QuotientManifold[Tensor]):
         self.N, self.d = check_size("N", N), check_size("d", d)
         self.group = _orthogonal_group(stabilizer, d)
         self._moving = d - 1 if isinstance(self.group, StabilizerOfOnes) else d
-        if self._moving > N:
-            raise ValueError(f"full column rank needs N >= {self._moving}, got {N = }, {d = }")
+        self._broad = self._moving > N
         self.batch_shape = check_batch_shape(batch_shape)
         self.check = check
 
     @property
     def dim(self) -> int:
-        """N d less the dimension of the group: d(d − 1)/2, or (d − 1)(d − 2)/2."""
-        return self.N * self.d - self.group.dim
+        """N d less the dimension of the orbits.
+
+        That is the dimension of the group, d(d − 1)/2 or (d − 1)(d − 2)/2, where N is at least d
+        (d − 1), and less by that of the stabiliser, O(d − N) or O(d − 1 − N), where it is not.
+        """
+        free = max(self._moving - self.N, 0)
+        return self.N * self.d - self.group.dim + free * (free - 1) // 2
+
+    @property
+    def acts_freely(self) -> bool:
+        """Whether only the identity leaves a point where it is; False for N < d."""
+        return self._moving <= self.N
 
     @property
     def section_kinds(self) -> tuple[str, ...]:
         """The kinds that :meth:`section` knows."""
-        return ("svd", "polar")
+        return ("svd", "polar", "triangular")
 
     def check_point(self, x: Tensor) -> None:
         self._moving_gram(self._tensor("x", x), x.dtype, check=True)
@@ -146,7 +160,8 @@ class GramQuotient(QuotientManifold[Tensor]):
     def horizontal_component(self, x: Tensor, u: Tensor) -> Tensor:
         """``u − X Ω`` with Ω skew and ``XᵀX Ω + Ω XᵀX = Xᵀu − uᵀX``, by an eigendecomposition.
 
-        Horizontal vectors are those with ``Xᵀ u`` symmetric. Under ``StabilizerOfOnes`` the same
+        Horizontal vectors are those with ``Xᵀ u`` symmetric. With N < d these are ``M X``, M
+        symmetric with ``XXᵀ M + M XXᵀ = u Xᵀ + X uᵀ``. Under ``StabilizerOfOnes`` the same
         holds for the parts of X and u orthogonal to 1.
         """
         X, U = self._tensor("x", x), self._tensor("u", u)
@@ -155,7 +170,8 @@ class GramQuotient(QuotientManifold[Tensor]):
     def horizontal_lift(self, x: Tensor, base_tangent: Tensor) -> Tensor:
         """The horizontal u with ``u Xᵀ + X uᵀ = Ḣ``, the symmetric N×N `base_tangent`.
 
-        With ``Y = X (XᵀX)^{-1}`` the particular solution ``Ḣ Y − ½ X Yᵀ Ḣ Y``, projected. Under
+        With ``Y = X (XᵀX)^{-1}`` the particular solution ``Ḣ Y − ½ X Yᵀ Ḣ Y``, projected; with
+        N < d ``M X`` with ``XXᵀ M + M XXᵀ = Ḣ``. Under
         ``StabilizerOfOnes`` the last column of `base_tangent` is ``u 1``, and the rest is solved
         for the parts orthogonal to 1.
         """
@@ -169,6 +185,9 @@ class GramQuotient(QuotientManifold[Tensor]):
             product = rate @ sums.mT / self.d
             H, fixed = H - product - product.mT, (rate / self.d).expand_as(X)
         moving, S = self._moving_gram(X, x.dtype, check=self.check)
+        if self._broad:
+            lift = solve_lyapunov(S, (H + H.mT) / 2) @ moving
+            return (fixed + self.group.from_moving_part(lift)).to(x.dtype)
         Y = torch.cholesky_solve(moving.mT, torch.linalg.cholesky_ex(S).L).mT
         lift = H @ Y - moving @ (Y.mT @ (H @ Y)) / 2
         U = fixed + self.group.from_moving_part(lift)
@@ -195,9 +214,17 @@ class GramQuotient(QuotientManifold[Tensor]):
         through v, and of half the bracket of horizontal extensions of u and v. It vanishes for all
         u and v exactly where the horizontal spaces are integrable; transport around a small loop
         turns the representative by it (O'Neill, *The fundamental equations of a submersion*, 1966).
+        With N < d, ``u = M X`` and ``v = K X``: ``XXᵀ Y X`` with ``XXᵀ Y + Y XXᵀ = K M − M K``.
         """
         X, U, V = self._tensor("x", x), self._tensor("u", u), self._tensor("v", v)
         moving, S = self._moving_gram(X, x.dtype, check=self.check)
+        if self._broad:
+            M, K = (
+                solve_lyapunov(S, product + product.mT)
+                for product in (self.group.moving_part(W) @ moving.mT for W in (U, V))
+            )
+            turning = solve_lyapunov(S, K @ M - M @ K)
+            return self.group.from_moving_part(S @ turning @ moving).to(x.dtype)
         product = self.group.moving_part(V).mT @ self.group.moving_part(U)
         rate = solve_lyapunov(S, product - product.mT)
         return self.group.from_moving_part(moving @ rate).to(x.dtype)
@@ -232,10 +259,10 @@ class GramQuotient(QuotientManifold[Tensor]):
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """The horizontal u of least norm with ``exp(x, u)`` in y's orbit: ``Y Q − X``.
 
-        ``Q = U Vᵀ`` from the SVD ``Yᵀ X = U Σ Vᵀ``; unique where ``Yᵀ X`` is invertible.
+        ``Q = U Vᵀ`` from the SVD ``Yᵀ X = U Σ Vᵀ``; unique where ``Yᵀ X`` has the rank of a point.
         """
         X, Y = self._tensor("x", x), self._tensor("y", y)
-        return (Y @ self._aligning_element(Y, X).mT - X).to(x.dtype)
+        return (self._aligned(Y, X) - X).to(x.dtype)
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """The exponential map, ``X + u``."""
@@ -253,10 +280,13 @@ class GramQuotient(QuotientManifold[Tensor]):
         return (X @ wide_g.mT).to(x.dtype)
 
     def align(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The representative ``X gᵀ`` closest to `y` in Frobenius norm: orthogonal Procrustes."""
+        """The representative ``X gᵀ`` closest to `y` in Frobenius norm: orthogonal Procrustes.
+
+        With N < d, g is one of many, and a constant for autograd.
+        """
         X, Y = self._tensor("x", x), self._tensor("y", y)
         g = self._aligning_element(X, Y)
-        return (X @ g.mT).to(x.dtype), g.to(compute_dtype(x.dtype))
+        return self._aligned(X, Y, g).to(x.dtype), g.to(compute_dtype(x.dtype))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """The Bures–Wasserstein distance ``‖Y Q − X‖_F``, with Q as in :meth:`log`.
@@ -265,30 +295,61 @@ class GramQuotient(QuotientManifold[Tensor]):
         is zero to working precision, the gradient is taken to be zero.
         """
         X, Y = self._tensor("x", x), self._tensor("y", y)
-        difference = Y @ self._aligning_element(Y, X).mT - X
+        difference = self._aligned(Y, X) - X
         size = torch.linalg.matrix_norm(X.detach()) + torch.linalg.matrix_norm(Y.detach())
         floor = 8 * self.d * torch.finfo(size.dtype).eps * size
         return safe_root(difference.square().sum(dim=(-2, -1)), floor).to(x.dtype)
 
-    def section(self, x: Tensor, kind: str = "svd") -> tuple[Tensor, Tensor]:
-        """See :func:`quotientopt.sections.gram_svd` and :func:`quotientopt.sections.gram_polar`.
+    def section(
+        self,
+        x: Tensor,
+        kind: str = "svd",
+        *,
+        return_gap: bool = False,
+        warn_below: float | None = None,
+    ) -> Any:
+        """A canonical representative of x's orbit, and a g that leads to it.
+
+        See :func:`quotientopt.sections.gram_svd`, :func:`~quotientopt.sections.gram_polar` and
+        :func:`~quotientopt.sections.gram_triangular`.
 
         Parameters
         ----------
         x : Tensor
-        kind : {"svd", "polar"}
+        kind : {"svd", "polar", "triangular"}
+        return_gap, warn_below
+            See :meth:`QuotientManifold.section`.
         """
         self._tensor("x", x)
-        return sections.gram_section(kind, x, stabilizer=self.group, check=self.check)
+        return sections.gram_section(
+            kind,
+            x,
+            stabilizer=self.group,
+            check=self.check,
+            return_gap=return_gap,
+            warn_below=warn_below,
+        )
 
     def _aligning_element(self, X: Tensor, Y: Tensor) -> Tensor:
         overlap = self.group.moving_part(Y).mT @ self.group.moving_part(X)
+        overlap = overlap.detach() if self._broad else overlap
         return self.group.element_of_moving(orthogonal_polar_factor(overlap))
 
-    def _moving_gram(self, X: Tensor, stored: torch.dtype, *, check: bool) -> tuple[Tensor, Tensor]:
-        """The moving part of X and its Gram matrix, refused if singular."""
+    def _aligned(self, X: Tensor, Y: Tensor, g: Tensor | None = None) -> Tensor:
+        """The representative of X's orbit closest to Y."""
+        if not self._broad:
+            return X @ (self._aligning_element(X, Y) if g is None else g).mT
+        # With X = L_X V_X, Y = L_Y V_Y it is L_X R V_Y, R the polar factor of L_Xᵀ L_Y: N×N.
         moving = self.group.moving_part(X)
-        S = gram(moving.mT)
+        _, R_X = torch.linalg.qr(moving.mT)
+        V_Y, R_Y = torch.linalg.qr(self.group.moving_part(Y).mT)
+        turned = R_X.mT @ orthogonal_polar_factor(R_X @ R_Y.mT) @ V_Y.mT
+        return X - self.group.from_moving_part(moving) + self.group.from_moving_part(turned)
+
+    def _moving_gram(self, X: Tensor, stored: torch.dtype, *, check: bool) -> tuple[Tensor, Tensor]:
+        """The moving part of X and its smaller Gram matrix, refused if singular."""
+        moving = self.group.moving_part(X)
+        S = gram(moving if self._broad else moving.mT)
         if check:
             part = "token matrix x" if self._moving == self.d else "part of x orthogonal to 1"
             cholesky(S, part, precision=torch.finfo(stored).eps)
@@ -296,7 +357,12 @@ class GramQuotient(QuotientManifold[Tensor]):
 
     def _vertical(self, X: Tensor, U: Tensor, stored: torch.dtype) -> Tensor:
         moving, S = self._moving_gram(X, stored, check=self.check)
-        product = moving.mT @ self.group.moving_part(U)
+        part = self.group.moving_part(U)
+        if self._broad:
+            product = part @ moving.mT
+            horizontal = solve_lyapunov(S, product + product.mT) @ moving
+            return self.group.from_moving_part(part - horizontal)
+        product = moving.mT @ part
         rate = solve_lyapunov(S, product - product.mT)
         return self.group.from_moving_part(moving @ rate)
 

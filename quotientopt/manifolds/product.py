@@ -191,10 +191,19 @@ class ProductManifold(QuotientManifold[Collection]):
         """Root of the sum of squared distances of all batch items of all factors: one number."""
         return torch.linalg.vector_norm(self._flat(self._each("distance", x, y)))
 
-    def section(self, x: Collection, kind: str = "svd") -> tuple[Collection, Any]:
+    def section(
+        self,
+        x: Collection,
+        kind: str = "svd",
+        *,
+        return_gap: bool = False,
+        warn_below: float | None = None,
+    ) -> Any:
         """The section `kind` of every factor; for different kinds call the factors."""
         arguments = {name: (part,) for name, part in self._arguments("x", x).items()}
-        return self._unzip(self._call("section", arguments, kind))
+        options = {"return_gap": return_gap, "warn_below": warn_below}
+        found = self._call("section", arguments, kind, **options)
+        return self._unzip(found, 3 if return_gap else 2)
 
     def _each(self, method: str, *collections: Any, **options: Any) -> Any:
         """Call a method of every factor on its parts of the collections."""
@@ -234,10 +243,11 @@ class ProductManifold(QuotientManifold[Collection]):
     def _collect(self, parts: dict[Any, Any]) -> Any:
         return parts if self._named else tuple(parts.values())
 
-    def _unzip(self, pairs: Any) -> tuple[Any, Any]:
-        parts = self._arguments("result", pairs)
-        first, second = ({name: pair[k] for name, pair in parts.items()} for k in (0, 1))
-        return self._collect(first), self._collect(second)
+    def _unzip(self, results: Any, count: int = 2) -> Any:
+        parts = self._arguments("result", results)
+        return tuple(
+            self._collect({name: result[k] for name, result in parts.items()}) for k in range(count)
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor], collection: Any) -> Any:
         def apply(part: Any) -> Any:

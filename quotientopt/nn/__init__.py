@@ -4,25 +4,36 @@ from quotientopt.nn.invariant_attention import InvariantAttention
 from quotientopt.nn.relational_attention import RelationalAttention
 from quotientopt.nn.relational_embedding import RelationalEmbedding, embed_tokens, tokens_of_gram
 from quotientopt.nn.relational_feed_forward import RelationalFeedForward
+from quotientopt.nn.relational_form import (
+    JointGram,
+    RelationalForm,
+    StreamRelations,
+    relational_form,
+)
 from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
 from quotientopt.nn.relational_readout import PairReadout, PooledReadout, TokenReadout
 from quotientopt.nn.relational_transformer import RelationalTransformer, Relations
-from quotientopt.nn.tokens import DressedTokens, dress_tokens
+from quotientopt.nn.tokens import CausalDressing, DressedTokens, dress_tokens
 
 __all__ = [
+    "CausalDressing",
     "DressedTokens",
     "InvariantAttention",
+    "JointGram",
     "PairReadout",
     "PooledReadout",
     "RelationalAttention",
     "RelationalEmbedding",
     "RelationalFeedForward",
+    "RelationalForm",
     "RelationalLayerNorm",
     "RelationalRMSNorm",
     "RelationalTransformer",
     "Relations",
+    "StreamRelations",
     "TokenReadout",
     "dress_tokens",
     "embed_tokens",
+    "relational_form",
     "tokens_of_gram",
 ]

@@ -12,14 +12,15 @@ from quotientopt._linalg import (
     check_floating,
     compute_dtype,
     locate_first,
-    row_signs,
     wide,
 )
-from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups import O
-from quotientopt.sections.derivatives import default_tolerance, principal_axes, symmetric_root
+from quotientopt.sections.causal import CausalAxes, causal_lq
+from quotientopt.sections.derivatives import default_tolerance
+from quotientopt.sections.gram import dependence, dress_matrix
 
-SECTIONS = ("svd", "polar")
+SECTIONS = ("svd", "polar", "triangular")
+CAUSAL_SECTIONS = ("triangular",)
 
 
 class DressedTokens(NamedTuple):
@@ -32,8 +33,9 @@ class DressedTokens(NamedTuple):
     gap : Tensor, shape (*batch)
         ``"svd"``: the smallest difference of neighbouring singular values, of those that do not
         vanish, over the largest one. Infinite where there are not two of them.
-        ``"polar"``: smallest over largest singular value of the leading block. In at least float32,
-        no part of the graph.
+        ``"polar"``: smallest over largest singular value of the leading block. ``"triangular"``:
+        smallest distance of a token from the span of those before it, over its length, zero where
+        it lies there. In at least float32, no part of the graph.
     """
 
     tokens: Tensor
@@ -48,6 +50,7 @@ def dress_tokens(
     stabilizer: O | None = ...,
     tolerance: float | None = ...,
     strict: bool = ...,
+    causal: bool = ...,
     return_gap: Literal[False] = ...,
     check: bool = ...,
 ) -> Tensor: ...
@@ -61,6 +64,7 @@ def dress_tokens(
     stabilizer: O | None = ...,
     tolerance: float | None = ...,
     strict: bool = ...,
+    causal: bool = ...,
     return_gap: Literal[True],
     check: bool = ...,
 ) -> DressedTokens: ...
@@ -73,6 +77,7 @@ def dress_tokens(
     stabilizer: O | None = None,
     tolerance: float | None = None,
     strict: bool = False,
+    causal: bool = False,
     return_gap: bool = False,
     check: bool = True,
 ) -> Tensor | DressedTokens:
@@ -83,16 +88,24 @@ def dress_tokens(
 
     - ``"svd"``: ``X V = U Σ`` with the right singular vectors V of X. Columns are orthogonal, in
       decreasing length; in each the entry of largest modulus is positive (of several equal ones
-      the first). Any rank: columns past the rank are zero, N < d included.
+      the first); columns of equal length are turned by the same rule. Any rank: columns past the
+      rank are zero, N < d included.
     - ``"polar"``: the leading k×k block, ``k = min(N, d)``, is symmetric positive definite; with
       N ≤ d tokens the result is ``[(X Xᵀ)^{1/2}, 0]``. The leading k tokens must be linearly
       independent.
+    - ``"triangular"``: L of ``X = L Q``, rows of Q orthonormal, L lower triangular with positive
+      diagonal. **The causal one**: row i depends on the tokens up to i alone, to the last bit. Any
+      rank: a token in the span of those before it has no column of its own, and where d tokens
+      span everything the others are given in their axes.
+
+    ``"svd"`` and ``"polar"`` read all tokens to dress any one of them: under a causal mask later
+    tokens would leak into earlier ones through them. Ask with ``causal=True`` in such a model.
 
     Parameters
     ----------
     X : Tensor, shape (*batch, N, d)
         Tokens as rows. Computed in float64 where the device has it, returned in the dtype of X.
-    section : {"svd", "polar"}
+    section : {"svd", "polar", "triangular"}
     stabilizer : StabilizerOfOnes or O, optional
         The group divided by, O(d) by default. Under the stabiliser of the all-ones vector, for
         streams that LayerNorm centres, only the part of the rows orthogonal to 1 is dressed, as
@@ -102,11 +115,13 @@ def dress_tokens(
         for float64 and 3.5e-4 for every other dtype.
     strict : bool
         Raise where the gap is not above the tolerance. For ``"svd"`` it waits for the device.
+    causal : bool
+        Refuse sections by which a token would depend on later ones.
     return_gap : bool
         Return :class:`DressedTokens`, tokens and gap.
     check : bool
-        Whether to look for non-finite entries and, for ``"polar"``, dependent tokens, which waits
-        for the device.
+        Whether to look for non-finite entries, for equal singular values (``"svd"``) and for
+        dependent tokens (``"polar"``), which waits for the device.
 
     Returns
     -------
@@ -115,9 +130,9 @@ def dress_tokens(
     Raises
     ------
     ValueError
-        On an unknown section, a wrong shape or `stabilizer`, the meta device, a tolerance that is
-        not in (0, 1), non-finite entries, dependent leading tokens (``"polar"``), or, with
-        `strict`, a gap below the tolerance.
+        On an unknown section, one that is not causal with `causal`, a wrong shape or `stabilizer`,
+        the meta device, a tolerance that is not in (0, 1), non-finite entries, dependent leading
+        tokens (``"polar"``), or, with `strict`, a gap below the tolerance.
     TypeError
         If the dtype is not real floating-point.
 
@@ -135,6 +150,10 @@ def dress_tokens(
     derivative, and it is taken to be zero. Differentiable by autograd twice and more; inside the
     tolerance only the first derivative means anything.
 
+    ``"triangular"`` is smooth wherever the leading tokens are independent, and not continuous where
+    one comes to lie in the span of those before it; there the part outside that span is a constant.
+    It takes one step after the other, min(N, d) of them.
+
     Examples
     --------
     >>> X = torch.randn(4, 16, 8, dtype=torch.float64)
@@ -144,6 +163,11 @@ def dress_tokens(
     """
     if section not in SECTIONS:
         raise ValueError(f"section must be one of {SECTIONS}, got {section!r}")
+    if causal and section not in CAUSAL_SECTIONS:
+        raise ValueError(
+            f"section {section!r} lets tokens depend on later ones, which a causal layer must not: "
+            "use section='triangular'"
+        )
     group = _check_tokens(X, stabilizer)
     if tolerance is None:
         tolerance = default_tolerance(X.dtype)
@@ -153,15 +177,12 @@ def dress_tokens(
         check_finite("token matrix X", X)
     tokens = wide(X)
     moving = group.moving_part(tokens)
-    floor = max(moving.shape[-2:]) * torch.finfo(compute_dtype(X.dtype)).eps
-    if section == "svd":
-        dressed, gap = _svd(moving, tolerance, floor)
-    else:
-        dressed, gap = _polar(moving, floor, check)
+    dressed, _, gap = dress_matrix(section, moving, X.dtype, tolerance=tolerance, check=check)
     if strict and bool((gap <= tolerance).any()):
+        other = "polar" if section == "svd" else "svd"
         raise ValueError(
             f"the relative gap of X is {gap.min().item():.1e}{locate_first(gap <= tolerance)}, not "
-            f"above the tolerance {tolerance:.1e}: use section='polar' or strict=False"
+            f"above the tolerance {tolerance:.1e}: use section={other!r} or strict=False"
         )
     if moving.shape[-1] < tokens.shape[-1]:
         fixed = tokens - group.from_moving_part(moving)
@@ -170,64 +191,71 @@ def dress_tokens(
     return DressedTokens(dressed, gap.to(compute_dtype(X.dtype))) if return_gap else dressed
 
 
-def _svd(X: Tensor, tolerance: float, floor: float) -> tuple[Tensor, Tensor]:
-    """``U Σ``, from a decomposition of the size of the smaller side, and the gap."""
-    tall = X.shape[-2] >= X.shape[-1]
-    Y = X if tall else X.mT
-    with torch.no_grad():
-        # A QR decomposition does not square the condition number, as the Gram matrix would.
-        _, R = torch.linalg.qr(Y.detach(), mode="r")
-        _, values, Wt = torch.linalg.svd(R)
-        present = values > floor * values[..., :1]
-    S = Y.mT @ Y
-    _, W = principal_axes(S, torch.where(present, values, 0), Wt.mT, tolerance)
-    if tall:
-        dressed = X @ W
-    else:
-        # Σ as a function of X: where axes are held still it does not stay diagonal.
-        middle = W.mT @ S @ W
-        tiny = torch.where(values[..., :1] > 0, floor * values[..., :1], 1)
-        roots = torch.where(present, values, tiny)
-        identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
-        dressed = W @ symmetric_root((middle + middle.mT) / 2, roots, identity)
-    signs = row_signs(dressed.detach().mT).mT
-    dressed = torch.where(present.unsqueeze(-2), signs * dressed, 0)
-    return _padded(dressed, X.shape[-1]), _smallest_gap(torch.where(present, values, 0))
+class CausalDressing:
+    """``dress_tokens(X, "triangular")`` token by token, as a key-value cache needs it.
 
+    Appended rows come out bit for bit as if all tokens had been dressed together. What is kept are
+    the axes found so far, at most d×d numbers per batch item; earlier rows never change. No
+    gradients are taken.
 
-def _polar(X: Tensor, floor: float, check: bool) -> tuple[Tensor, Tensor]:
-    """``X gᵀ`` with the polar factor g of the leading block, and its smallest singular value."""
-    size = min(X.shape[-2:])
-    leading = X[..., :size, :]
-    if X.shape[-2] < X.shape[-1]:
-        with torch.no_grad():
-            _, R = torch.linalg.qr(X.detach().mT, mode="r")
-            _, values, Wt = torch.linalg.svd(R)
-    else:
-        values = torch.linalg.svdvals(leading.detach())
-    least, most = values[..., -1], values[..., 0]
-    if check and bool((least <= floor * most).any()):
-        raise ValueError(
-            f"the leading {size} tokens of X are linearly dependent"
-            f"{locate_first(least <= floor * most)}: the polar section is undefined, use 'svd'"
-        )
-    gap = least / torch.where(most > 0, most, 1)
-    if X.shape[-2] < X.shape[-1]:
-        return _padded(symmetric_root(X @ X.mT, values, Wt.mT), X.shape[-1]), gap
-    return X @ orthogonal_polar_factor(leading).mT, gap
+    Parameters
+    ----------
+    stabilizer : StabilizerOfOnes or O, optional
+        As for :func:`dress_tokens`; under ``StabilizerOfOnes`` equal to rounding only.
+    check : bool
+        Whether to look for non-finite entries, and for the moment when all of R^d is spanned, which
+        waits for the device.
 
+    Examples
+    --------
+    >>> X = torch.randn(2, 16, 8, dtype=torch.float64)
+    >>> dressing = CausalDressing()
+    >>> rows = [dressing.append(part) for part in X.split([10, 1, 1, 4], dim=1)]
+    >>> torch.equal(torch.cat(rows, dim=1), dress_tokens(X, "triangular"))
+    True
+    """
 
-def _padded(tokens: Tensor, width: int) -> Tensor:
-    """With columns of zeros up to `width`."""
-    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[-1]))
+    def __init__(self, *, stabilizer: O | None = None, check: bool = True) -> None:
+        self.stabilizer, self.check = stabilizer, check
+        self.axes: CausalAxes | None = None
+        self._like: tuple[torch.Size, int, torch.dtype] | None = None
 
+    @torch.no_grad()
+    def append(self, X: Tensor) -> Tensor:
+        """Dress the tokens that come next, (*batch, M, d) -> (*batch, M, d).
 
-def _smallest_gap(values: Tensor) -> Tensor:
-    """Smallest step between neighbours, none of which vanishes, over the largest value."""
-    most = torch.where(values[..., :1] > 0, values[..., :1], 1)
-    steps = (values[..., :-1] - values[..., 1:]) / most
-    steps = torch.where(values[..., 1:] > 0, steps, torch.inf)
-    return torch.nn.functional.pad(steps, (0, 1), value=torch.inf).amin(dim=-1)
+        Raises
+        ------
+        ValueError, TypeError
+            For the reasons of :func:`dress_tokens`, or if batch shape, width or dtype are not those
+            of the tokens before. The axes are left as they were then.
+        """
+        group = _check_tokens(X, self.stabilizer)
+        like = (X.shape[:-2], X.shape[-1], X.dtype)
+        if self._like is not None and like != self._like:
+            batch, width, dtype = self._like
+            raise ValueError(
+                f"the tokens before these have shape {(*batch, 'M', width)} and dtype {dtype}, "
+                f"got {tuple(X.shape)} and {X.dtype}"
+            )
+        if self.check:
+            check_finite("token matrix X", X)
+        moving = group.moving_part(wide(X))
+        floor = dependence(moving.shape[-1], X.dtype)
+        found = causal_lq(moving, self.axes, floor=floor, stop_early=self.check)
+        self.axes, self._like = found.axes, like
+        if moving.shape[-1] == X.shape[-1]:
+            return found.tokens.to(X.dtype)
+        fixed = wide(X) - group.from_moving_part(moving)
+        return (fixed + group.from_moving_part(found.tokens)).to(X.dtype)
+
+    def select(self, index: Tensor) -> None:
+        """Keep the batch items `index` of the first batch axis, in this order (beam search)."""
+        if self.axes is None or self._like is None or not self._like[0]:
+            raise ValueError("there are no tokens with a batch axis to select from")
+        self.axes = CausalAxes(*(tensor[index] for tensor in self.axes))
+        batch = (len(self.axes.signs), *self._like[0][1:])
+        self._like = (torch.Size(batch), *self._like[1:])
 
 
 def _check_tokens(X: Tensor, stabilizer: O | None) -> O:

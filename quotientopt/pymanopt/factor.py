@@ -132,7 +132,7 @@ class FactorManifold(QuotientAdapter[Pair]):
         solvers without derivatives, the only ones to use it, do not ask for.
         """
         x, y = self.to_torch("point_a", point_a), self.to_torch("point_b", point_b)
-        (A, B), _ = self.quotient.align(y, x)
+        (A, B), _ = self.quotient.align_balanced(y, x)
         return self.from_torch((A - x[0], B - x[1]))
 
     def zero_vector(self, point: Any) -> FactorPair:

@@ -16,14 +16,14 @@ from quotientopt.pymanopt.base import QuotientAdapter
 class GramManifold(QuotientAdapter[Tensor]):
     """:class:`quotientopt.manifolds.GramQuotient` for pymanopt's solvers.
 
-    Positive semidefinite N×N matrices ``X Xᵀ`` of rank d as matrices X modulo ``X ~ X gᵀ``. Points
-    and tangent vectors are single arrays. pymanopt's ``PSDFixedRank`` is the case without batch,
-    without stabilizer and on the CPU.
+    Positive semidefinite N×N matrices ``X Xᵀ`` of rank min(N, d) as matrices X modulo
+    ``X ~ X gᵀ``. Points and tangent vectors are single arrays. pymanopt's ``PSDFixedRank`` is the
+    case N ≥ d without batch, without stabilizer and on the CPU.
 
     Parameters
     ----------
     N, d : int
-        Rows and columns of a point; N at least d.
+        Rows and columns of a point, of rank min(N, d).
     stabilizer : StructureGroup, optional
         As in :class:`~quotientopt.manifolds.GramQuotient`; None divides by all of O(d).
     batch_shape : sequence of int

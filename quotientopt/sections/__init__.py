@@ -8,7 +8,7 @@ from quotientopt.sections.factor import (
     svd_element,
     triangular_element,
 )
-from quotientopt.sections.gram import gram_polar, gram_section, gram_svd
+from quotientopt.sections.gram import gram_polar, gram_section, gram_svd, gram_triangular
 from quotientopt.sections.orthogonal import orthogonal_section
 from quotientopt.sections.rotary import (
     rotary_balanced_element,
@@ -22,6 +22,7 @@ __all__ = [
     "gram_polar",
     "gram_section",
     "gram_svd",
+    "gram_triangular",
     "orthogonal_section",
     "orthonormal_element",
     "rotary_balanced_element",

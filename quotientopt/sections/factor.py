@@ -15,10 +15,13 @@ All are differentiable by autograd, twice and more. ``"balanced"``, ``"orthonorm
 over the gaps between singular values of ``Aᵀ B``: below a relative gap of 1.5e-8 (√ε) they are held
 still in the derivative, so that it stays finite, and exact for functions that do not depend on the
 choice of axes among equal singular values; see :mod:`quotientopt.sections.derivatives`.
+
+Pairs of deficient rank have a canonical representative too, and a group element that leads to it:
+:func:`section` with ``"svd"``, which reads the factors themselves (:mod:`.deficient`).
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +34,11 @@ from quotientopt._linalg import (
     cholesky,
     compute_dtype,
     gram,
-    row_signs,
+    locate_first,
     wide,
 )
+from quotientopt.sections.convention import check_gap_options, turn_of_rows, warn_of_gap
+from quotientopt.sections.deficient import deficient_ranks, dress_deficient
 from quotientopt.sections.derivatives import svd, symmetric_polar, symmetric_root
 
 
@@ -234,12 +239,107 @@ def dress(
     return dressed, g, contragredient
 
 
-def section(kind: str, A: Tensor, B: Tensor, *, check: bool = True) -> tuple[Pair, Tensor]:
+class Dressing(NamedTuple):
+    """A pair in the SVD section, in the widest precision.
+
+    Attributes
+    ----------
+    A, B : Tensor
+        Dressed factors.
+    g, contragredient : Tensor, shape (*batch, r, r)
+        The elements for B and for A.
+    gap : Tensor, shape (*batch)
+        Smallest difference of neighbouring singular values of ``Aᵀ B``, of those that do not
+        vanish, over the largest.
+    """
+
+    A: Tensor
+    B: Tensor
+    g: Tensor
+    contragredient: Tensor
+    gap: Tensor
+
+
+def svd_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = True) -> Dressing:
+    """The SVD section of pairs of any rank, signs and equal singular values included.
+
+    Parameters
+    ----------
+    A, B : Tensor, shapes (*batch, r, n) and (*batch, r, m)
+        In the widest precision where that of the result matters.
+    stored : torch.dtype
+        Precision of the entries, which decides what counts as dependent and as equal.
+    check : bool
+        As for :func:`section`.
+    """
+    if not check:
+        return _full_rank_dressing(A, B, stored, check=False)
+    for name, X in (("left factor A", A), ("right factor B", B)):
+        finite = torch.isfinite(X).all(dim=-1).all(dim=-1)
+        if not bool(finite.all()):
+            raise ValueError(f"{name} has non-finite entries{locate_first(~finite)}")
+    batch, shapes = A.shape[:-2], (A.shape[-2:], B.shape[-2:])
+    flat_A, flat_B = A.reshape((-1, *shapes[0])), B.reshape((-1, *shapes[1]))
+    ranks = deficient_ranks(flat_A, flat_B, stored)
+    if not ranks:
+        return _full_rank_dressing(A, B, stored, check=True)
+    full = torch.ones(len(flat_A), dtype=torch.bool, device=A.device)
+    parts, places = [], []
+    for rank, index in ranks.items():
+        place = torch.tensor(index, device=A.device)
+        full[place] = False
+        parts.append(Dressing(*dress_deficient(flat_A[place], flat_B[place], rank, stored)))
+        places.append(place)
+    if bool(full.any()):
+        place = full.nonzero().squeeze(-1)
+        parts.append(_full_rank_dressing(flat_A[place], flat_B[place], stored, check=True))
+        places.append(place)
+    order = torch.argsort(torch.cat(places))
+    joined = [torch.cat(tensors)[order] for tensors in zip(*parts, strict=True)]
+    return Dressing(*(tensor.reshape((*batch, *tensor.shape[1:])) for tensor in joined))
+
+
+def _full_rank_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool) -> Dressing:
+    (dressed_A, dressed_B), g, contragredient = dress(svd_element, A, B, check=check)
+    rows = dressed_B.detach()
+    turn, gap = turn_of_rows(rows, rows.square().sum(dim=-1), stored, equal=check)
+    return Dressing(turn @ dressed_A, turn @ dressed_B, turn @ g, turn @ contragredient, gap)
+
+
+def section(
+    kind: str,
+    A: Tensor,
+    B: Tensor,
+    *,
+    check: bool = True,
+    return_gap: bool = False,
+    warn_below: float | None = None,
+) -> Any:
     """Canonical representative of the orbit of (A, B), and the element that leads to it.
 
     For ``"svd"`` the signs are fixed as well: in each row of the dressed B the entry of largest
     modulus is positive (of several equal ones the first). Rows of the dressed B are right singular
-    vectors of ``Aᵀ B`` up to scale, so the rule reads invariant data only.
+    vectors of ``Aᵀ B`` up to scale, so the rule reads invariant data only. Rows of equal singular
+    values are turned among themselves by the same rule, a QR decomposition of B with column
+    pivoting: nothing is left open.
+
+    ``"svd"`` takes pairs of any rank. With ranks a and b of the factors and ρ of ``Aᵀ B`` the rows
+    of the representative are
+
+    ================  ================================  ================================
+    rows              A                                 B
+    ================  ================================  ================================
+    ρ                 ``Σ^{1/2} Uᵀ``                    ``Σ^{1/2} Vᵀ``
+    b − ρ             0                                 orthonormal, orthogonal to those above
+    a − ρ             orthonormal, orthogonal to those  0
+                      above
+    r − a − b + ρ     0                                 0
+    ================  ================================  ================================
+
+    the orthonormal rows by column pivoting as well. ``Aᵀ B`` sees the first ρ alone; the others are
+    what the orbit has besides. A group element that clears them too does not exist where they are
+    there, since it keeps the ranks: ``qo.invariants`` returns that form. Residual group at
+    deficient rank: the elements that leave this representative as it is.
 
     Parameters
     ----------
@@ -250,7 +350,14 @@ def section(kind: str, A: Tensor, B: Tensor, *, check: bool = True) -> tuple[Pai
     B : Tensor, shape (*batch, r, m)
         Right factor.
     check : bool
-        As for :func:`svd_element`.
+        Whether to look for rank deficiency and for equal singular values, which waits for the
+        device. Without it the element of a deficient head is not finite or meaningless, and rows of
+        equal singular values stay as the decomposition happens to give them.
+    return_gap : bool
+        For ``"svd"``: return the smallest difference of neighbouring singular values over the
+        largest as well, of shape (*batch), infinite where there are not two that do not vanish.
+    warn_below : float, optional
+        For ``"svd"``: warn where that gap is not above it.
 
     Returns
     -------
@@ -258,16 +365,21 @@ def section(kind: str, A: Tensor, B: Tensor, *, check: bool = True) -> tuple[Pai
         ``(g^{-T} A, g B)`` in the dtypes of A and B.
     g : Tensor, shape (*batch, r, r)
         The group element, in at least float32.
+    gap : Tensor, shape (*batch)
+        With `return_gap`.
 
     Raises
     ------
     ValueError, TypeError
-        For the reasons of :func:`svd_element`.
+        For the reasons of :func:`svd_element`; ``"svd"`` only if an entry is not finite.
     """
     check_factors(A, B)
-    (dressed_A, dressed_B), g, _ = dress(_element_function(kind), A, B, check=check)
-    if kind == "svd":
-        signs = row_signs(dressed_B)
-        dressed_A, dressed_B, g = signs * dressed_A, signs * dressed_B, signs * g
+    check_gap_options(kind, return_gap, warn_below)
     dtype = compute_dtype(torch.promote_types(A.dtype, B.dtype))
+    if kind == "svd":
+        found = svd_dressing(A, B, torch.promote_types(A.dtype, B.dtype), check=check)
+        warn_of_gap(found.gap, warn_below)
+        result = (found.A.to(A.dtype), found.B.to(B.dtype)), found.g.to(dtype)
+        return (*result, found.gap.to(dtype)) if return_gap else result
+    (dressed_A, dressed_B), g, _ = dress(_element_function(kind), A, B, check=check)
     return (dressed_A.to(A.dtype), dressed_B.to(B.dtype)), g.to(dtype)

@@ -1,26 +1,54 @@
-"""Dressing fields of token matrices X ∈ R_*^{N×d} under O(d) or a stabiliser, by ``X ↦ X gᵀ``.
+"""Dressing fields of token matrices X ∈ R^{N×d} under O(d) or a stabiliser, by ``X ↦ X gᵀ``.
 
-Both return the representative and the orthogonal matrix g that leads to it. Under the stabiliser of
-the all-ones vector only the part of the rows orthogonal to 1 moves; it is dressed in the
-coordinates of :meth:`quotientopt.groups.StabilizerOfOnes.moving_part`.
+All return the representative and an orthogonal matrix g that leads to it. With fewer tokens than
+dimensions, or of deficient rank, X has a stabiliser of its own, the orthogonal group of what its
+rows do not span: the representative is as canonical as ever, and g one of those that lead to it.
+Under the stabiliser of the all-ones vector only the part of the rows orthogonal to 1 moves; it is
+dressed in the coordinates of :meth:`quotientopt.groups.StabilizerOfOnes.moving_part`.
 """
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quotientopt._linalg import (
     check_finite,
     check_floating,
-    cholesky,
     compute_dtype,
-    gram,
     locate_first,
-    row_signs,
     wide,
 )
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups import O
-from quotientopt.sections.derivatives import default_tolerance, principal_axes
+from quotientopt.sections.causal import causal_lq, differentiable_lq
+from quotientopt.sections.convention import (
+    check_gap_options,
+    gap_of_present,
+    turn_of_rows,
+    warn_of_gap,
+)
+from quotientopt.sections.derivatives import default_tolerance, principal_axes, symmetric_root
+
+
+class DressedMatrix(NamedTuple):
+    """A matrix in axes of its own, ``X gᵀ``.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (*batch, N, m)
+    element : Tensor, shape (*batch, m, m)
+        g, orthogonal.
+    gap : Tensor, shape (*batch)
+        How well the axes are determined, see :class:`quotientopt.nn.tokens.DressedTokens`.
+    """
+
+    matrix: Tensor
+    element: Tensor
+    gap: Tensor
 
 
 def gram_svd(
@@ -29,24 +57,27 @@ def gram_svd(
     """Principal axes: ``X V = U Σ`` with the right singular vectors V of X, ``g = Vᵀ``.
 
     Columns come in decreasing length; in each the entry of largest modulus is positive (of several
-    equal ones the first). V is read off a d×d decomposition of ``Xᵀ X``.
+    equal ones the first). Columns of equal length are turned among themselves by the same rule, a
+    QR decomposition with pivoting (:mod:`quotientopt.sections.convention`), so that the
+    representative is the same for every point of an orbit. Any N, d and rank: columns past the rank
+    are zero.
 
-    Residual group: none where the singular values are distinct, O(k) where k of them coincide.
+    Residual group: none.
 
     Differentiable by autograd, twice and more. The axes turn at a rate of one over the gaps between
     singular values: below a relative gap of √ε (1.5e-8 for float64, 3.5e-4 otherwise) they are held
     still in the derivative, so that it stays finite, and exact for functions that do not depend on
-    the choice of axes among equal singular values. :func:`quotientopt.nn.tokens.dress_tokens` also
-    takes matrices of any rank, and tells the gap.
+    the choice of axes among equal singular values. With N < d, g is a constant.
 
     Parameters
     ----------
     X : Tensor, shape (*batch, N, d)
-        Token matrix of full column rank (its moving part, under a stabiliser).
+        Token matrix.
     stabilizer : O or StabilizerOfOnes, optional
         The group; O(d) by default.
     check : bool
-        Whether to look for rank deficiency, which waits for the device.
+        Whether to look for non-finite entries and for equal singular values, which waits for the
+        device. Without it columns of equal length stay as the decomposition happens to give them.
 
     Returns
     -------
@@ -57,19 +88,11 @@ def gram_svd(
     Raises
     ------
     ValueError
-        If X is rank-deficient or not finite, or has more columns than rows.
+        If X is not finite.
     TypeError
         If the dtype is not floating-point.
     """
-    group, moving = _moving_part(X, stabilizer)
-    precision = torch.finfo(X.dtype).eps
-    S = gram(moving.mT)
-    L = cholesky(S, "token matrix X", check=check, precision=precision)
-    _, values, Vt = torch.linalg.svd(L.mT.detach())
-    _, V = principal_axes(S, values, Vt.mT, default_tolerance(X.dtype))
-    Vt = V.mT
-    signs = row_signs(Vt @ moving.mT)
-    return _dress(X, group.element_of_moving(signs * Vt))
+    return gram_section("svd", X, stabilizer=stabilizer, check=check)
 
 
 def gram_polar(
@@ -79,38 +102,52 @@ def gram_polar(
 
     The first d rows have the polar decomposition ``X₁ = (X₁ X₁ᵀ)^{1/2} g``, and the representative
     is ``X gᵀ``: smooth wherever these rows are linearly independent, whatever the singular values.
-    Under the stabiliser of 1 it is the first d − 1 rows of the moving part.
+    With N < d it is ``[(X Xᵀ)^{1/2}, 0]``, and g a constant for autograd. Under the stabiliser of 1
+    it is the first d − 1 rows of the moving part.
 
-    Residual group: none. Not global: the first d rows must be independent. Differentiable by
-    autograd to any order wherever it is defined.
+    Residual group: none. Not global: the first min(N, d) rows must be independent. Differentiable
+    by autograd to any order wherever it is defined.
 
     Parameters, returns and errors as for :func:`gram_svd`; ``ValueError`` also if the leading block
     is singular to working precision.
     """
-    group, moving = _moving_part(X, stabilizer)
-    if check:
-        check_finite("token matrix X", X)
-    size = moving.shape[-1]
-    leading = moving[..., :size, :]
-    if check:
-        values = torch.linalg.svdvals(leading.detach())
-        floor = size * torch.finfo(compute_dtype(X.dtype)).eps * values[..., 0]
-        failed = values[..., -1] <= floor
-        if bool(failed.any()):
-            raise ValueError(
-                f"the leading {size} rows of X are linearly dependent"
-                f"{locate_first(failed)}: the polar section is undefined, use 'svd'"
-            )
-    return _dress(X, group.element_of_moving(orthogonal_polar_factor(leading)))
+    return gram_section("polar", X, stabilizer=stabilizer, check=check)
 
 
-_SECTIONS = {"svd": gram_svd, "polar": gram_polar}
+def gram_triangular(
+    X: Tensor, *, stabilizer: O | None = None, check: bool = True
+) -> tuple[Tensor, Tensor]:
+    """L of ``X = L Q``, lower triangular with positive diagonal, ``g = Q``: the causal section.
+
+    Row i depends on the tokens up to i alone, to the last bit; see
+    :mod:`quotientopt.sections.causal`. Any N, d and rank.
+
+    Residual group: none. Differentiable to any order where the leading rows are independent.
+    Parameters, returns and errors as for :func:`gram_svd`.
+    """
+    return gram_section("triangular", X, stabilizer=stabilizer, check=check)
 
 
 def gram_section(
-    kind: str, X: Tensor, *, stabilizer: O | None = None, check: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Representative and element of the section `kind`, ``"svd"`` or ``"polar"``.
+    kind: str,
+    X: Tensor,
+    *,
+    stabilizer: O | None = None,
+    check: bool = True,
+    return_gap: bool = False,
+    warn_below: float | None = None,
+) -> Any:
+    """Representative and element of the section `kind`, ``"svd"``, ``"polar"`` or ``"triangular"``.
+
+    Parameters
+    ----------
+    kind, X, stabilizer, check
+        See :func:`gram_svd`.
+    return_gap : bool
+        For ``"svd"``: return the smallest difference of neighbouring singular values over the
+        largest as well, of shape (*batch).
+    warn_below : float, optional
+        For ``"svd"``: warn where that gap is not above it.
 
     Raises
     ------
@@ -119,23 +156,127 @@ def gram_section(
     """
     if kind not in _SECTIONS:
         raise ValueError(f"section must be one of {tuple(_SECTIONS)}, got {kind!r}")
-    return _SECTIONS[kind](X, stabilizer=stabilizer, check=check)
-
-
-def _moving_part(X: Tensor, stabilizer: O | None) -> tuple[O, Tensor]:
+    check_gap_options(kind, return_gap, warn_below)
     check_floating("X", X)
-    if X.ndim < 2:
-        raise ValueError(f"X must have shape (*batch, N, d), got {tuple(X.shape)}")
+    if X.ndim < 2 or 0 in X.shape[-2:]:
+        raise ValueError(
+            f"X must have shape (*batch, N, d) with N and d at least 1, got {tuple(X.shape)}"
+        )
     group = O(X.shape[-1]) if stabilizer is None else stabilizer
     if group.r != X.shape[-1]:
         raise ValueError(f"{group!r} does not act on X of shape {tuple(X.shape)}")
-    moving = group.moving_part(wide(X))
-    if moving.shape[-2] < moving.shape[-1]:
+    if check:
+        check_finite("token matrix X", X)
+    found = dress_matrix(kind, group.moving_part(wide(X)), X.dtype, check=check)
+    warn_of_gap(found.gap, warn_below)
+    matrix = found.matrix
+    if matrix.shape[-1] < X.shape[-1]:
+        fixed = wide(X) - group.from_moving_part(group.moving_part(wide(X)))
+        matrix = fixed + group.from_moving_part(matrix)
+    dtype = compute_dtype(X.dtype)
+    result = matrix.to(X.dtype), group.element_of_moving(found.element).to(dtype)
+    return (*result, found.gap.to(dtype)) if return_gap else result
+
+
+def dress_matrix(
+    kind: str, X: Tensor, stored: torch.dtype, *, tolerance: float | None = None, check: bool = True
+) -> DressedMatrix:
+    """A section of X under all of O(m), with its gap.
+
+    Parameters
+    ----------
+    kind : {"svd", "polar", "triangular"}
+    X : Tensor, shape (*batch, N, m)
+        In the widest precision.
+    stored : torch.dtype
+        Precision of its entries, which decides what counts as zero and as equal.
+    tolerance : float, optional
+        Relative gap below which derivatives of ``"svd"`` are regularised.
+    check : bool
+        As for :func:`gram_svd`.
+    """
+    return _SECTIONS[kind](X, stored, tolerance, check)
+
+
+def _svd(X: Tensor, stored: torch.dtype, tolerance: float | None, check: bool) -> DressedMatrix:
+    """``U Σ``, from decompositions of the size of the smaller side."""
+    tolerance = default_tolerance(stored) if tolerance is None else tolerance
+    floor = max(X.shape[-2:]) * torch.finfo(compute_dtype(stored)).eps
+    tall = X.shape[-2] >= X.shape[-1]
+    Y = X if tall else X.mT
+    with torch.no_grad():
+        # A QR decomposition does not square the condition number, as the Gram matrix would.
+        Q, R = torch.linalg.qr(Y.detach(), mode="r" if tall else "complete")
+        small = R[..., : Y.shape[-1], :]
+        left, values, Wt = torch.linalg.svd(small)
+        present = values > floor * values[..., :1]
+    S = Y.mT @ Y
+    _, W = principal_axes(S, torch.where(present, values, 0), Wt.mT, tolerance)
+    if tall:
+        dressed, element = X @ W, W.mT
+    else:
+        # Σ as a function of X: where axes are held still it does not stay diagonal.
+        middle = W.mT @ S @ W
+        tiny = torch.where(values[..., :1] > 0, floor * values[..., :1], 1)
+        roots = torch.where(present, values, tiny)
+        identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
+        dressed = W @ symmetric_root((middle + middle.mT) / 2, roots, identity)
+        size = values.shape[-1]
+        element = torch.cat((Q[..., :size] @ left, Q[..., size:]), dim=-1).mT
+    shown = torch.where(present, values, 0)
+    turn, _ = turn_of_rows(dressed.detach().mT, shown, stored, equal=check)
+    dressed = torch.where(present.unsqueeze(-2), dressed @ turn.mT, 0)
+    rows = values.shape[-1]
+    element = torch.cat((turn @ element[..., :rows, :], element[..., rows:, :]), dim=-2)
+    return DressedMatrix(_padded(dressed, X.shape[-1]), element, gap_of_present(shown))
+
+
+def _polar(X: Tensor, stored: torch.dtype, tolerance: float | None, check: bool) -> DressedMatrix:
+    """``X gᵀ`` with the polar factor g of the leading block, and its smallest singular value."""
+    floor = max(X.shape[-2:]) * torch.finfo(compute_dtype(stored)).eps
+    size = min(X.shape[-2:])
+    leading = X[..., :size, :]
+    broad = X.shape[-2] < X.shape[-1]
+    with torch.no_grad():
+        if broad:
+            Q, R = torch.linalg.qr(X.detach().mT, mode="complete")
+            left, values, Wt = torch.linalg.svd(R[..., :size, :])
+        else:
+            values = torch.linalg.svdvals(leading.detach())
+    least, most = values[..., -1], values[..., 0]
+    if check and bool((least <= floor * most).any()):
         raise ValueError(
-            f"X must have shape (*batch, N, d) with N >= {moving.shape[-1]}, got {tuple(X.shape)}"
+            f"the leading {size} tokens of X are linearly dependent"
+            f"{locate_first(least <= floor * most)}: the polar section is undefined, use 'svd'"
         )
-    return group, moving
+    gap = least / torch.where(most > 0, most, 1)
+    if broad:
+        root = symmetric_root(X @ X.mT, values, Wt.mT)
+        rows = (Q[..., :size] @ left @ Wt).mT
+        element = torch.cat((rows, Q[..., size:].mT), dim=-2)
+        return DressedMatrix(_padded(root, X.shape[-1]), element, gap)
+    element = orthogonal_polar_factor(leading)
+    return DressedMatrix(X @ element.mT, element, gap)
 
 
-def _dress(X: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return (wide(X) @ g.mT).to(X.dtype), g.to(compute_dtype(X.dtype))
+def _triangular(
+    X: Tensor, stored: torch.dtype, tolerance: float | None, check: bool
+) -> DressedMatrix:
+    """L of ``X = L Q`` and the smallest relative distance from the span of earlier tokens."""
+    with torch.no_grad():
+        found = causal_lq(X.detach(), floor=dependence(X.shape[-1], stored), stop_early=check)
+    matrix, element = differentiable_lq(X, found)
+    return DressedMatrix(matrix, element, found.distance.amin(dim=-1))
+
+
+_SECTIONS = {"svd": _svd, "polar": _polar, "triangular": _triangular}
+
+
+def dependence(width: int, stored: torch.dtype) -> float:
+    """Relative distance from a span at which a token counts as lying in it."""
+    return 4 * width * torch.finfo(compute_dtype(stored)).eps
+
+
+def _padded(matrix: Tensor, width: int) -> Tensor:
+    """With columns of zeros up to `width`."""
+    return functional.pad(matrix, (0, width - matrix.shape[-1]))

@@ -1,6 +1,7 @@
 """Dressing fields of rotary heads under their commutant: complex planes and passing rows."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,18 @@ from quotientopt._linalg import (
     compute_dtype,
     first_largest,
     locate_first,
-    row_signs,
     wide,
 )
 from quotientopt.groups import RotaryCommutant
-from quotientopt.sections.factor import check_factors, check_kind, dress, element
+from quotientopt.sections.convention import check_gap_options, warn_of_gap
+from quotientopt.sections.factor import (
+    Dressing,
+    check_factors,
+    check_kind,
+    dress,
+    element,
+    svd_dressing,
+)
 
 
 def rotary_balanced_element(
@@ -99,41 +107,86 @@ def rotary_element(
     return g.to(dtype), g_inverse_transpose.to(dtype)
 
 
+def rotary_svd_dressing(
+    group: RotaryCommutant, A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = True
+) -> Dressing:
+    """The section ``"svd"`` of pairs of any rank under a rotary commutant.
+
+    Parameters
+    ----------
+    group : RotaryCommutant
+    A, B, stored, check
+        As for :func:`quotientopt.sections.factor.svd_dressing`.
+    """
+    A, B = wide(A), wide(B)
+    a, b = group.complex_rows(A), group.complex_rows(B)
+    lengths = [(x.real.square() + x.imag.square()).sum(dim=-1) for x in (a, b)]
+    if check and not bool(torch.isfinite(lengths[0] + lengths[1]).all()):
+        failed = ~torch.isfinite(lengths[0] + lengths[1]).all(dim=-1)
+        raise ValueError(f"a rotary plane has non-finite entries{locate_first(failed)}")
+    there = [length > 0 for length in lengths]
+    left, right = (
+        torch.where(here, length, 1) for here, length in zip(there, lengths, strict=True)
+    )
+    # Both of the length (|a| |b|)^{1/2}; where one vanishes the other of length 1.
+    power = torch.where(there[0] & there[1], 0.25, 0.5)
+    scale = (left / right).pow(power)
+    phase = torch.ones_like(scale, dtype=b.dtype)
+    if group.planes:
+        # Both turn by one phase, so that a tells it as well where b vanishes.
+        in_a, in_b = (first_largest(x).squeeze(-1) for x in (a, b))
+        largest = torch.where(there[1], in_b, in_a)
+        modulus = largest.abs()
+        phase = largest.conj() / torch.where(modulus > 0, modulus, 1)
+        phase = torch.where(modulus > 0, phase, 1)
+    block = contragredient = None
+    gap = torch.full(A.shape[:-2], torch.inf, dtype=A.dtype, device=A.device)
+    if group.pass_rows:
+        rows = slice(group.rotary_dim, group.r)
+        passing = svd_dressing(A[..., rows, :], B[..., rows, :], stored, check=check)
+        block, contragredient, gap = passing.g, passing.contragredient, passing.gap
+    g = group.element(phase * scale, block)
+    other = group.element(phase / scale, contragredient)
+    return Dressing(other @ A, g @ B, g, other, gap)
+
+
 def rotary_section(
-    kind: str, group: RotaryCommutant, A: Tensor, B: Tensor, *, check: bool = True
-) -> tuple[Pair, Tensor]:
+    kind: str,
+    group: RotaryCommutant,
+    A: Tensor,
+    B: Tensor,
+    *,
+    check: bool = True,
+    return_gap: bool = False,
+    warn_below: float | None = None,
+) -> Any:
     """Canonical representative of (A, B) under a rotary commutant, and the element leading to it.
 
     For ``"svd"`` the phases are fixed as well: in the dressed complex row b of each plane the entry
-    of largest modulus is real and positive (of several equal ones the first), and in each dressed
-    passing row of B the entry of largest modulus is positive. So ``"svd"`` leaves no residual group
-    but O(k) where k singular values of the passing block coincide.
+    of largest modulus is real and positive (of several equal ones the first), and the passing rows
+    are as :func:`quotientopt.sections.section` says. It takes pairs of any rank: where one complex
+    row of a plane vanishes the other gets the length 1, and a tells the phase where b vanishes.
 
     Parameters
     ----------
     kind : {"svd", "balanced", "orthonormal", "triangular"}
     group : RotaryCommutant
-    A, B, check
-        As for :func:`quotientopt.sections.section`, returns and errors too.
+    A, B, check, return_gap, warn_below
+        As for :func:`quotientopt.sections.section`, returns and errors too; the gap is that of the
+        passing rows, planes are not ordered.
     """
     check_factors(A, B)
+    check_gap_options(kind, return_gap, warn_below)
+    stored = torch.promote_types(A.dtype, B.dtype)
+    dtype = compute_dtype(stored)
+    if kind == "svd":
+        found = rotary_svd_dressing(group, A, B, stored, check=check)
+        warn_of_gap(found.gap, warn_below)
+        result = (found.A.to(A.dtype), found.B.to(B.dtype)), found.g.to(dtype)
+        return (*result, found.gap.to(dtype)) if return_gap else result
     element_of = partial(rotary_element, kind, group)
     (dressed_A, dressed_B), g, _ = dress(element_of, A, B, check=check)
-    if kind == "svd":
-        turn = _turn_to_convention(group, dressed_B)
-        dressed_A, dressed_B, g = turn @ dressed_A, turn @ dressed_B, turn @ g
-    dtype = compute_dtype(torch.promote_types(A.dtype, B.dtype))
     return (dressed_A.to(A.dtype), dressed_B.to(B.dtype)), g.to(dtype)
-
-
-def _turn_to_convention(group: RotaryCommutant, B: Tensor) -> Tensor:
-    """Phases and signs that put the largest entry of every row on the positive axis."""
-    passing = B[..., group.rotary_dim :, :]
-    block = torch.diag_embed(row_signs(passing).squeeze(-1)) if group.pass_rows else None
-    planes = group.complex_rows(B)
-    largest = first_largest(planes).squeeze(-1) if group.planes else planes[..., 0]
-    phase = largest.conj() / largest.abs()
-    return group.element(phase, block)
 
 
 def _squared_plane_norms(S: Tensor, rows: Tensor, name: str, check: bool) -> Tensor:

@@ -11,7 +11,8 @@ from quotientopt.groups import O, RotaryCommutant, StabilizerOfOnes
 
 BATCH_SHAPES = ((), (3,), (2, 3))
 BACKENDS = ("numpy", "torch")
-KINDS = ("preconditioned", "right-invariant", "rotary", "orthogonal", "gram", "stabilizer")
+GRAMS = ("gram", "stabilizer", "broad")
+KINDS = ("preconditioned", "right-invariant", "rotary", "orthogonal", *GRAMS)
 
 
 def manifold(kind, batch_shape=(), backend="numpy", **options):
@@ -19,6 +20,8 @@ def manifold(kind, batch_shape=(), backend="numpy", **options):
     options = {"batch_shape": batch_shape, "backend": backend} | options
     if kind == "gram":
         return qp.GramManifold(7, 3, **options)
+    if kind == "broad":
+        return qp.GramManifold(3, 7, **options)
     if kind == "stabilizer":
         return qp.GramManifold(7, 3, stabilizer=StabilizerOfOnes(3), **options)
     if kind == "rotary":

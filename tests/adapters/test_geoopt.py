@@ -27,9 +27,10 @@ BUILDERS = {
     "rotary": lambda: qg.FactorManifold(5, 7, 6, group=RotaryCommutant(5, 2)),
     "euclidean": lambda: qg.FactorManifold(3, 7, 5, group=O(3), metric="euclidean"),
     "gram of ones": lambda: qg.GramManifold(7, 4, stabilizer=StabilizerOfOnes(4)),
+    "broad gram": lambda: qg.GramManifold(3, 6),
 }
 MAIN = (*METRICS, "gram")
-FLAT = ("gram", "euclidean", "gram of ones")
+FLAT = ("gram", "euclidean", "gram of ones", "broad gram")
 ONE_LINE = r"\A.+\Z"
 kinds = pytest.mark.parametrize("kind", BUILDERS)
 
@@ -47,7 +48,7 @@ def situations(draw):
     r = draw(st.integers(1, 4))
     extra = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
     if kind == "gram":
-        return qg.GramManifold(r + extra[0], r), batch, generator
+        return qg.GramManifold(r + extra[0], r + extra[1]), batch, generator
     return qg.FactorManifold(r, r + 1 + extra[0], r + 1 + extra[1], metric=kind), batch, generator
 
 
@@ -356,7 +357,7 @@ def test_quotients_and_names():
         lambda: qg.FactorManifold(5, 4, 6),
         lambda: qg.FactorManifold(2, 4, 6, metric="euclid"),
         lambda: qg.FactorManifold(2, 4, 6, group=GL(3)),
-        lambda: qg.GramManifold(2, 3),
+        lambda: qg.GramManifold(0, 3),
     ],
 )
 def test_bad_arguments(call):

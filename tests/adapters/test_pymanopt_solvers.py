@@ -166,7 +166,7 @@ def slope(monkeypatch):
 
 
 def second_order(kind, backend):
-    flat = kind in ("gram", "stabilizer")
+    flat = kind in cases.GRAMS
     options = {} if flat else {"retraction": "second-order"}
     return cases.manifold(kind, backend=backend, **options)
 

@@ -325,7 +325,7 @@ def test_one_line_where_the_bias_was_needed_for_full_rank():
     with torch.no_grad():
         layer.k.weight[0] = layer.k.weight[1]
     with pytest.raises(ValueError, match=r"symmetry 'qk'.*rank-deficient.*without the bias"):
-        dress_(layer, symmetries=find(layer))
+        dress_(layer, "balanced", symmetries=find(layer))
 
 
 def test_an_output_bias_that_is_frozen_is_refused():

@@ -275,11 +275,6 @@ def test_refusals():
     refused(ValueError, "different parameters", model, small_llama())
     refused(ValueError, "no head symmetry of Linear", nn.Linear(3, 3), nn.Linear(3, 3))
     refused(TypeError, "torch.nn.Module", model, "reference")
-    deficient = small_gpt()
-    with torch.no_grad():
-        deficient.blocks[1].attention.value.weight[0] = 0
-    refused(ValueError, "'blocks.1.attention.vo'.*rank-deficient", model, deficient)
-    refused(ValueError, "'blocks.1.attention.vo'.*rank-deficient", deficient, model)
     broken = small_gpt()
     with torch.no_grad():
         broken.head.weight[0, 0] = torch.inf

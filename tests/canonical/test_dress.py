@@ -11,6 +11,7 @@ from quotientopt import canonical
 from quotientopt.canonical import dress_
 from quotientopt.groups import GL, O
 from quotientopt.models import reference_model
+from quotientopt.sections.convention import clusters
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from tests.canonical.models import (
     ARCHITECTURES,
@@ -256,7 +257,7 @@ def test_equal_singular_values_are_fixed_too():
 
 
 def test_equal_singular_values_need_the_convention(monkeypatch):
-    monkeypatch.setattr("quotientopt.canonical.convention.clusters", lambda *_: {})
+    monkeypatch.setattr("quotientopt.sections.convention.clusters", lambda *_: {})
     model = orthogonal_gpt()
     twin = twin_of(model, residual=False)
     dress_(model)
@@ -283,7 +284,7 @@ def test_close_singular_values_are_told_apart():
     found = {}
     for dtype in (torch.float32, torch.float64):
         values = torch.tensor([[1.0, 1.0 - 1e-7, 0.5]], dtype=torch.float64)
-        found[dtype] = canonical.convention.clusters(values, dtype)
+        found[dtype] = clusters(values, dtype)
     assert found[torch.float32] == {(0, 2): [0]}
     assert found[torch.float64] == {}
 
@@ -373,7 +374,8 @@ def test_rank_deficient_and_nonfinite_pairs_are_named():
     model = small_gpt()
     with torch.no_grad():
         model.blocks[1].attention.key.weight[:8] = 0
-    refused(model, ValueError, "'blocks.1.attention.qk': right factor B is rank-deficient")
+    match = "'blocks.1.attention.qk': right factor B is rank-deficient"
+    refused(model, ValueError, match, section="balanced")
     with torch.no_grad():
         model.blocks[1].attention.key.weight[:8] = torch.nan
     refused(model, ValueError, "'blocks.1.attention.qk': right factor B has non-finite")
@@ -381,16 +383,18 @@ def test_rank_deficient_and_nonfinite_pairs_are_named():
     with torch.no_grad():
         model.query.zero_()
         model.key[8:16] = 0
-    refused(model, ValueError, "'qk': \\[A B\\] is rank-deficient", symmetries=model.symmetries())
+    options = {"symmetries": model.symmetries().heads[:1], "section": "polar"}
+    refused(model, ValueError, "'qk': .*linearly dependent", **options)
 
 
 def test_a_vanishing_factor():
-    """As in a fresh low-rank adapter: only the sections that look at the other factor are there."""
+    """As in a fresh low-rank adapter: the balanced section is not there."""
     model, _ = hand_made("partial")
     with torch.no_grad():
         model.output.zero_()
     pair = model.symmetries().heads[1:]
-    refused(model, ValueError, "'vo': left factor A is rank-deficient", symmetries=pair)
+    match = "'vo': left factor A is rank-deficient"
+    refused(model, ValueError, match, symmetries=pair, section="balanced")
     dress_(model, "orthonormal", symmetries=pair)
     (value,) = pair[0].right
     assert torch.allclose(value @ value.mT, torch.eye(8).double().expand(3, 8, 8), atol=1e-12)

@@ -139,5 +139,9 @@ def test_they_are_copies_in_at_least_float32():
     with torch.no_grad():
         model.blocks[0].attention.key.weight.zero_()
     assert torch.equal(found.right, before)
-    with pytest.raises(ValueError, match=r"'blocks\.0\.attention\.qk': right .*rank-deficient"):
+    found = invariants(model)["blocks.0.attention.qk"]
+    assert found.left.abs().sum() == found.right.abs().sum() == 0
+    with torch.no_grad():
+        model.blocks[0].attention.key.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attention\.qk': right .*non-finite"):
         invariants(model)

@@ -26,7 +26,8 @@ SMALL_GROUPS = {
     "o": O(2),
 }
 FACTOR_KINDS = tuple(FACTORS)
-GRAM_KINDS = ("gram", "gram of ones")
+BROAD_KINDS = ("broad gram", "broad gram of ones")  # fewer tokens than dimensions
+GRAM_KINDS = ("gram", "gram of ones", *BROAD_KINDS)
 KINDS = FACTOR_KINDS + GRAM_KINDS
 FLAT_KINDS = ("o euclidean", *GRAM_KINDS)  # the total space is flat
 BATCH_SHAPES = ((), (3,), (2, 3))
@@ -86,8 +87,10 @@ class Case:
         self.is_flat = self.kind in FLAT_KINDS
         if self.is_gram:
             rows, columns = (4, 2) if self.small else (7, 3)
+            if self.kind in BROAD_KINDS:
+                rows, columns = (2, 3) if self.small else (3, 6)
             group = None
-            if self.kind == "gram of ones":
+            if self.kind.endswith("of ones"):
                 columns += 1
                 group = StabilizerOfOnes(columns)
             self.manifold = GramQuotient(

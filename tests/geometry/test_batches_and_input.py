@@ -123,6 +123,8 @@ def test_description():
     assert FactorQuotient(6, 7, 5, group=RotaryCommutant(6, 4)).dim == 72 - 4 - 4
     assert GramQuotient(7, 3).dim == 21 - 3
     assert GramQuotient(7, 4, stabilizer=StabilizerOfOnes(4)).dim == 28 - 3
+    assert GramQuotient(3, 6).dim == GramQuotient(3, 3).dim == 6  # symmetric 3×3 matrices
+    assert GramQuotient(3, 7, stabilizer=StabilizerOfOnes(7)).dim == 6 + 3
     assert "preconditioned" in repr(FactorQuotient(3, 7, 5))
     assert repr(GramQuotient(7, 3)) == "GramQuotient(7, 3, batch_shape=())"
     assert "StabilizerOfOnes(4)" in repr(GramQuotient(7, 4, stabilizer=StabilizerOfOnes(4)))
@@ -159,8 +161,8 @@ PAIR = (torch.randn(3, 2, 4), torch.randn(3, 2, 3))
         (lambda: FactorQuotient(2, 4, 3).geodesic(x4(), x4(), 1.0), "no closed form"),
         (lambda: FactorQuotient(2, 4, 3, group=O(2)).section(x4(), "balanced"), r"for O\(2\)"),
         (lambda: FactorQuotient(2, 4, 3, group=O(2)).act(2 * torch.eye(2), x4()), "not orthogonal"),
-        (lambda: GramQuotient(2, 3), "N >= 3"),
-        (lambda: GramQuotient(2, 4, stabilizer=StabilizerOfOnes(4)), "N >= 3"),
+        (lambda: GramQuotient(2, 3).check_point(torch.ones(2, 3)), "x is rank-deficient"),
+        (lambda: GramQuotient(0, 3), "N must be a positive"),
         (lambda: GramQuotient(4, 2, stabilizer=O(1)), r"O\(2\) or StabilizerOfOnes\(2\)"),
         (lambda: GramQuotient(4, 2, stabilizer=GL(2)), r"got GL\(2\)"),
         (

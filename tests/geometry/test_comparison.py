@@ -5,6 +5,7 @@ import torch
 
 from quotientopt.groups import O
 from quotientopt.manifolds import FactorQuotient, GramQuotient
+from quotientopt.manifolds.orbits.nearest import relative_charge
 from tests.geometry.cases import BATCH_SHAPES, KINDS, Case, add, deviation, generator, relative
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -62,15 +63,76 @@ def test_align(kind, batch_shape):
     case = Case(kind, batch_shape)
     M, x, y = case.manifold, case.point(), case.point()
     g, h = case.element(), case.element()
-    aligned, element = M.align(x, y)
-    M.group.check_element(element)
-    assert deviation(M.act(element, x), aligned) < 1e-10
-    assert deviation(M.canonical_projection(aligned), M.canonical_projection(x)) < 1e-11
-    assert deviation(M.align(M.act(g, x), y)[0], aligned) < 1e-10
-    assert deviation(M.align(x, M.act(h, y))[0], M.act(h, aligned)) < 1e-9
-    assert deviation(M.align(M.act(g, y), y)[0], y) < 1e-10
+    methods = [M.align] if case.is_gram else [M.align, M.align_balanced]
+    for align in methods:
+        aligned, element = align(x, y)
+        M.group.check_element(element)
+        assert deviation(M.act(element, x), aligned) < 1e-10
+        assert deviation(M.canonical_projection(aligned), M.canonical_projection(x)) < 1e-11
+        assert deviation(align(M.act(g, x), y)[0], aligned) < 1e-9
+        assert deviation(align(M.act(g, y), y)[0], y) < 1e-10
+    # The last of them is equivariant in y.
+    assert deviation(methods[-1](x, M.act(h, y))[0], M.act(h, aligned)) < 1e-9
     # Control: without alignment the representatives differ.
     assert deviation(M.act(g, y), y) > 1e-3
+
+
+def apart(p, q):
+    """Frobenius distances of representatives, one per batch item."""
+    return sum((a - b).square().sum(dim=(-2, -1)) for a, b in zip(p, q, strict=True)).sqrt()
+
+
+@batches
+@pytest.mark.parametrize(
+    "kind", ["gl preconditioned", "rotary preconditioned", "partial right-invariant"]
+)
+def test_align_finds_the_least_distance(kind, batch_shape):
+    case = Case(kind, batch_shape)
+    M, x, y = case.manifold, case.point(), case.point()
+    nearest, _, charge = M.align(x, y, return_charge=True)
+    balanced, _ = M.align_balanced(x, y)
+    least, start = apart(nearest, y), apart(balanced, y)
+    assert charge.max() < 1e-12
+    assert (least <= start).all()
+    assert (least < 0.9999 * start).all()
+    # Orthogonal to the orbit, and nearer than whatever lies around it, near or far.
+    difference = tuple(p - q for p, q in zip(nearest, y, strict=True))
+    for seed in range(5):
+        direction = M.vertical_vector(nearest, case.square())
+        inner = sum((u * v).sum(dim=(-2, -1)) for u, v in zip(direction, difference, strict=True))
+        size = sum(u.square().sum(dim=(-2, -1)) for u in direction).sqrt()
+        assert (inner / size / least).abs().max() < 1e-11
+        for strength in (1e-3, 1e-1, 1.0):
+            h = torch.matrix_exp(strength * M.group.algebra_projection(case.square()))
+            assert (apart(M.act(h, nearest), y) > least).all(), seed
+    # Control: the closed form does not end there.
+    _, _, own = M.align(balanced, y, return_charge=True)
+    assert own.max() < 1e-12
+    assert relative_charge(M.group, balanced, y).max() > 1e-3
+
+
+def test_align_agrees_with_a_search_over_all_scales():
+    """GL(1): the least distance over a fine grid of both signs."""
+    M = FactorQuotient(1, 4, 3, batch_shape=(20,))
+    x, y = (M.random_point(generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    least = apart(M.align(x, y)[0], y)
+    scales = torch.logspace(-2, 2, 20001, dtype=torch.float64)
+    scales = torch.cat((scales, -scales))[:, None, None, None]
+    grid = apart((x[0] / scales, x[1] * scales), y).amin(dim=0)
+    assert (least < grid * (1 + 1e-12)).all()
+    assert (least - grid).abs().max() < 1e-6
+
+
+def test_align_of_ill_conditioned_pairs_and_of_float32():
+    M = FactorQuotient(4, 9, 8, batch_shape=(3,))
+    x, y = (M.random_point(generator=generator(s), dtype=torch.float64) for s in (2, 3))
+    expected = apart(M.align(x, y)[0], y)
+    g = M.group.random((3,), cond=1e3, generator=generator(4), dtype=torch.float64)
+    assert (apart(M.align(M.act(g, x), y)[0], y) - expected).abs().max() < 1e-9
+    single = tuple(part.float() for part in x), tuple(part.float() for part in y)
+    aligned, _ = M.align(*single)
+    assert aligned[0].dtype == torch.float32
+    assert (apart(aligned, single[1]) - expected).abs().max() < 1e-5
 
 
 @batches

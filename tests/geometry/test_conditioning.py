@@ -159,7 +159,7 @@ def test_gram_float32_with_a_condition_number_of_a_million(kind):
     case = Case(kind, (3,))
     M = case.manifold
     U, _, Vt = torch.linalg.svd(case.point(), full_matrices=False)
-    x = (U * torch.logspace(-3, 0, M.d, dtype=U.dtype) @ Vt).float()
+    x = (U * torch.logspace(-3, 0, U.shape[-1], dtype=U.dtype) @ Vt).float()
     horizontal = M.horizontal_component(x, case.vector().float())
     M.check_tangent(x, horizontal, tolerance=1e-5)
     with pytest.raises(ValueError, match="not horizontal"):

@@ -6,13 +6,14 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from quotientopt import sections
 from quotientopt.groups import O, StabilizerOfOnes
-from quotientopt.nn.tokens import DressedTokens, dress_tokens
+from quotientopt.models.gpt import GPTBlock
+from quotientopt.nn.tokens import CausalDressing, DressedTokens, dress_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
 ONE_LINE = r"\A.+\Z"
 BATCH_SHAPES = ((), (3,), (2, 3))
 batches = pytest.mark.parametrize("batch_shape", BATCH_SHAPES, ids=str)
-kinds = pytest.mark.parametrize("kind", ["svd", "polar"])
+kinds = pytest.mark.parametrize("kind", ["svd", "polar", "triangular"])
 shapes = pytest.mark.parametrize("shape", [(7, 4), (4, 4), (3, 6)], ids=str)
 
 
@@ -69,9 +70,15 @@ def test_what_each_section_normalises(shape, batch_shape):
     assert torch.linalg.eigvalsh(block).min() > 0
     assert polar[..., :size, size:].abs().sum() == 0
     assert (svd.mT @ svd - polar.mT @ polar).abs().max() > 0.1
+    triangular = dress_tokens(X, "triangular")
+    block = triangular[..., :size, :size]
+    assert block.triu(1).abs().sum() == 0
+    assert block.diagonal(dim1=-2, dim2=-1).min() > 0
+    assert triangular[..., size:].abs().sum() == 0
+    assert (block @ block.mT - (X @ X.mT)[..., :size, :size]).abs().max() < 1e-12
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["svd", "polar"])
 def test_they_are_the_sections_of_the_gram_quotient(kind):
     X = randn(2, 7, 4)
     assert (dress_tokens(X, kind) - sections.gram_section(kind, X)[0]).abs().max() < 1e-12
@@ -321,3 +328,135 @@ def test_condition_is_not_squared():
 def test_bad_input(build, error):
     with pytest.raises(error, match=ONE_LINE):
         build()
+
+
+# ---- causality -----------------------------------------------------------------------------------
+
+CAUSAL_SHAPES = pytest.mark.parametrize("shape", [(12, 5), (9, 9), (6, 20), (150, 12)], ids=str)
+
+
+def with_repeats(X):
+    """A token twice, one of zeros and one in the span of others, in the first batch item only."""
+    X = X.clone()
+    X[0, 1], X[0, 3], X[0, 4] = -2 * X[0, 0], 0, X[0, 2] + 3 * X[0, 0]
+    return X
+
+
+@CAUSAL_SHAPES
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_later_tokens_change_nothing_to_the_last_bit(shape, repeats, dtype):
+    X, other = randn(3, *shape), randn(3, *shape, seed=5)
+    X = (with_repeats(X) if repeats else X).to(dtype)
+    dressed = dress_tokens(X, "triangular", causal=True)
+    for t in {1, 2, 4, 5, shape[0] // 2, shape[0] - 1}:
+        changed = torch.cat((X[:, :t], 1e3 * other[:, t:].to(dtype)), dim=1)
+        assert torch.equal(dress_tokens(changed, "triangular")[:, :t], dressed[:, :t])
+        assert torch.equal(dress_tokens(X[:, :t], "triangular"), dressed[:, :t])
+    # Neither does the rest of the batch, nor whether anything is checked on the way.
+    assert torch.equal(dress_tokens(X[0], "triangular"), dressed[0])
+    assert torch.equal(dress_tokens(X, "triangular", check=False), dressed)
+
+
+@pytest.mark.parametrize("kind", ["svd", "polar"])
+def test_the_other_sections_leak(kind):
+    X = randn(12, 20)
+    changed = torch.cat((X[:8], randn(4, 20, seed=1)))
+    difference = dress_tokens(changed, kind)[:8] - dress_tokens(X, kind)[:8]
+    assert difference.abs().max() > 0.5
+    with pytest.raises(ValueError, match=f"section '{kind}' lets tokens depend on later ones"):
+        dress_tokens(X, kind, causal=True)
+
+
+@CAUSAL_SHAPES
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_triangular_section_is_invariant(shape, repeats):
+    X = randn(3, *shape)
+    X = with_repeats(X) if repeats else X
+    moved = X @ rotation((3,), shape[-1])
+    dressed = dress_tokens(X, "triangular")
+    # The smallest distance from a span is what rounding is divided by.
+    X_gap = dress_tokens(X[1:], "triangular", return_gap=True).gap.min()
+    bound = 1e-14 * X.norm(dim=-1).max() / X_gap.clamp(max=1)
+    assert (dress_tokens(moved, "triangular") - dressed).abs().max() < max(bound, 1e-13)
+    assert (dressed @ dressed.mT - X @ X.mT).abs().max() < 1e-12
+    assert torch.equal(dress_tokens(dressed, "triangular").sign(), dressed.sign())
+
+
+def test_dependent_tokens_have_no_column():
+    dressed, gap = dress_tokens(with_repeats(randn(2, 7, 5)), "triangular", return_gap=True)
+    assert gap[0] == 0
+    assert gap[1] > 1e-3
+    first = dressed[0]
+    assert torch.equal(first[3], torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(first[1, 1:], torch.zeros(4, dtype=torch.float64))
+    assert first[[0, 2, 5, 6], [0, 1, 2, 3]].min() > 0  # echelon form
+    with pytest.raises(ValueError, match=r"relative gap of X is 0\.0e"):
+        dress_tokens(with_repeats(randn(2, 7, 5)), "triangular", strict=True)
+
+
+@CAUSAL_SHAPES
+def test_a_cache_gives_the_same_rows(shape):
+    X = with_repeats(randn(3, *shape)).float()
+    whole = dress_tokens(X, "triangular")
+    for group in (None, StabilizerOfOnes(shape[-1])):
+        dressing = CausalDressing(stabilizer=group)
+        rows = [dressing.append(X[:, :3]), dressing.append(X[:, 3:4])]
+        rows += [dressing.append(X[:, i : i + 2]) for i in range(4, shape[0], 2)]
+        rows = torch.cat(rows, dim=1)
+        assert dressing.axes.reflectors.shape[-2] <= shape[1]
+        if group is None:
+            assert torch.equal(rows, whole)
+        else:
+            expected = dress_tokens(X, "triangular", stabilizer=group)
+            assert (rows - expected).abs().max() < 1e-5
+            assert (rows - whole).abs().max() > 0.1
+    dressing = CausalDressing()
+    dressing.append(X[:, :4])
+    dressing.select(torch.tensor([2, 0]))
+    assert torch.equal(dressing.append(X[[2, 0], 4:]), whole[[2, 0], 4:])
+    with pytest.raises(ValueError, match=r"tokens before these have shape \(2, 'M', .*float32"):
+        dressing.append(X[:, :1])
+
+
+def test_gradients_of_a_prefix_are_zero_later():
+    X = with_repeats(randn(2, 8, 6)).requires_grad_()
+    loss = (dress_tokens(X, "triangular")[:, :4] * randn(2, 4, 6, seed=1)).sum()
+    (gradient,) = torch.autograd.grad(loss, X)
+    assert gradient[:, 4:].abs().sum() == 0
+    assert gradient[1, :4].abs().min() > 0
+    assert torch.isfinite(gradient).all()
+    loss = (dress_tokens(X, "svd")[:, :4] * randn(2, 4, 6, seed=1)).sum()
+    assert torch.autograd.grad(loss, X)[0][:, 4:].abs().max() > 1e-2
+
+
+def test_a_causal_transformer_on_dressed_tokens():
+    """It trains, does not see rotations, and does not see what comes later; undressed it does."""
+    torch.manual_seed(0)
+    width, length = 12, 10
+    blocks = torch.nn.Sequential(GPTBlock(width, 3), GPTBlock(width, 3)).double()
+    head = torch.nn.Linear(width, 1).double()
+
+    def predict(X, dressed=True):
+        X = dress_tokens(X, "triangular", causal=True) if dressed else X
+        return head(blocks(X)).squeeze(-1)
+
+    X = randn(64, length, width)
+    target = (X[:, :, None] * X[:, None, :1]).sum(-1).squeeze(-1).tanh()  # <x_i, x_1>
+    parameters = [*blocks.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (predict(X) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    with torch.no_grad():
+        Q = rotation((64,), width)
+        assert (predict(X @ Q) - predict(X)).abs().max() < 1e-11
+        assert (predict(X @ Q, dressed=False) - predict(X, dressed=False)).abs().max() > 0.1
+        changed = torch.cat((X[:, :6], randn(64, 4, width, seed=3)), dim=1)
+        assert (predict(changed) - predict(X))[:, :6].abs().max() < 1e-14
+        assert (predict(changed) - predict(X))[:, 6:].abs().max() > 0.1

@@ -1,6 +1,6 @@
 """What the manifold of factor pairs needs to know about the orbits of its group."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Orbits(Protocol):
     def aligning_element(self, x: Pair, y: Pair, *, check: bool) -> Pair:
         """The g that moves x to where it is closest to y, and ``g^{-T}``."""
 
-    def section(self, kind: str, x: Pair, *, check: bool) -> tuple[Pair, Tensor]:
-        """Canonical representative and the element that leads to it."""
+    def section(self, kind: str, x: Pair, *, check: bool, **options: Any) -> Any:
+        """Canonical representative and the element that leads to it; options as of the sections."""
 
 
 def product_distance(group: StructureGroup, x: Pair, y: Pair, squared_value: Tensor) -> Tensor:

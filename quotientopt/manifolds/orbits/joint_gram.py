@@ -1,5 +1,7 @@
 """Orbits under O(r): the Gram matrix [A B]ᵀ[A B] of all columns names them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,6 @@ class JointGramOrbits:
         Q = orthogonal_polar_factor(y[0] @ x[0].mT + y[1] @ x[1].mT)
         return Q, Q
 
-    def section(self, kind: str, x: Pair, *, check: bool) -> tuple[Pair, Tensor]:
+    def section(self, kind: str, x: Pair, *, check: bool, **options: Any) -> Any:
         """See :func:`quotientopt.sections.orthogonal_section`."""
-        return sections.orthogonal_section(kind, *x, check=check)
+        return sections.orthogonal_section(kind, *x, check=check, **options)

@@ -1,6 +1,7 @@
 """Orbits under a rotary commutant: a complex rank-one matrix per plane, AᵀB of the passing rows."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,9 @@ class PlaneOrbits:
         element_of = partial(sections.rotary_balanced_element, self.group)
         return aligning_element(element_of, self.group.unitary_factor, x, y, check=check)
 
-    def section(self, kind: str, x: Pair, *, check: bool) -> tuple[Pair, Tensor]:
+    def section(self, kind: str, x: Pair, *, check: bool, **options: Any) -> Any:
         """See :func:`quotientopt.sections.rotary_section`."""
-        return sections.rotary_section(kind, self.group, *x, check=check)
+        return sections.rotary_section(kind, self.group, *x, check=check, **options)
 
     def _split(self, x: Pair) -> tuple[Pair, Pair]:
         """Complex rows of the planes, (*batch, planes, 1, n), and real passing rows."""

@@ -1,6 +1,7 @@
 """Orbits under GL(r): the product AᴴB of the factors names them, for real or complex factors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,6 @@ class ProductOrbits:
         compact = orthogonal_polar_factor
         return aligning_element(sections.balanced_element, compact, x, y, check=check)
 
-    def section(self, kind: str, x: Pair, *, check: bool) -> tuple[Pair, Tensor]:
+    def section(self, kind: str, x: Pair, *, check: bool, **options: Any) -> Any:
         """See :func:`quotientopt.sections.section`."""
-        return sections.section(kind, *x, check=check)
+        return sections.section(kind, *x, check=check, **options)
