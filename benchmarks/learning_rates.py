@@ -1,0 +1,276 @@
+"""The learning rate that someone brings from AdamW: what becomes of it under QuotientAdam.
+
+Small models of several widths, depths and kinds are trained over a grid of learning rates by AdamW
+and by QuotientAdam, and the ratio of the best rates is taken, with the sizes of updates on the
+way. *Laws* multiply the updates of framed matrices (all matrices of these models) by a factor,
+their decay staying lr · wd, and are judged by the loss at AdamW's best rate, at twice it and at
+1e-3.
+
+    python benchmarks/learning_rates.py                            # every cell, ends with tables
+    python benchmarks/learning_rates.py --cells gpt-64-4 --contenders "law 4"
+    python benchmarks/learning_rates.py --report                   # tables and plot of what is there
+
+Runs in the record are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quotientopt import QuotientAdam, find_symmetries
+from quotientopt.compare.defaults import load_task
+from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry, Settings
+from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.record import write_atomically
+from quotientopt.compare.task import Task
+from quotientopt.compare.train import Training, train
+from quotientopt.compare.trial import Trial
+
+RESULTS = Path(__file__).parent / "results" / "learning-rates"
+DATA = {"gpt": "stdlib", "llama": "stdlib", "vit": "mnist-5k"}
+CELLS = (
+    "gpt-64-4",
+    "gpt-128-4",
+    "gpt-256-4",
+    "gpt-64-2",
+    "gpt-64-8",
+    "llama-64-4",
+    "llama-128-4",
+    "vit-64-4",
+    "vit-128-4",
+)
+DEFAULT_RATE = 1e-3
+RATES = tuple(DEFAULT_RATE * 2**k for k in range(6))
+SUBJECT, BASELINE = "quotient-adam", "adamw"
+ADAMW = OPTIMIZERS["adamw"]
+PROBED = (20, 50, 100, 150)
+
+Factor = Callable[[str, int, int], float]
+
+
+@dataclass(frozen=True)
+class Law:
+    """What updates of framed matrices are multiplied by.
+
+    Attributes
+    ----------
+    words : str
+        The formula, for tables.
+    factor : callable
+        ``factor(kind, rows, columns)``, the kind as in `kind_of`.
+    """
+
+    words: str
+    factor: Factor
+
+
+def _constant(value: float) -> Law:
+    return Law(f"{value:g}", lambda kind, rows, columns: value)
+
+
+LAWS = {f"law {value:g}": _constant(value) for value in (2.0, 4.0, 8.0)}
+
+
+def kind_of(name: str) -> str:
+    """What a matrix is, from its name: "query", "up", "embedding", …"""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def protocol_of(cell: str, steps: int) -> Protocol:
+    """Protocol of a cell ``model-width-layers``: small batches, a whole schedule."""
+    model, width, layers = cell.split("-")
+    images = model == "vit"
+    return Protocol(
+        model=model,
+        data=DATA[model],
+        steps=steps,
+        batch=32 if images else 8,
+        context=49 if images else 64,
+        width=int(width),
+        layers=int(layers),
+        validation_batches=25,
+    )
+
+
+def build_adamw(
+    model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+) -> list[torch.optim.Optimizer]:
+    """AdamW with the betas of QuotientAdam, so that nothing but the update differs."""
+    return ADAMW.build(model, rate, {"beta2": BETAS[1]}, protocol)
+
+
+def build_law(law: Law) -> Callable[..., list[torch.optim.Optimizer]]:
+    """QuotientAdam under a law: one param group per factor, lr · weight decay being the same."""
+
+    def build(
+        model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+    ) -> list[torch.optim.Optimizer]:
+        groups: dict[float, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            framed = parameter.ndim == 2
+            factor = law.factor(kind_of(name), *parameter.shape) if framed else 1.0
+            groups[factor].append((name, parameter))
+        options = [
+            {"params": own, "lr": rate * c, "weight_decay": protocol.weight_decay / c}
+            for c, own in groups.items()
+        ]
+        return [QuotientAdam(options, betas=BETAS, symmetries=find_symmetries(model))]
+
+    return build
+
+
+CONTENDERS: dict[str, Entry] = {
+    BASELINE: Entry(BASELINE, build_adamw, {}),
+    SUBJECT: Entry(SUBJECT, build_law(_constant(1.0)), {}),
+    **{name: Entry(name, build_law(law), {}) for name, law in LAWS.items()},
+}
+
+
+class Contenders:
+    """Puts the contenders in place of the comparison's entries while in its context."""
+
+    def __enter__(self) -> None:
+        self._before = dict(OPTIMIZERS)
+        OPTIMIZERS.update(CONTENDERS)
+
+    def __exit__(self, *_: object) -> None:
+        OPTIMIZERS.clear()
+        OPTIMIZERS.update(self._before)
+
+
+def update_sizes(trial: Trial, protocol: Protocol, task: Task) -> dict[str, dict[str, float]]:
+    """Sizes of updates over lr along a training, without decay, by kind of matrix.
+
+    Returns
+    -------
+    dict
+        Kind to ``rms``, ‖U‖_F/√(nm), and ``spread``, ‖U‖₂ √min(n, m) / ‖U‖_F, one for a multiple
+        of a polar factor; medians over layers and steps.
+    """
+    training = Training(trial, protocol, task)
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for step in range(1, max(PROBED) + 1):
+        if step not in PROBED:
+            training.step()
+            continue
+        named = {n: p for n, p in training.model.named_parameters() if p.ndim == 2}
+        before = {name: parameter.detach().clone() for name, parameter in named.items()}
+        training.step()
+        groups = [group for o in training.optimizers for group in o.param_groups]
+        options = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+        for name, parameter in named.items():
+            lr, decay = options[id(parameter)]
+            update = (before[name] * (1 - lr * decay) - parameter.detach()) / lr
+            found[kind_of(name)].append(_size(update))
+    return {
+        kind: {
+            "rms": torch.tensor([rms for rms, _ in sizes]).median().item(),
+            "spread": torch.tensor([spread for _, spread in sizes]).median().item(),
+        }
+        for kind, sizes in found.items()
+    }
+
+
+def _size(update: Tensor) -> tuple[float, float]:
+    frobenius = torch.linalg.matrix_norm(update.double()).item()
+    spectral = torch.linalg.matrix_norm(update.double(), 2).item()
+    spread = spectral * math.sqrt(min(update.shape)) / frobenius if frobenius else math.nan
+    return frobenius / math.sqrt(update.numel()), spread
+
+
+def best_rate(losses: dict[float, float]) -> tuple[float, bool]:
+    """Vertex of the parabola through the best rate and its neighbours, and if it is interior."""
+    rates = sorted(losses)
+    place = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    if not 0 < place < len(rates) - 1:
+        return rates[place], False
+    left, middle, right = (losses[rates[place + k]] for k in (-1, 0, 1))
+    if not math.isfinite(left + right):
+        return rates[place], True
+    step = math.log2(rates[place + 1] / rates[place])
+    return rates[place] * 2 ** (step * (left - right) / (2 * (left - 2 * middle + right))), True
+
+
+class Record:
+    """``learning-rates.json``: cells with their losses, rewritten after every run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "learning-rates.json"
+        self.content: dict[str, Any] = {"cells": {}}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def cell(self, name: str, steps: int) -> dict[str, Any]:
+        """Losses of a cell, by contender and rate."""
+        protocol = protocol_of(name, steps)
+        fresh = {
+            "protocol": {k: getattr(protocol, k) for k in ("steps", "batch", "context", "data")},
+            "losses": {},
+            "sizes": {},
+        }
+        cell = self.content["cells"].setdefault(name, fresh)
+        if cell["protocol"] != fresh["protocol"]:
+            sys.exit(f"{self.path}: {name} was made with {cell['protocol']}; give another --out")
+        return cell
+
+    def save(self) -> None:
+        """Write the record, whole."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def losses_of(cell: dict[str, Any], name: str) -> dict[float, float]:
+    """Final losses of a contender by rate; a run that diverged counts as infinite."""
+    found = cell["losses"].get(name, {})
+    return {float(k): math.inf if v is None else v for k, v in found.items()}
+
+
+def measure(record: Record, name: str, contenders: Sequence[str], steps: int) -> None:
+    """Make the runs of a cell that are missing; an optimum on the edge of the grid extends it."""
+    protocol, cell = protocol_of(name, steps), record.cell(name, steps)
+    task = load_task(protocol.data, protocol.model, protocol.batch, protocol.context)
+    for contender in contenders:
+        pending = list(RATES)
+        while pending:
+            for rate in pending:
+                known = cell["losses"].setdefault(contender, {})
+                if f"{rate:g}" in known:
+                    continue
+                run = train(Trial(contender, rate), protocol, task)
+                known[f"{rate:g}"] = run.final_loss
+                record.save()
+                print(name, contender, f"{rate:g}", run.final_loss, flush=True)
+            losses = losses_of(cell, contender)
+            at = min(losses, key=losses.__getitem__)
+            pending = [at * 2] if at == max(losses) else [at / 2] if at == min(losses) else []
+        if contender in (BASELINE, SUBJECT) and contender not in cell["sizes"]:
+            trial = Trial(contender, min(losses, key=losses.__getitem__))
+            cell["sizes"][contender] = update_sizes(trial, protocol, task)
+            record.save()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", default=",".join(CELLS))
+    parser.add_argument("--contenders", default=f"{BASELINE},{SUBJECT}")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    record = Record(arguments.out)
+    with Contenders():
+        for name in arguments.cells.split(","):
+            measure(record, name, arguments.contenders.split(","), arguments.steps)

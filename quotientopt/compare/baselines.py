@@ -1,0 +1,421 @@
+"""Contenders written plainly from their definitions: Muon, Muon², SOAP-Muon, Compositional Muon.
+
+They train the matrices inside the blocks of a model; embeddings, head, biases and gains are left to
+AdamW. Matrices of equal shape are stacked and updated at once, in their own dtype. Nothing else
+is done for speed, and each update is one function to read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quotientopt.groups import GL, RotaryCommutant
+from quotientopt.symmetries import Block, HeadSymmetry
+
+# Five minimax quintics for singular values in [1e-3, 1] (Polar Express, arXiv 2505.16932).
+QUINTICS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+# The Frobenius norm is enlarged a little, so that rounding takes no singular value above one.
+MARGIN = 1.01
+
+Group = Mapping[str, Any]
+State = dict[str, Any]
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Polar factor U Vᵀ of X = U Σ Vᵀ, nearly: singular values go through five odd quintics.
+
+    Those above 1e-3 ‖X‖_F end within an eighth of one. The map commutes with rotations of either side.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Shape ``(…, rows, columns)``; zero stays zero.
+
+    Returns
+    -------
+    Tensor
+        Of the same shape and dtype.
+    """
+    tall = matrix.size(-2) > matrix.size(-1)
+    X = matrix.mT if tall else matrix
+    tiny = torch.finfo(X.dtype).tiny
+    X = X / (MARGIN * torch.linalg.matrix_norm(X, keepdim=True)).clamp_min(tiny)
+    for a, b, c in QUINTICS:
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    return X.mT if tall else X
+
+
+def muon_size(matrix: Tensor) -> float:
+    """√max(1, rows/columns), by which Muon multiplies a polar factor (Jordan 2024)."""
+    return float(max(1.0, matrix.size(-2) / matrix.size(-1)) ** 0.5)
+
+
+class StackedOptimizer(torch.optim.Optimizer):
+    """Base: decoupled weight decay and one update of all matrices of a shape, stacked.
+
+    The state of a stack ``(L, rows, columns)`` is kept under the first of its parameters.
+
+    Parameters
+    ----------
+    params : iterable
+        Matrices, all of which have a gradient in every step.
+    **defaults
+        ``lr``, ``weight_decay`` and what :meth:`update` reads.
+    """
+
+    def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
+        """What is subtracted, over the learning rate, ``(L, rows, columns)``.
+
+        Parameters
+        ----------
+        gradient : Tensor
+            Shape ``(L, rows, columns)``.
+        state : dict
+            Of the stack; ``step`` counts from 1, the rest is empty at step 1.
+        group : mapping
+            Options of the param group.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has no gradient; nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        refuse_missing_gradients(self.param_groups, type(self).__name__)
+        for group in self.param_groups:
+            stacks: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                stacks[parameter.shape, parameter.dtype, parameter.device].append(parameter)
+            for members in stacks.values():
+                state = self.state[members[0]]
+                state["step"] = state.get("step", 0) + 1
+                update = self.update(torch.stack([p.grad for p in members]), state, group)
+                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(members, list(update.unbind()), alpha=-group["lr"])
+        return loss
+
+
+def refuse_missing_gradients(groups: Sequence[Group], name: str) -> None:
+    """Refuse a step in which a parameter has no gradient: a stack is updated whole.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter's shape.
+    """
+    for parameter in (p for group in groups for p in group["params"]):
+        if parameter.grad is None:
+            raise ValueError(
+                f"{name}: a parameter of shape {tuple(parameter.shape)} has no gradient; leave "
+                "parameters that are not trained out"
+            )
+
+
+class Muon(StackedOptimizer):
+    """Polar factors of Nesterov momentum (Jordan 2024), in the parameters' own dtype.
+
+    torch's Muon computes in bfloat16, matrix by matrix, with Jordan's quintic, whose singular
+    values end between 0.7 and 1.2; here they end within an eighth of one.
+
+    Options: ``momentum`` μ.
+    """
+
+    def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
+        """√max(1, n/m) · polar of (1 − μ) ∂ + μ m, where m ← μ m + (1 − μ) ∂."""
+        return muon_size(gradient) * polar(nesterov_momentum(gradient, state, group["momentum"]))
+
+
+class Muon2(StackedOptimizer):
+    """Muon² (arXiv 2604.09967): momentum over the root of Adam's second moment, then the polar step.
+
+    Options: ``momentum`` μ, ``beta2``, ``eps``.
+    """
+
+    def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
+        """√max(1, n/m) · polar of ((1 − μ) ∂ + μ m) / (√v + ε), where v ← β₂ v + (1 − β₂) ∂²."""
+        momentum = nesterov_momentum(gradient, state, group["momentum"])
+        square = state.setdefault("exp_avg_sq", torch.zeros_like(gradient))
+        square.lerp_(gradient.square(), 1 - group["beta2"])
+        return muon_size(gradient) * polar(momentum / (square.sqrt() + group["eps"]))
+
+
+def nesterov_momentum(gradient: Tensor, state: State, momentum: float) -> Tensor:
+    """(1 − μ) ∂ + μ m with the buffer m ← μ m + (1 − μ) ∂, which is updated."""
+    buffer: Tensor = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+    buffer.lerp_(gradient, 1 - momentum)
+    return gradient.lerp(buffer, momentum)
+
+
+class SOAPMuon(StackedOptimizer):
+    """SOAP (arXiv 2409.11321) with Nesterov momentum, then a polar step (Vyas et al., SOAP-Muon).
+
+    Adam runs in the eigenbases Q_L, Q_R of the moving averages of ∂∂ᵀ and ∂ᵀ∂; its direction is
+    orthogonalised, keeps its Frobenius norm and is turned back. As in SOAP the first gradient
+    serves for bases alone: in its own it is diagonal, and Adam would even out rounding. Bases are
+    made anew by one orthogonal iteration every ``every`` steps. Covariances take every second
+    gradient, which costs less and loses nothing.
+
+    Options: ``betas``, ``eps``, ``covariance_beta`` (per gradient taken), ``every``.
+    """
+
+    def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
+        """Q_L · polar(D) ‖D‖_F/‖polar(D)‖_F · Q_Rᵀ with Adam's direction D in the bases."""
+        (beta1, beta2), step = group["betas"], state["step"] - 1
+        self._bases(gradient, state, group)
+        if step == 0:
+            return torch.zeros_like(gradient)
+        left, right = state["left_basis"], state["right_basis"]
+        z = left.mT @ gradient @ right
+        mean = state["exp_avg"].lerp_(z, 1 - beta1)
+        square = state["exp_avg_sq"].lerp_(z.square(), 1 - beta2)
+        ahead = beta1 / (1 - beta1 ** (step + 1)) * mean + (1 - beta1) / (1 - beta1**step) * z
+        direction = ahead / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+        return left @ with_norm_of(polar(direction), direction) @ right.mT
+
+    def _bases(self, gradient: Tensor, state: State, group: Group) -> None:
+        """Covariances of this step, bases if they are due, and the moments in fresh bases."""
+        step = state["step"] - 1
+        samples = {"left": gradient @ gradient.mT, "right": gradient.mT @ gradient}
+        if step == 0:
+            for side, sample in samples.items():
+                state[f"{side}_covariance"] = sample
+                state[f"{side}_basis"] = torch.linalg.eigh(sample).eigenvectors.flip(-1)
+            state["exp_avg"] = torch.zeros_like(gradient)
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
+            return
+        if step % 2 == 0:
+            for side, sample in samples.items():
+                state[f"{side}_covariance"].lerp_(sample, 1 - group["covariance_beta"])
+        if step % group["every"] == 0:
+            turns, orders = {}, {}
+            for side in samples:
+                old = state[f"{side}_basis"]
+                fresh, orders[side] = iterated_basis(state[f"{side}_covariance"], old)
+                turns[side] = fresh.mT @ old
+                state[f"{side}_basis"] = fresh
+            # The mean is linear and moves exactly; squares only follow the order of the axes.
+            state["exp_avg"] = turns["left"] @ state["exp_avg"] @ turns["right"].mT
+            square = state["exp_avg_sq"]
+            rows = orders["left"][:, :, None].expand_as(square)
+            columns = orders["right"][:, None, :].expand_as(square)
+            state["exp_avg_sq"] = square.gather(-2, rows).gather(-1, columns)
+
+
+def iterated_basis(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One orthogonal iteration: QR of C Q, axes in falling order of qᵀCq; and that order."""
+    image = covariance @ basis
+    order = (basis * image).sum(-2).argsort(dim=-1, descending=True)
+    image = image.gather(-1, order[:, None, :].expand_as(image))
+    fresh, triangle = torch.linalg.qr(image)
+    # An axis keeps its direction, so that moments keep their signs.
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(fresh.dtype)
+    return fresh * signs[:, None, :], order
+
+
+def with_norm_of(matrix: Tensor, other: Tensor) -> Tensor:
+    """`matrix` with the Frobenius norm of `other`."""
+    norms = [torch.linalg.matrix_norm(X, keepdim=True) for X in (other, matrix)]
+    return matrix * (norms[0] / norms[1].clamp_min(torch.finfo(matrix.dtype).tiny))
+
+
+class CompositionalMuon(torch.optim.Optimizer):
+    r"""Compositional Muon (Tilde Research 2026) without damping: exactly equivariant under GL(r).
+
+    What a pair computes depends on AᵀB alone, so that each factor's momentum is whitened by its
+    partner's Gram matrix, with BBᵀ = LLᵀ,
+
+    .. math:: A \leftarrow A - \tfrac{η}{2} L^{-T} \operatorname{polar}(L^{-1} m_A),
+
+    and likewise B. Polar factors are those of single heads; of the output projection, which sums
+    over heads, that of the whole matrix. Momentum is that of Muon, in raw coordinates, where it is
+    linear in the gradients: under (A, B) ↦ (g^{-T}A, gB) updates move as the weights do. Under a
+    rotary commutant the Gram matrix is projected on it. Other matrices get :class:`Muon`'s update.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+        Matrices, those of the pairs among them.
+    symmetries : sequence of HeadSymmetry
+        Pairs under GL(r) or a rotary commutant, without biases, that cover whole parameters; a
+        value-output pair's name ends in "vo".
+    lr, momentum, weight_decay : float
+
+    Raises
+    ------
+    ValueError
+        If a pair is of another kind; in :meth:`step` if a factor is rank-deficient or a parameter
+        has no gradient, and nothing is changed then.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        symmetries: Sequence[HeadSymmetry],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        paired = {id(p) for p in covered_parameters(symmetries, "compositional-muon")}
+        by_shape: dict[tuple[Any, ...], list[HeadSymmetry]] = defaultdict(list)
+        for symmetry in symmetries:
+            if not isinstance(symmetry.group, GL | RotaryCommutant):
+                raise ValueError(
+                    f"symmetry {symmetry.name!r}: compositional-muon whitens under GL(r) and "
+                    f"rotary commutants, not under {symmetry.group}; leave the symmetry out"
+                )
+            if any(block.size[2] == 1 for block in symmetry.blocks):
+                raise ValueError(
+                    f"symmetry {symmetry.name!r} has biases, for which compositional-muon is not "
+                    "defined; leave the symmetry out"
+                )
+            sizes = tuple(
+                tuple(b.size for b in side) for side in (symmetry.left_blocks, symmetry.right_blocks)
+            )
+            by_shape[symmetry.group, symmetry.name.endswith("vo"), sizes].append(symmetry)
+        self._pairs = list(by_shape.values())
+        self._others = [p for p in self.param_groups[0]["params"] if id(p) not in paired]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        refuse_missing_gradients(self.param_groups, type(self).__name__)
+        whitenings = [self._whitenings(symmetries) for symmetries in self._pairs]
+        ahead = {
+            id(p): nesterov_momentum(p.grad, self.state[p], group["momentum"])
+            for p in group["params"]
+        }
+        updates: list[tuple[Tensor, Tensor]] = []
+        for symmetries, sides in zip(self._pairs, whitenings, strict=True):
+            for side, whitening in sides.items():
+                # The output projection is the left factor of a value-output pair.
+                whole = side == "left" and symmetries[0].name.endswith("vo")
+                updates += pair_updates(symmetries, side, whitening, ahead, whole=whole)
+        stacks: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for parameter in self._others:
+            stacks[parameter.shape].append(parameter)
+        for members in stacks.values():
+            stack = torch.stack([ahead[id(p)] for p in members])
+            updates += zip(members, (muon_size(stack) * polar(stack)).unbind(), strict=True)
+        torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+        for view, update in updates:
+            view.sub_(update, alpha=group["lr"])
+        return loss
+
+    def _whitenings(self, symmetries: Sequence[HeadSymmetry]) -> dict[str, Tensor]:
+        """Cholesky factors L of the *partner's* Gram matrices, ``(S, heads, r, r)`` per side.
+
+        In float64, so that the small directions of ill-conditioned float32 factors are kept.
+        """
+        found = {}
+        for side, partner in (("left", "right_blocks"), ("right", "left_blocks")):
+            places = zip(*(getattr(symmetry, partner) for symmetry in symmetries), strict=True)
+            stacks = (torch.stack([b.view().double() for b in blocks]) for blocks in places)
+            gram = sum((stack @ stack.mT for stack in stacks), torch.zeros(()))
+            if isinstance(symmetries[0].group, RotaryCommutant):
+                gram = symmetries[0].group.algebra_projection(gram)
+            found[side], info = torch.linalg.cholesky_ex(gram)
+            if bool(info.any()):
+                place, head = (int(i) for i in info.nonzero()[0])
+                raise ValueError(
+                    f"symmetry {symmetries[place].name!r}: the {partner.removesuffix('_blocks')} "
+                    f"factor of head {head} is rank-deficient; compositional-muon needs full rank"
+                )
+        return found
+
+
+def pair_updates(
+    symmetries: Sequence[HeadSymmetry],
+    side: str,
+    whitening: Tensor,
+    momenta: Mapping[int, Tensor],
+    *,
+    whole: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """½ L^{-T} polar(L^{-1} m) of one side of some pairs of equal shape.
+
+    Parameters
+    ----------
+    symmetries : sequence of HeadSymmetry
+    side : {"left", "right"}
+    whitening : Tensor
+        L, shape ``(S, heads, r, r)``.
+    momenta : mapping
+        Of the parameters, by their id.
+    whole : bool
+        Orthogonalise the heads stacked on each other, ``(heads · r, n)``, and not one by one.
+
+    Returns
+    -------
+    list of (Tensor, Tensor)
+        Views of the parameters, each with its update.
+    """
+    found = []
+    for blocks in zip(*(getattr(s, f"{side}_blocks") for s in symmetries), strict=True):
+        stack = torch.stack([block.view(momenta[id(block.parameter)]) for block in blocks])
+        solved = torch.linalg.solve_triangular(whitening, stack.to(whitening.dtype), upper=False)
+        solved = solved.to(stack.dtype)
+        even = polar(solved.flatten(1, 2)).view_as(solved) if whole else polar(solved)
+        back = torch.linalg.solve_triangular(whitening.mT, even.to(whitening.dtype), upper=True)
+        updates = (0.5 * back).to(stack.dtype).unbind()
+        found += [(block.view(), update) for block, update in zip(blocks, updates, strict=True)]
+    return found
+
+
+def covered_parameters(symmetries: Sequence[HeadSymmetry], name: str) -> list[Tensor]:
+    """Parameters that the blocks of `symmetries` cover.
+
+    Parameters
+    ----------
+    symmetries : sequence of HeadSymmetry
+    name : str
+        Of the contender, for the message.
+
+    Raises
+    ------
+    ValueError
+        If one is covered in part, or twice; it could not be left to any optimizer then.
+    """
+    found: dict[int, Block] = {}
+    covered: dict[int, int] = defaultdict(int)
+    for block in (block for symmetry in symmetries for block in symmetry.blocks):
+        found.setdefault(id(block.parameter), block)
+        heads, rows, columns = block.size
+        covered[id(block.parameter)] += heads * rows * columns
+    for key, block in found.items():
+        if covered[key] != block.parameter.numel():
+            raise ValueError(
+                f"the pairs cover {covered[key]} of the {block.parameter.numel()} entries of "
+                f"{block.name!r}; {name} needs pairs that cover whole parameters"
+            )
+    return [block.parameter for block in found.values()]
