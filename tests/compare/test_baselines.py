@@ -36,15 +36,16 @@ SHAPES = ((12, 8), (12, 8), (8, 8), (8, 20))
 
 
 def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def run(make, shapes=SHAPES, dtype=torch.float64):
+def run(make, shapes=SHAPES, dtype=torch.float64, steps=STEPS):
     """Parameters after ten steps on fixed random gradients, and where they started."""
     start = [random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
     parameters = [nn.Parameter(x.clone()) for x in start]
     optimizer = make(parameters)
-    for step in range(STEPS):
+    for step in range(steps):
         for i, parameter in enumerate(parameters):
             # A common part, so that moments matter.
             common = random(*parameter.shape, seed=50 + i, dtype=dtype)
@@ -54,7 +55,7 @@ def run(make, shapes=SHAPES, dtype=torch.float64):
     return [p.detach() for p in parameters], start
 
 
-def plain(rule, shapes=SHAPES, dtype=torch.float64):
+def plain(rule, shapes=SHAPES, dtype=torch.float64, steps=STEPS):
     """The same by a rule ``rule(weight, gradient, state, step) -> weight``, matrix by matrix."""
 
     class Plain:
@@ -66,7 +67,7 @@ def plain(rule, shapes=SHAPES, dtype=torch.float64):
             for parameter, state in zip(self.parameters, self.states, strict=True):
                 parameter.data = rule(parameter.data, parameter.grad, state, self.t)
 
-    return run(Plain, shapes, dtype)[0]
+    return run(Plain, shapes, dtype, steps)[0]
 
 
 def deviation(found, expected, start=None):
@@ -445,6 +446,64 @@ def test_states_are_saved_and_missing_gradients_refused(make):
     for own, members in ((optimizer, parameters), (other, twins)):
         steps(own, members, (4, 5))
     assert all(torch.equal(p, t) for p, t in zip(parameters, twins, strict=True))
+
+
+def soap_rule(weight, gradient, state, step, kl=False):
+    """SOAP; with `kl` (arXiv 2509.03378) each Gram matrix is of gradients whitened by the other.
+
+    The first gradient serves for bases alone. The packages differ in what does not matter: which
+    of decay and update comes first, and whether axes are sorted.
+    """
+    g, s, (b1, b2), t = gradient, state, (0.95, 0.95), step - 1
+    if t == 0:
+        share = 1.0 if kl else 1 - b2
+        s["C"] = [share * g @ g.mT, share * g.mT @ g]
+        s["Q"] = [torch.linalg.eigh(C).eigenvectors.flip(-1) for C in s["C"]]
+        s["m"], s["v"] = torch.zeros_like(g), torch.zeros_like(g)
+        return weight
+    L, R = s["Q"]
+    s["m"] = b1 * s["m"] + (1 - b1) * g
+    s["v"] = b2 * s["v"] + (1 - b2) * (L.mT @ g @ R) ** 2
+    root = (s["v"] / (1 - b2**t)).sqrt() + 1e-8
+    update = LR * L @ ((L.mT @ s["m"] @ R) / (1 - b1**t) / root) @ R.mT
+    shrunk = 1 - LR * DECAY
+    weight = shrunk * weight - update if kl else shrunk * (weight - update)
+    if kl:
+        left, right = ((Q * (C @ Q)).sum(0) for C, Q in zip(s["C"], s["Q"], strict=True))
+        fresh = [(g @ R) / right @ (g @ R).mT / len(R), (g.mT @ L) / left @ (g.mT @ L).mT / len(L)]
+    else:
+        fresh = [g @ g.mT, g.mT @ g]
+    share = (1 - b2) / (1 - b2**step) if kl else 1 - b2
+    s["C"] = [C.lerp(new, share) for C, new in zip(s["C"], fresh, strict=True)]
+    if t % 10 == 0:
+        for axis, (C, Q) in enumerate(zip(s["C"], s["Q"], strict=True)):
+            values = (Q * (C @ Q)).sum(0)
+            order = values.argsort(descending=True)
+            lift = 64 * len(C) * torch.finfo(torch.float32).eps * values.max() if kl else 0.0
+            basis = torch.linalg.qr((C @ Q + lift * Q)[:, order])[0]
+            if kl:
+                s["Q"][axis] = basis[:, order.argsort()]
+            else:
+                s["Q"][axis], s["v"] = basis, s["v"].index_select(axis, order)
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "dtype", "tolerance"),
+    # Bases are made in float32 by the one, everything is by the other.
+    [("soap", "pytorch_optimizer", torch.float64, 1e-6), ("kl-soap", "heavyball", torch.float32, 1e-4)],
+)
+def test_soaps_of_packages_against_their_definitions(name, package, dtype, tolerance):
+    pytest.importorskip(package)
+    shapes, steps, kl = ((8, 8), (6, 6)), 19, name == "kl-soap"
+    found, start = run(lambda p: build(name, p), shapes, dtype, steps)
+
+    def expected(kl):
+        wide = plain(lambda *a: soap_rule(*a, kl=kl), shapes, steps=steps)
+        return [x.to(dtype) for x in wide]
+
+    assert deviation(found, expected(kl), start) < tolerance
+    assert deviation(found, expected(not kl), start) > 0.05
 
 
 NAMES = (
