@@ -1,4 +1,4 @@
-"""Who starts at condition 1000? The balancing element of every pair, in weights as people have them.
+"""Who starts at condition 1000? The balancing element of every pair in weights as people have them.
 
 For a pair (A, B) the balancing element is the symmetric g with g BBᵀ g = AAᵀ: what separates the
 pair from its balanced gauge. Its condition number says how far the gauge is from the one in
@@ -383,7 +383,9 @@ def plot(record: dict[str, Any]) -> bytes:
         values = r["condition"]
         axes.plot([values["median"], values["largest"]], [place, place], color="0.75", zorder=1)
     for key, marker in (("median", "o"), ("largest", "|")):
-        axes.scatter([r["condition"][key] for r in rows], range(len(rows)), marker=marker, label=key)
+        axes.scatter(
+            [r["condition"][key] for r in rows], range(len(rows)), marker=marker, label=key
+        )
     labels = [f"{r['model'].split('-')[0]}, {r['start']} ({r['circuit']})" for r in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.set_xscale("log")
@@ -394,6 +396,4 @@ def plot(record: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    run_experiment(
-        "condition_numbers.py", __doc__.splitlines()[0], RESULTS, measure, table, plot
-    )
+    run_experiment("condition_numbers.py", __doc__.splitlines()[0], RESULTS, measure, table, plot)

@@ -8,7 +8,7 @@ their decay staying lr · wd, and are judged by the loss at AdamW's best rate, a
 
     python benchmarks/learning_rates.py                            # every cell, ends with tables
     python benchmarks/learning_rates.py --cells gpt-64-4 --contenders "law 4"
-    python benchmarks/learning_rates.py --report                   # tables and plot of what is there
+    python benchmarks/learning_rates.py --report                   # tables and plot of the record
 
 Runs in the record are not repeated.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.compare.defaults import load_task
-from quotientopt.compare.environment import describe_environment
 from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry, Settings
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.record import write_atomically
@@ -81,7 +79,37 @@ def _constant(value: float) -> Law:
     return Law(f"{value:g}", lambda kind, rows, columns: value)
 
 
-LAWS = {f"law {value:g}": _constant(value) for value in (2.0, 4.0, 8.0)}
+def _with_kind(kinds: Sequence[str], times: float) -> Law:
+    """Four, and `times` four for some kinds of matrices."""
+    return Law(
+        f"4, for {' and '.join(kinds)} {4 * times:g}",
+        lambda kind, rows, columns: 4 * times if kind in kinds else 4.0,
+    )
+
+
+# Matrices whose factors are tried one by one.
+KINDS = (
+    ("embedding",),
+    ("positions",),
+    ("query", "key"),
+    ("value",),
+    ("output",),
+    ("up",),
+    ("down",),
+    ("head",),
+)
+LAWS = {
+    "law 4": _constant(4.0),
+    "law root": Law("√min(n, m) / 2", lambda kind, rows, columns: min(rows, columns) ** 0.5 / 2),
+    "law fourth root": Law(
+        "1.3 · min(n, m)^¼", lambda kind, rows, columns: 1.3 * min(rows, columns) ** 0.25
+    ),
+}
+PARTS = {
+    f"law 4, {'+'.join(kinds)} x {times:g}": _with_kind(kinds, times)
+    for kinds in KINDS
+    for times in (0.5, 2.0)
+}
 
 
 def kind_of(name: str) -> str:
@@ -135,7 +163,7 @@ def build_law(law: Law) -> Callable[..., list[torch.optim.Optimizer]]:
 CONTENDERS: dict[str, Entry] = {
     BASELINE: Entry(BASELINE, build_adamw, {}),
     SUBJECT: Entry(SUBJECT, build_law(_constant(1.0)), {}),
-    **{name: Entry(name, build_law(law), {}) for name, law in LAWS.items()},
+    **{name: Entry(name, build_law(law), {}) for name, law in (LAWS | PARTS).items()},
 }
 
 
@@ -234,32 +262,50 @@ class Record:
 
 def losses_of(cell: dict[str, Any], name: str) -> dict[float, float]:
     """Final losses of a contender by rate; a run that diverged counts as infinite."""
-    found = cell["losses"].get(name, {})
+    found = {k: v for k, v in cell["losses"].get(name, {}).items() if "seed" not in k}
     return {float(k): math.inf if v is None else v for k, v in found.items()}
 
 
 def measure(record: Record, name: str, contenders: Sequence[str], steps: int) -> None:
-    """Make the runs of a cell that are missing; an optimum on the edge of the grid extends it."""
+    """Make the runs of a cell that are missing.
+
+    AdamW and QuotientAdam: the whole grid, and on where the optimum is on its edge. Laws: 1e-3,
+    AdamW's best rate and twice it. Parts of a law: AdamW's best rate, three seeds.
+    """
     protocol, cell = protocol_of(name, steps), record.cell(name, steps)
     task = load_task(protocol.data, protocol.model, protocol.batch, protocol.context)
-    for contender in contenders:
-        pending = list(RATES)
-        while pending:
-            for rate in pending:
-                known = cell["losses"].setdefault(contender, {})
-                if f"{rate:g}" in known:
-                    continue
-                run = train(Trial(contender, rate), protocol, task)
-                known[f"{rate:g}"] = run.final_loss
-                record.save()
-                print(name, contender, f"{rate:g}", run.final_loss, flush=True)
-            losses = losses_of(cell, contender)
-            at = min(losses, key=losses.__getitem__)
-            pending = [at * 2] if at == max(losses) else [at / 2] if at == min(losses) else []
-        if contender in (BASELINE, SUBJECT) and contender not in cell["sizes"]:
-            trial = Trial(contender, min(losses, key=losses.__getitem__))
-            cell["sizes"][contender] = update_sizes(trial, protocol, task)
+
+    def run(contender: str, rate: float, seed: int = 0) -> None:
+        known = cell["losses"].setdefault(contender, {})
+        key = f"{rate:g}" if seed == 0 else f"{rate:g} seed {seed}"
+        if key not in known:
+            known[key] = train(Trial(contender, rate, seed=seed), protocol, task).final_loss
             record.save()
+            print(name, contender, key, known[key], flush=True)
+
+    for contender in contenders:
+        if contender in (BASELINE, SUBJECT):
+            pending = list(RATES)
+            while pending:
+                for rate in pending:
+                    run(contender, rate)
+                rates = losses_of(cell, contender)
+                best = min(rates, key=rates.__getitem__)
+                edges = {max(rates): best * 2, min(rates): best / 2}
+                pending = [edges[best]] if best in edges else []
+            if contender not in cell["sizes"]:
+                cell["sizes"][contender] = update_sizes(Trial(contender, best), protocol, task)
+                record.save()
+            continue
+        losses = losses_of(cell, BASELINE)
+        best = min(losses, key=losses.__getitem__)
+        if contender in PARTS:
+            for seed in range(3):
+                run("law 4", best, seed)
+                run(contender, best, seed)
+        else:
+            for rate in sorted({DEFAULT_RATE, best, 2 * best}):
+                run(contender, rate)
 
 
 if __name__ == "__main__":

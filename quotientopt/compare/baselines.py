@@ -1,4 +1,4 @@
-"""Contenders written plainly from their definitions: Muon, Muon², SOAP-Muon, Compositional Muon.
+"""Contenders written plainly from their definitions: Muon and its kin, SOAP-Muon.
 
 They train the matrices inside the blocks of a model; embeddings, head, biases and gains are left to
 AdamW. Matrices of equal shape are stacked and updated at once, in their own dtype. Nothing else
@@ -35,7 +35,8 @@ State = dict[str, Any]
 def polar(matrix: Tensor) -> Tensor:
     """Polar factor U Vᵀ of X = U Σ Vᵀ, nearly: singular values go through five odd quintics.
 
-    Those above 1e-3 ‖X‖_F end within an eighth of one. The map commutes with rotations of either side.
+    Those above 1e-3 ‖X‖_F end within an eighth of one. The map commutes with rotations of both
+    sides.
 
     Parameters
     ----------
@@ -113,10 +114,16 @@ class StackedOptimizer(torch.optim.Optimizer):
             for members in stacks.values():
                 state = self.state[members[0]]
                 state["step"] = state.get("step", 0) + 1
-                update = self.update(torch.stack([p.grad for p in members]), state, group)
+                update = self.update(torch.stack([gradient_of(p) for p in members]), state, group)
                 torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(members, list(update.unbind()), alpha=-group["lr"])
         return loss
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def refuse_missing_gradients(groups: Sequence[Group], name: str) -> None:
@@ -150,7 +157,7 @@ class Muon(StackedOptimizer):
 
 
 class Muon2(StackedOptimizer):
-    """Muon² (arXiv 2604.09967): momentum over the root of Adam's second moment, then the polar step.
+    """Muon² (arXiv 2604.09967): the polar factor of momentum over the root of its second moment.
 
     Options: ``momentum`` μ, ``beta2``, ``eps``.
     """
@@ -161,6 +168,25 @@ class Muon2(StackedOptimizer):
         square = state.setdefault("exp_avg_sq", torch.zeros_like(gradient))
         square.lerp_(gradient.square(), 1 - group["beta2"])
         return muon_size(gradient) * polar(momentum / (square.sqrt() + group["eps"]))
+
+
+class AdaMuon(StackedOptimizer):
+    """AdaMuon (arXiv 2507.11005): polar factor of the momentum's *signs*, over its second moment.
+
+    pytorch_optimizer's AdaMuon leaves the signs out.
+
+    Options: ``momentum`` μ, ``beta2``, ``eps``.
+    """
+
+    def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
+        """D ∝ O / (√v + ε) of root mean square 0.2; O = polar(sign m), v ← β₂ v + (1 − β₂) O²."""
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+        buffer.lerp_(gradient, 1 - group["momentum"])
+        orthogonal = polar(buffer.sign())
+        square = state.setdefault("exp_avg_sq", torch.zeros_like(gradient))
+        square.lerp_(orthogonal.square(), 1 - group["beta2"])
+        update = orthogonal / (square.sqrt() + group["eps"])
+        return with_norm_of(update, torch.full_like(update, 0.2))
 
 
 def nesterov_momentum(gradient: Tensor, state: State, momentum: float) -> Tensor:
@@ -295,7 +321,8 @@ class CompositionalMuon(torch.optim.Optimizer):
                     "defined; leave the symmetry out"
                 )
             sizes = tuple(
-                tuple(b.size for b in side) for side in (symmetry.left_blocks, symmetry.right_blocks)
+                tuple(b.size for b in side)
+                for side in (symmetry.left_blocks, symmetry.right_blocks)
             )
             by_shape[symmetry.group, symmetry.name.endswith("vo"), sizes].append(symmetry)
         self._pairs = list(by_shape.values())
@@ -312,7 +339,7 @@ class CompositionalMuon(torch.optim.Optimizer):
         refuse_missing_gradients(self.param_groups, type(self).__name__)
         whitenings = [self._whitenings(symmetries) for symmetries in self._pairs]
         ahead = {
-            id(p): nesterov_momentum(p.grad, self.state[p], group["momentum"])
+            id(p): nesterov_momentum(gradient_of(p), self.state[p], group["momentum"])
             for p in group["params"]
         }
         updates: list[tuple[Tensor, Tensor]] = []

@@ -79,7 +79,7 @@ MakeForMatrices = Callable[[nn.Module, list[nn.Parameter], float, float], torch.
 
 
 def _beside_adamw(make: MakeForMatrices) -> Build:
-    """``make(model, matrices, rate, weight decay)`` on the matrices, AdamW on all other parameters."""
+    """``make(model, matrices, rate, weight decay)`` on the matrices, AdamW on the others."""
 
     def build(
         model: nn.Module, rate: float, settings: Settings, protocol: Protocol
@@ -160,11 +160,9 @@ def _normuon(
 def _adamuon(
     model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
 ) -> torch.optim.Optimizer:
-    from pytorch_optimizer import AdaMuon
+    from quotientopt.compare.baselines import AdaMuon
 
-    group = {"params": matrices, "use_muon": True, "lr": rate, "weight_decay": decay}
-    adamuon: Any = AdaMuon([group], foreach=True)
-    return adamuon
+    return AdaMuon(matrices, lr=rate, weight_decay=decay, momentum=0.95, beta2=0.95, eps=1e-8)
 
 
 def _soap(
@@ -282,9 +280,7 @@ OPTIMIZERS: dict[str, Entry] = {
             {"gpt": 1.2e-2, "llama": 8e-3, "vit": 8e-3},
             check=lambda: require("pytorch_optimizer"),
         ),
-        Entry(
-            "kl-soap", _kl_soap, {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}, check=_check_kl_soap
-        ),
+        Entry("kl-soap", _kl_soap, {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}, check=_check_kl_soap),
         Entry(
             "soap-muon",
             _beside_adamw(_soap_muon),
@@ -316,7 +312,6 @@ OPTIMIZERS: dict[str, Entry] = {
             _beside_adamw(_adamuon),
             {"gpt": 1.6e-2, "llama": 1.6e-2, "vit": 1.6e-2},
             ADAMW_RATES,
-            check=lambda: require("pytorch_optimizer"),
         ),
         Entry(
             "compositional-muon",

@@ -5,7 +5,6 @@ import functools
 import importlib
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.compare import baselines
 from quotientopt.compare.baselines import (
     MARGIN,
     QUINTICS,
@@ -27,6 +25,7 @@ from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import OPTIMIZERS, find_optimizers, split_matrices
 from quotientopt.compare.protocol import Protocol
 from quotientopt.groups import GL, O
+from quotientopt.models import reference_model
 from quotientopt.symmetries import HeadSymmetry
 from tests.optim.training import batches, loss_of, small_model, twin_of
 
@@ -158,7 +157,7 @@ def in_float64(monkeypatch):
     packages = pytest.importorskip("pytorch_optimizer", reason="pip install quotientopt[compare]")
     iterate = packages.optimizer.utils.matrix.zero_power_via_newton_schulz_5
     wide = functools.partial(iterate, dtype=torch.float64)
-    for module in ("base", "normuon", "adamuon"):
+    for module in ("base", "normuon"):
         module = importlib.import_module(f"pytorch_optimizer.optimizer.muon.{module}")
         monkeypatch.setattr(module, "zero_power_via_newton_schulz_5", wide)
 
@@ -172,20 +171,26 @@ def build(name, parameters, rate=LR):
 
 
 def normuon_rule(weight, gradient, state, step, normalise=True):
-    O = jordan(momentum_of(gradient, state))
-    state["rows"] = 0.95 * state.get("rows", 0) + 0.05 * O.square().mean(1, keepdim=True)
-    evened = O / (state["rows"].sqrt() + 1e-10) if normalise else O
-    scale = math.sqrt(max(1, weight.size(0) / weight.size(1))) * O.norm() / evened.norm()
-    return (1 - LR * DECAY) * weight - LR * scale * evened
+    even = jordan(momentum_of(gradient, state))
+    state["rows"] = 0.95 * state.get("rows", 0) + 0.05 * even.square().mean(1, keepdim=True)
+    divided = even / (state["rows"].sqrt() + 1e-10) if normalise else even
+    scale = math.sqrt(max(1, weight.size(0) / weight.size(1))) * even.norm() / divided.norm()
+    return (1 - LR * DECAY) * weight - LR * scale * divided
 
 
-def adamuon_rule(weight, gradient, state, step, normalise=True):
-    state["m"] = 0.9 * state.get("m", 0) + 0.1 * gradient
-    O = jordan(state["m"])
-    state["v"] = 0.95 * state.get("v", 0) + 0.05 * O.square()
-    evened = O / ((state["v"] / (1 - 0.95**step)).sqrt() + 1e-10) if normalise else O
+def adamuon_rule(weight, gradient, state, step, signs=True):
+    state["m"] = 0.95 * state.get("m", 0) + gradient
+    even = polar_by_svd(state["m"].sign() if signs else state["m"])
+    state["v"] = 0.95 * state.get("v", 0) + 0.05 * even.square()
+    divided = even / (state["v"].sqrt() + 1e-8)
     size = 0.2 * math.sqrt(weight.numel())  # a root mean square of 0.2
-    return (1 - LR * DECAY) * weight - LR * size * evened / evened.norm()
+    return (1 - LR * DECAY) * weight - LR * size * divided / divided.norm()
+
+
+def test_adamuon_against_its_definition():
+    found, start = run(lambda p: build("adamuon", p))
+    assert deviation(found, plain(adamuon_rule), start) < 1e-11
+    assert deviation(found, plain(lambda *a: adamuon_rule(*a, signs=False)), start) > 0.03
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,6 @@ def adamuon_rule(weight, gradient, state, step, normalise=True):
     [
         ("muon", lambda *a, normalise=True: muon_rule(*a, orthogonalise=jordan)),
         ("normuon", normuon_rule),
-        ("adamuon", adamuon_rule),
     ],
 )
 def test_contenders_of_packages_against_their_definitions(name, rule, in_float64):
@@ -491,7 +495,10 @@ def soap_rule(weight, gradient, state, step, kl=False):
 @pytest.mark.parametrize(
     ("name", "package", "dtype", "tolerance"),
     # Bases are made in float32 by the one, everything is by the other.
-    [("soap", "pytorch_optimizer", torch.float64, 1e-6), ("kl-soap", "heavyball", torch.float32, 1e-4)],
+    [
+        ("soap", "pytorch_optimizer", torch.float64, 1e-6),
+        ("kl-soap", "heavyball", torch.float32, 1e-4),
+    ],
 )
 def test_soaps_of_packages_against_their_definitions(name, package, dtype, tolerance):
     pytest.importorskip(package)
@@ -522,7 +529,7 @@ NAMES = (
 @pytest.mark.parametrize("model", ["gpt", "llama", "vit"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_one_optimizer_and_learns(name, model, protocol):
-    built = small_model(model) if model != "vit" else vit()
+    built = reference_model(model, layers=2, width=32)
     settings = dict(OPTIMIZERS[name].settings_grid[0]) | {"weight_decay": 0.25}
     optimizers = OPTIMIZERS[name].build(built, 1e-2, settings, protocol)
     owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -533,17 +540,9 @@ def test_every_parameter_has_one_optimizer_and_learns(name, model, protocol):
         assert [type(o).__name__ for o in optimizers] == ["QuotientAdam"]
 
 
-def vit():
-    return baselines_model("vit")
-
-
-def baselines_model(name):
-    from quotientopt.models import reference_model
-
-    return reference_model(name, 0, layers=2, width=32).double()
-
-
 def test_kl_soap_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "heavyball", None)
-    with pytest.raises(UsageError, match=r"heavyball is not installed: pip install .*\[heavyball\]"):
+    with pytest.raises(
+        UsageError, match=r"heavyball is not installed: pip install .*\[heavyball\]"
+    ):
         find_optimizers("kl-soap")
