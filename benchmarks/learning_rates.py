@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -26,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import png
 from torch import Tensor, nn
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.compare.defaults import load_task
+from quotientopt.compare.environment import describe_environment
 from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry, Settings
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.record import write_atomically
@@ -308,15 +312,178 @@ def measure(record: Record, name: str, contenders: Sequence[str], steps: int) ->
                 run(contender, rate)
 
 
-if __name__ == "__main__":
+# ---- the report ----
+
+
+def ratios(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per cell: best rates, their ratio, and the ratio of the updates' spectral norms."""
+    rows = []
+    for name, cell in content["cells"].items():
+        both = [losses_of(cell, contender) for contender in (BASELINE, SUBJECT)]
+        if not all(both):
+            continue
+        (adamw, inside), (ours, ours_inside) = (best_rate(losses) for losses in both)
+        sizes = [cell["sizes"][contender] for contender in (BASELINE, SUBJECT)]
+        norms = [[s["rms"] * s["spread"] for s in kinds.values()] for kinds in sizes]
+        logs = [math.log(x / y) for x, y in zip(*norms, strict=True)]
+        rows.append(
+            {
+                "cell": name,
+                "width": int(name.split("-")[1]),
+                "adamw": adamw,
+                "quotient_adam": ours,
+                "interior": inside and ours_inside,
+                "ratio": ours / adamw,
+                "spectral_ratio": math.exp(sum(logs) / len(logs)),
+            }
+        )
+    return rows
+
+
+def at(cell: dict[str, Any], contender: str, rate: float) -> float | None:
+    """Loss of a run, None if it was not made."""
+    return losses_of(cell, contender).get(float(f"{rate:g}"))
+
+
+def bars(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per cell and contender: losses at 1e-3, at AdamW's best rate of the grid and at twice it."""
+    rows = []
+    for name, cell in content["cells"].items():
+        losses = losses_of(cell, BASELINE)
+        best = min(losses, key=losses.__getitem__)
+        for contender in (BASELINE, SUBJECT, *LAWS):
+            found = [at(cell, contender, rate) for rate in (DEFAULT_RATE, best, 2 * best)]
+            if None not in found:
+                rows.append({"cell": name, "contender": contender, "best": best, "losses": found})
+    return rows
+
+
+def parts(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """What another factor for some matrices changes, seed by seed at AdamW's best rate."""
+    rows = []
+    for name, cell in content["cells"].items():
+        losses = losses_of(cell, BASELINE)
+        best = min(losses, key=losses.__getitem__)
+        keys = [f"{best:g}", *(f"{best:g} seed {seed}" for seed in (1, 2))]
+        for contender in PARTS:
+            found = cell["losses"].get(contender, {})
+            if all(key in found for key in keys):
+                changes = [found[key] - cell["losses"]["law 4"][key] for key in keys]
+                mean, error = (
+                    statistics.fmean(changes),
+                    statistics.stdev(changes) / len(keys) ** 0.5,
+                )
+                label = contender.removeprefix("law 4, ")
+                rows.append({"cell": name, "part": label, "change": mean, "standard_error": error})
+    return rows
+
+
+def table(content: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    lines = [
+        "| model-width-layers | best rate: AdamW | QuotientAdam | ratio | of spectral norms |",
+        "|---|---|---|---|---|",
+    ]
+    for r in ratios(content):
+        lines.append(
+            f"| {r['cell']} | {r['adamw']:.2g} | {r['quotient_adam']:.2g}"
+            f"{'' if r['interior'] else ' (edge)'} | {r['ratio']:.1f} | {r['spectral_ratio']:.1f} |"
+        )
+    lines += [
+        "",
+        "| model-width-layers | updates times | at 1e-3 | at AdamW's best rate | at twice it |",
+        "|---|---|---|---|---|",
+    ]
+    for r in bars(content):
+        words = "(AdamW)" if r["contender"] == BASELINE else "1"
+        words = LAWS[r["contender"]].words if r["contender"] in LAWS else words
+        cells = " | ".join(f"{loss:.3f}" for loss in r["losses"])
+        lines.append(f"| {r['cell']} ({r['best']:g}) | {words} | {cells} |")
+    lines += ["", "| factor 4, but | loss less that of 4 everywhere |", "|---|---|"]
+    for r in parts(content):
+        change = f"{r['change']:+.3f} ± {r['standard_error']:.3f}"
+        lines.append(f"| {r['part']} ({r['cell']}) | {change} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(content: dict[str, Any]) -> bytes:
+    """Losses against rates, cell by cell; and the ratios against width."""
+    from matplotlib.figure import Figure
+
+    names, rows = list(content["cells"]), ratios(content)
+    columns = 5
+    height = math.ceil((len(names) + 1) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.7 * height), layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False).flatten()
+    for axes, name in zip(grid, names, strict=False):
+        cell = content["cells"][name]
+        for contender, color in ((BASELINE, "C7"), (SUBJECT, "C0")):
+            losses = losses_of(cell, contender)
+            axes.plot(sorted(losses), [losses[r] for r in sorted(losses)], "o-", color=color, ms=3)
+        law = losses_of(cell, "law 4")
+        axes.plot(sorted(law), [law[r] for r in sorted(law)], "s", color="C1", ms=5)
+        finite = [x for x in losses_of(cell, BASELINE).values() if math.isfinite(x)]
+        lowest = min(losses_of(cell, SUBJECT).values())
+        axes.set_ylim(lowest - 0.03 * (min(finite) - lowest + 0.3), sorted(finite)[-2])
+        axes.set(xscale="log", title=name)
+        axes.grid(alpha=0.3)
+    last = grid[len(names)]
+    for kind, marker in (("gpt", "o"), ("llama", "s"), ("vit", "^")):
+        own = [r for r in rows if r["cell"].startswith(kind)]
+        widths = [r["width"] for r in own]
+        last.plot(widths, [r["ratio"] for r in own], marker, color="C0", label=f"rates, {kind}")
+        last.plot(widths, [r["spectral_ratio"] for r in own], marker, mfc="none", color="C3")
+    last.axhline(4, color="C1", lw=1)
+    last.set(
+        xscale="log", yscale="log", xlabel="width", title="ratio of best rates (filled),\nof norms"
+    )
+    ticks = sorted({r["width"] for r in rows})
+    last.set_xticks(ticks, [str(x) for x in ticks])
+    last.set_yticks([2, 4, 8], ["2", "4", "8"])
+    for axes in grid[len(names) + 1 :]:
+        axes.set_axis_off()
+    handles = [grid[0].plot([], [], style, color=c)[0] for style, c in LEGEND]
+    labels = ["AdamW", "QuotientAdam", "its updates times 4"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.supxlabel("learning rate")
+    figure.supylabel("validation loss")
+    return png(figure)
+
+
+LEGEND = (("o-", "C7"), ("o-", "C0"), ("s", "C1"))
+
+
+def main() -> None:
+    """Measure what is missing, and write JSON, tables and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", default=",".join(CELLS))
-    parser.add_argument("--contenders", default=f"{BASELINE},{SUBJECT}")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add = parser.add_argument
+    add("--cells", default=",".join(CELLS), help="model-width-layers, comma-separated")
+    add("--contenders", default=",".join((BASELINE, SUBJECT, *LAWS)), help="comma-separated")
+    add("--parts", action="store_true", help="also other factors for some matrices, three seeds")
+    add("--steps", type=int, default=200)
+    add("--report", action="store_true", help="measure nothing")
+    add("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    cells, contenders = arguments.cells.split(","), arguments.contenders.split(",")
+    if unknown := [name for name in contenders if name not in CONTENDERS]:
+        parser.error(f"unknown contender {unknown[0]!r}; known: {', '.join(CONTENDERS)}")
     torch.set_num_threads(1)
     record = Record(arguments.out)
-    with Contenders():
-        for name in arguments.cells.split(","):
-            measure(record, name, arguments.contenders.split(","), arguments.steps)
+    if not arguments.report:
+        command = shlex.join(["python", "benchmarks/learning_rates.py", *sys.argv[1:]])
+        record.content["environment"] = describe_environment("cpu")
+        if command not in record.content.setdefault("commands", []):
+            record.content["commands"].append(command)
+        with Contenders():
+            for name in cells:
+                own = contenders + (list(PARTS) if arguments.parts else [])
+                measure(record, name, own, arguments.steps)
+    record.content["ratios"] = ratios(record.content)
+    record.save()
+    for suffix, written in (("md", table(record.content)), ("png", plot(record.content))):
+        write_atomically(record.path.with_suffix(f".{suffix}"), written)
+    print(table(record.content))
+
+
+if __name__ == "__main__":
+    main()
