@@ -1,9 +1,9 @@
 """Who starts at condition 1000? The balancing element of every pair in weights as people have them.
 
-For a pair (A, B) the balancing element is the symmetric g with g BBᵀ g = AAᵀ: what separates the
-pair from its balanced gauge. Its condition number says how far the gauge is from the one in
-which AdamW sees a pair best; a multiple of the identity counts for nothing here and is given apart,
-as the ratio of sizes ‖A‖_F/‖B‖_F.
+For a pair (A, B) the balancing element is the symmetric g for which g⁻¹A and gB have one Gram
+matrix, g² BBᵀ g² = AAᵀ: what separates the pair from its balanced gauge. Its condition number says
+how far that is; a multiple of the identity counts for nothing here and is given apart, as the
+ratio of sizes ‖A‖_F/‖B‖_F.
 
 Trained checkpoints are measured as they are, fine-tuned, merged, pruned, rounded, and smoothed for
 quantisation; adapters as they are initialised and after a short training.

@@ -60,7 +60,7 @@ SUBJECT, BASELINE = "quotient-adam", "adamw"
 ADAMW = OPTIMIZERS["adamw"]
 PROBED = (20, 50, 100, 150)
 
-Factor = Callable[[str, int, int], float]
+Factor = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Law:
     words : str
         The formula, for tables.
     factor : callable
-        ``factor(kind, rows, columns)``, the kind as in `kind_of`.
+        ``factor(kind, width)``, the kind as in `kind_of`, the width that of the residual stream,
+        on which every matrix has an axis.
     """
 
     words: str
@@ -80,14 +81,14 @@ class Law:
 
 
 def _constant(value: float) -> Law:
-    return Law(f"{value:g}", lambda kind, rows, columns: value)
+    return Law(f"{value:g}", lambda kind, width: value)
 
 
 def _with_kind(kinds: Sequence[str], times: float) -> Law:
     """Four, and `times` four for some kinds of matrices."""
     return Law(
         f"4, for {' and '.join(kinds)} {4 * times:g}",
-        lambda kind, rows, columns: 4 * times if kind in kinds else 4.0,
+        lambda kind, width: 4 * times if kind in kinds else 4.0,
     )
 
 
@@ -104,10 +105,7 @@ KINDS = (
 )
 LAWS = {
     "law 4": _constant(4.0),
-    "law root": Law("√min(n, m) / 2", lambda kind, rows, columns: min(rows, columns) ** 0.5 / 2),
-    "law fourth root": Law(
-        "1.3 · min(n, m)^¼", lambda kind, rows, columns: 1.3 * min(rows, columns) ** 0.25
-    ),
+    "law root": Law("√d / 2", lambda kind, width: width**0.5 / 2),
 }
 PARTS = {
     f"law 4, {'+'.join(kinds)} x {times:g}": _with_kind(kinds, times)
@@ -153,7 +151,7 @@ def build_law(law: Law) -> Callable[..., list[torch.optim.Optimizer]]:
         groups: dict[float, list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             framed = parameter.ndim == 2
-            factor = law.factor(kind_of(name), *parameter.shape) if framed else 1.0
+            factor = law.factor(kind_of(name), protocol.width) if framed else 1.0
             groups[factor].append((name, parameter))
         options = [
             {"params": own, "lr": rate * c, "weight_decay": protocol.weight_decay / c}
@@ -421,11 +419,11 @@ def plot(content: dict[str, Any]) -> bytes:
             losses = losses_of(cell, contender)
             axes.plot(sorted(losses), [losses[r] for r in sorted(losses)], "o-", color=color, ms=3)
         law = losses_of(cell, "law 4")
-        axes.plot(sorted(law), [law[r] for r in sorted(law)], "s", color="C1", ms=5)
+        axes.plot(sorted(law), [law[r] for r in sorted(law)], "s:", color="C1", ms=5)
         finite = [x for x in losses_of(cell, BASELINE).values() if math.isfinite(x)]
         lowest = min(losses_of(cell, SUBJECT).values())
         axes.set_ylim(lowest - 0.03 * (min(finite) - lowest + 0.3), sorted(finite)[-2])
-        axes.set(xscale="log", title=name)
+        axes.set(xscale="log", title=name, xlabel="learning rate")
         axes.grid(alpha=0.3)
     last = grid[len(names)]
     for kind, marker in (("gpt", "o"), ("llama", "s"), ("vit", "^")):
@@ -440,17 +438,17 @@ def plot(content: dict[str, Any]) -> bytes:
     ticks = sorted({r["width"] for r in rows})
     last.set_xticks(ticks, [str(x) for x in ticks])
     last.set_yticks([2, 4, 8], ["2", "4", "8"])
+    last.minorticks_off()
     for axes in grid[len(names) + 1 :]:
         axes.set_axis_off()
     handles = [grid[0].plot([], [], style, color=c)[0] for style, c in LEGEND]
     labels = ["AdamW", "QuotientAdam", "its updates times 4"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.supxlabel("learning rate")
     figure.supylabel("validation loss")
     return png(figure)
 
 
-LEGEND = (("o-", "C7"), ("o-", "C0"), ("s", "C1"))
+LEGEND = (("o-", "C7"), ("o-", "C0"), ("s:", "C1"))
 
 
 def main() -> None:
