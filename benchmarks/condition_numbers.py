@@ -52,13 +52,23 @@ def gram(blocks: tuple[Tensor, ...]) -> Tensor:
 
 
 def of_symmetry(symmetry: HeadSymmetry) -> list[tuple[float, float]]:
-    """Condition of the balancing element and ratio of sizes, head by head."""
+    """Condition of the balancing element and ratio of sizes, head by head.
+
+    Infinite where a factor, or a plane that rotary positions turn, has vanished.
+    """
     A, B = gram(symmetry.left), gram(symmetry.right)
-    if isinstance(symmetry.group, RotaryCommutant):
-        g, _ = rotary_balanced_element(symmetry.group, A, B)
-    else:
-        g, _ = balanced_element(A, B)
-    return measured(g, A, B)
+    found = []
+    for a, b in zip(A, B, strict=True):
+        try:
+            if isinstance(symmetry.group, RotaryCommutant):
+                g, _ = rotary_balanced_element(symmetry.group, a, b)
+            else:
+                g, _ = balanced_element(a, b)
+        except ValueError:
+            found.append((math.inf, (a.trace() / b.trace()).sqrt().item()))
+        else:
+            found += measured(g, a, b)
+    return found
 
 
 def measured(g: Tensor, A: Tensor, B: Tensor) -> list[tuple[float, float]]:
@@ -250,7 +260,7 @@ def of_factors(left: Tensor, right: Tensor) -> list[tuple[float, float]]:
     """One pair; infinite where a factor is rank-deficient, as B = 0 is."""
     A, B = gram((left,)), gram((right,))
     if torch.linalg.matrix_rank(left) < len(left) or torch.linalg.matrix_rank(right) < len(right):
-        return [(math.inf, math.sqrt(A.trace() / B.trace()))]
+        return [(math.inf, (A.trace() / B.trace()).sqrt().item())]
     return measured(balanced_element(A, B)[0], A, B)
 
 
@@ -325,6 +335,11 @@ def training_cases(name: str, model: nn.Module, tokenizer: Any) -> Iterator[tupl
         yield name, f"adapters of rank {RANK}, LoRA after {steps} steps of AdamW", of_adapters(lora)
 
 
+def finite(value: Tensor) -> float | None:
+    """A number for JSON, which knows no infinity: None there."""
+    return value.item() if bool(value.isfinite()) else None
+
+
 def row(model: str, start: str, circuit: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """Quantiles over the heads."""
     conditions = torch.tensor([c for c, _ in pairs], dtype=torch.float64)
@@ -335,9 +350,9 @@ def row(model: str, start: str, circuit: str, pairs: list[tuple[float, float]]) 
         "circuit": circuit,
         "pairs": len(pairs),
         "condition": {
-            "median": conditions.median().item(),
-            "90 %": conditions.sort().values[int(0.9 * (len(pairs) - 1))].item(),
-            "largest": conditions.max().item(),
+            "median": finite(conditions.median()),
+            "90 %": finite(conditions.sort().values[int(0.9 * (len(pairs) - 1))]),
+            "largest": finite(conditions.max()),
         },
         "above": {str(x): (conditions > x).double().mean().item() for x in (10, 100, 1000)},
         "size_ratio": {"least": sizes.min().item(), "most": sizes.max().item()},
@@ -365,9 +380,9 @@ def table(record: dict[str, Any]) -> str:
     for r in record["rows"]:
         c, s = r["condition"], r["size_ratio"]
         lines.append(
-            f"| {r['model']} | {r['start']} | {r['pairs']} {r['circuit']} | {c['median']:.3g} "
-            f"| {c['90 %']:.3g} | {c['largest']:.3g} | {100 * r['above']['100']:.0f} % "
-            f"| {s['least']:.2g} … {s['most']:.2g} |"
+            f"| {r['model']} | {r['start']} | {r['pairs']} {r['circuit']} "
+            + "".join("| ∞ " if x is None else f"| {x:.3g} " for x in c.values())
+            + f"| {100 * r['above']['100']:.0f} % | {s['least']:.2g} … {s['most']:.2g} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -379,13 +394,12 @@ def plot(record: dict[str, Any]) -> bytes:
     rows = record["rows"][::-1]
     figure = Figure(figsize=(9, 0.2 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
+    for key, marker in (("median", "o"), ("90 %", "."), ("largest", "|")):
+        places = [i for i, r in enumerate(rows) if r["condition"][key] is not None]
+        axes.scatter([rows[i]["condition"][key] for i in places], places, marker=marker, label=key)
     for place, r in enumerate(rows):
-        values = r["condition"]
-        axes.plot([values["median"], values["largest"]], [place, place], color="0.75", zorder=1)
-    for key, marker in (("median", "o"), ("largest", "|")):
-        axes.scatter(
-            [r["condition"][key] for r in rows], range(len(rows)), marker=marker, label=key
-        )
+        if None in r["condition"].values():
+            axes.annotate("∞", (0.99, place), xycoords=("axes fraction", "data"), ha="right")
     labels = [f"{r['model'].split('-')[0]}, {r['start']} ({r['circuit']})" for r in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.set_xscale("log")
