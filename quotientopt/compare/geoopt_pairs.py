@@ -12,7 +12,7 @@ from quotientopt.geoopt import FactorManifold  # before geoopt, whose import war
 # isort: split
 import geoopt
 
-from quotientopt.compare.baselines import covered_parameters
+from quotientopt.compare.compositional_muon import covered_parameters
 from quotientopt.groups import GL, RotaryCommutant
 from quotientopt.optim.pair_stack import ShapeKey, columns_of, shape_key, stack_factors
 from quotientopt.symmetries import Block, HeadSymmetry

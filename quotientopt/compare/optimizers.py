@@ -110,17 +110,17 @@ def _dressed_muon(
     from quotientopt.compare.baselines import Muon
 
     dress_(model, "balanced")
-    return Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95)
+    return Muon(matrices, rate, decay)
 
 
 def _compositional_muon(
     model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
 ) -> torch.optim.Optimizer:
     from quotientopt import find_symmetries
-    from quotientopt.compare.baselines import CompositionalMuon
+    from quotientopt.compare.compositional_muon import CompositionalMuon
 
     heads = find_symmetries(model).heads
-    return CompositionalMuon(matrices, heads, rate, momentum=0.95, weight_decay=decay)
+    return CompositionalMuon(matrices, heads, rate, weight_decay=decay)
 
 
 def _muon2(
@@ -128,7 +128,7 @@ def _muon2(
 ) -> torch.optim.Optimizer:
     from quotientopt.compare.baselines import Muon2
 
-    return Muon2(matrices, lr=rate, weight_decay=decay, momentum=0.95, beta2=0.95, eps=1e-8)
+    return Muon2(matrices, rate, decay)
 
 
 def _soap_muon(
@@ -136,15 +136,7 @@ def _soap_muon(
 ) -> torch.optim.Optimizer:
     from quotientopt.compare.baselines import SOAPMuon
 
-    return SOAPMuon(
-        matrices,
-        lr=rate,
-        weight_decay=decay,
-        betas=BETAS,
-        eps=1e-8,
-        covariance_beta=0.9,
-        every=10,
-    )
+    return SOAPMuon(matrices, rate, decay, betas=BETAS)
 
 
 def _normuon(
@@ -162,7 +154,7 @@ def _adamuon(
 ) -> torch.optim.Optimizer:
     from quotientopt.compare.baselines import AdaMuon
 
-    return AdaMuon(matrices, lr=rate, weight_decay=decay, momentum=0.95, beta2=0.95, eps=1e-8)
+    return AdaMuon(matrices, rate, decay)
 
 
 def _soap(

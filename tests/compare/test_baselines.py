@@ -15,12 +15,12 @@ import quotientopt as qo
 from quotientopt.compare.baselines import (
     MARGIN,
     QUINTICS,
-    CompositionalMuon,
     Muon,
     Muon2,
     SOAPMuon,
     polar,
 )
+from quotientopt.compare.compositional_muon import CompositionalMuon
 from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import OPTIMIZERS, find_optimizers, split_matrices
 from quotientopt.compare.protocol import Protocol
@@ -436,6 +436,8 @@ def test_states_are_saved_and_missing_gradients_refused(make):
     with pytest.raises(ValueError, match=r"a parameter of shape \(12, 8\) has no gradient"):
         optimizer.step()
     assert all(torch.equal(p, x) for p, x in zip(parameters, before, strict=True))
+    with pytest.raises(TypeError, match="has no option 'nesterov'"):
+        type(optimizer)(parameters, 1e-2, nesterov=True)
 
     def steps(optimizer, parameters, seeds):
         for seed in seeds:
