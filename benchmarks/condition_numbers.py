@@ -392,7 +392,7 @@ def plot(record: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     rows = record["rows"][::-1]
-    figure = Figure(figsize=(9, 0.2 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(9, 0.17 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     for key, marker in (("median", "o"), ("90 %", "."), ("largest", "|")):
         places = [i for i, r in enumerate(rows) if r["condition"][key] is not None]
@@ -400,9 +400,13 @@ def plot(record: dict[str, Any]) -> bytes:
     for place, r in enumerate(rows):
         if None in r["condition"].values():
             axes.annotate("∞", (0.99, place), xycoords=("axes fraction", "data"), ha="right")
-    labels = [f"{r['model'].split('-')[0]}, {r['start']} ({r['circuit']})" for r in rows]
+    short = {ALBERT: "ALBERT", MINILM: "MiniLM", SMOLLM2: "SmolLM2"}
+    labels = [f"{short.get(r['model'], r['model'])}, {r['start']} ({r['circuit']})" for r in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.set_ylim(-1, len(rows))
     axes.set_xscale("log")
+    axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.minorticks_off()
     axes.set_xlabel("condition number of the balancing element")
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
