@@ -92,13 +92,12 @@ def _with_kind(kinds: Sequence[str], times: float) -> Law:
     )
 
 
-# Matrices whose factors are tried one by one.
+# Matrices whose factors are tried by themselves; those of a pair share theirs.
 KINDS = (
     ("embedding",),
     ("positions",),
     ("query", "key"),
-    ("value",),
-    ("output",),
+    ("value", "output"),
     ("up",),
     ("down",),
     ("head",),
