@@ -187,18 +187,19 @@ class Muon2(StackedOptimizer):
 class AdaMuon(StackedOptimizer):
     """AdaMuon (arXiv 2507.11005): polar factor of the momentum's *signs*, over its second moment.
 
-    pytorch_optimizer's AdaMuon leaves the signs out.
+    pytorch_optimizer's AdaMuon leaves the signs out, as ``signs=False`` does; where gradients are
+    noisy that is the better form.
 
-    Options: ``momentum`` μ, ``beta2``, ``eps``.
+    Options: ``momentum`` μ, ``beta2``, ``eps``, ``signs``.
     """
 
-    OPTIONS: ClassVar[Group] = {"momentum": 0.95, "beta2": 0.95, "eps": 1e-8}
+    OPTIONS: ClassVar[Group] = {"momentum": 0.95, "beta2": 0.95, "eps": 1e-8, "signs": True}
 
     def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
         """D ∝ O / (√v + ε) of root mean square 0.2; O = polar(sign m), v ← β₂ v + (1 − β₂) O²."""
         buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
         buffer.lerp_(gradient, 1 - group["momentum"])
-        orthogonal = polar(buffer.sign())
+        orthogonal = polar(buffer.sign() if group["signs"] else buffer)
         square = state.setdefault("exp_avg_sq", torch.zeros_like(gradient))
         square.lerp_(orthogonal.square(), 1 - group["beta2"])
         update = orthogonal / (square.sqrt() + group["eps"])

@@ -150,11 +150,16 @@ def _normuon(
 
 
 def _adamuon(
-    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
-) -> torch.optim.Optimizer:
+    model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+) -> list[torch.optim.Optimizer]:
     from quotientopt.compare.baselines import AdaMuon
 
-    return AdaMuon(matrices, rate, decay)
+    def make(
+        model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+    ) -> torch.optim.Optimizer:
+        return AdaMuon(matrices, rate, decay, signs=bool(settings["signs"]))
+
+    return _beside_adamw(make)(model, rate, settings, protocol)
 
 
 def _soap(
@@ -301,9 +306,12 @@ OPTIMIZERS: dict[str, Entry] = {
         ),
         Entry(
             "adamuon",
-            _beside_adamw(_adamuon),
+            _adamuon,
             {"gpt": 1.6e-2, "llama": 1.6e-2, "vit": 1.6e-2},
-            ADAMW_RATES,
+            (
+                *({**settings, "signs": 0} for settings in ADAMW_RATES),
+                {"adamw_rate": 8e-3, "signs": 1},
+            ),
         ),
         Entry(
             "compositional-muon",

@@ -15,6 +15,7 @@ import quotientopt as qo
 from quotientopt.compare.baselines import (
     MARGIN,
     QUINTICS,
+    AdaMuon,
     Muon,
     Muon2,
     SOAPMuon,
@@ -188,9 +189,13 @@ def adamuon_rule(weight, gradient, state, step, signs=True):
 
 
 def test_adamuon_against_its_definition():
-    found, start = run(lambda p: build("adamuon", p))
-    assert deviation(found, plain(adamuon_rule), start) < 1e-11
-    assert deviation(found, plain(lambda *a: adamuon_rule(*a, signs=False)), start) > 0.03
+    for signs in (True, False):
+        found, start = run(lambda p, signs=signs: AdaMuon(p, LR, DECAY, signs=signs))
+        own, other = (plain(lambda *a, s=s: adamuon_rule(*a, signs=s)) for s in (signs, not signs))
+        assert deviation(found, own, start) < 1e-11
+        assert deviation(found, other, start) > 0.03
+    default, _ = run(lambda p: build("adamuon", p))
+    assert deviation(default, found, start) == 0.0
 
 
 @pytest.mark.parametrize(
