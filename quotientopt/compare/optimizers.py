@@ -281,7 +281,7 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry(
             "soap-muon",
             _beside_adamw(_soap_muon),
-            {"gpt": 1.6e-2, "llama": 1.6e-2, "vit": 1.6e-2},
+            {"gpt": 8e-3, "llama": 8e-3, "vit": 1.6e-2},
             ADAMW_RATES,
         ),
         Entry(
