@@ -320,9 +320,11 @@ def ratios(content: dict[str, Any]) -> list[dict[str, Any]]:
         if not all(both):
             continue
         (adamw, inside), (ours, ours_inside) = (best_rate(losses) for losses in both)
-        sizes = [cell["sizes"][contender] for contender in (BASELINE, SUBJECT)]
-        norms = [[s["rms"] * s["spread"] for s in kinds.values()] for kinds in sizes]
-        logs = [math.log(x / y) for x, y in zip(*norms, strict=True)]
+        norms = None
+        if {BASELINE, SUBJECT} <= cell["sizes"].keys():
+            sizes = [cell["sizes"][contender] for contender in (BASELINE, SUBJECT)]
+            found = [[s["rms"] * s["spread"] for s in kinds.values()] for kinds in sizes]
+            norms = statistics.geometric_mean(x / y for x, y in zip(*found, strict=True))
         rows.append(
             {
                 "cell": name,
@@ -331,7 +333,7 @@ def ratios(content: dict[str, Any]) -> list[dict[str, Any]]:
                 "quotient_adam": ours,
                 "interior": inside and ours_inside,
                 "ratio": ours / adamw,
-                "spectral_ratio": math.exp(sum(logs) / len(logs)),
+                "spectral_ratio": norms,
             }
         )
     return rows
@@ -384,7 +386,8 @@ def table(content: dict[str, Any]) -> str:
     for r in ratios(content):
         lines.append(
             f"| {r['cell']} | {r['adamw']:.2g} | {r['quotient_adam']:.2g}"
-            f"{'' if r['interior'] else ' (edge)'} | {r['ratio']:.1f} | {r['spectral_ratio']:.1f} |"
+            f"{'' if r['interior'] else ' (edge)'} | {r['ratio']:.1f} | "
+            + ("– |" if r["spectral_ratio"] is None else f"{r['spectral_ratio']:.1f} |")
         )
     lines += [
         "",
@@ -429,7 +432,8 @@ def plot(content: dict[str, Any]) -> bytes:
         own = [r for r in rows if r["cell"].startswith(kind)]
         widths = [r["width"] for r in own]
         last.plot(widths, [r["ratio"] for r in own], marker, color="C0", label=f"rates, {kind}")
-        last.plot(widths, [r["spectral_ratio"] for r in own], marker, mfc="none", color="C3")
+        norms = [math.nan if (x := r["spectral_ratio"]) is None else x for r in own]
+        last.plot(widths, norms, marker, mfc="none", color="C3")
     last.axhline(4, color="C1", lw=1)
     last.set(
         xscale="log", yscale="log", xlabel="width", title="ratio of best rates (filled),\nof norms"
