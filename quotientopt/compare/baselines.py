@@ -188,7 +188,7 @@ class AdaMuon(StackedOptimizer):
     """AdaMuon (arXiv 2507.11005): polar factor of the momentum's *signs*, over its second moment.
 
     pytorch_optimizer's AdaMuon leaves the signs out, as ``signs=False`` does; where gradients are
-    noisy that is the better form.
+    noisy that may be the better form.
 
     Options: ``momentum`` μ, ``beta2``, ``eps``, ``signs``.
     """
