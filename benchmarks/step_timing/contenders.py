@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from quotientopt import QuotientAdam
+from quotientopt.compare.baselines import Muon2, SOAPMuon
 from quotientopt.compare.errors import require
 from quotientopt.compare.optimizers import BETAS
 from step_timing.setting import PERIOD, Setting, SkippedError
@@ -29,16 +30,21 @@ def adamw(model: nn.Module, **options: Any) -> list[Optimizer]:
 
 
 def muon(model: nn.Module) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
+    """torch's Muon."""
     if not hasattr(torch.optim, "Muon"):
         raise SkippedError(f"needs torch 2.9 or later, this is torch {torch.__version__}")
+    return beside_adamw(model, torch.optim.Muon)
+
+
+def beside_adamw(model: nn.Module, make: Callable[..., Optimizer]) -> list[Optimizer]:
+    """An optimizer for the matrices inside the blocks, AdamW for the rest."""
     inner: list[nn.Parameter] = []
     outer: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and name.startswith(("blocks.", "transformer.h."))
         (inner if inside else outer).append(parameter)
     rest = torch.optim.AdamW(outer, lr=RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    return [torch.optim.Muon(inner, lr=RATE, weight_decay=WEIGHT_DECAY), rest]
+    return [make(inner, lr=RATE, weight_decay=WEIGHT_DECAY), rest]
 
 
 def soap(model: nn.Module) -> list[Optimizer]:
@@ -89,7 +95,9 @@ CONTENDERS = {
         functools.partial(adamw, foreach=True), capturable=True, compilable=True
     ),
     "muon": Contender(muon, compilable=True),
+    "muon2": Contender(functools.partial(beside_adamw, make=Muon2)),
     "soap": Contender(soap, refreshes=True),
+    "soap-muon": Contender(functools.partial(beside_adamw, make=SOAPMuon), refreshes=True),
     "quotient-adam-heads": _quotient(residual_frame=None),
     "quotient-adam": _quotient(),
     "quotient-adam-without-polar": _quotient(polar=False),

@@ -22,7 +22,9 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--optimizers",
         default="adamw,quotient-adam,soap,muon",
         metavar="NAMES",
-        help="comma-separated, of adamw, quotient-adam, soap, muon, geoopt-adam",
+        help="comma-separated, of adamw, soap, kl-soap, soap-muon, muon, muon2, normuon, adamuon, "
+        "compositional-muon, dressed-muon, geoopt-adam, quotient-adam and its parts "
+        "quotient-adam-stream-only, quotient-adam-heads-only, quotient-adam-no-polar",
     )
     add(
         "--data",

@@ -12,6 +12,7 @@ from quotientopt.geoopt import FactorManifold  # before geoopt, whose import war
 # isort: split
 import geoopt
 
+from quotientopt.compare.compositional_muon import covered_parameters
 from quotientopt.groups import GL, RotaryCommutant
 from quotientopt.optim.pair_stack import ShapeKey, columns_of, shape_key, stack_factors
 from quotientopt.symmetries import Block, HeadSymmetry
@@ -91,7 +92,7 @@ class PairsRiemannianAdam(geoopt.optim.RiemannianAdam):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        self.parameters = covered_parameters(symmetries)
+        self.parameters = covered_parameters(symmetries, "geoopt-adam")
         by_shape: dict[ShapeKey, list[HeadSymmetry]] = defaultdict(list)
         for symmetry in symmetries:
             if not isinstance(symmetry.group, GL | RotaryCommutant):
@@ -137,29 +138,6 @@ class PairsRiemannianAdam(geoopt.optim.RiemannianAdam):
         for packed in self._packed:
             packed.write()
         return loss
-
-
-def covered_parameters(symmetries: Sequence[HeadSymmetry]) -> list[Tensor]:
-    """Parameters that the blocks of `symmetries` cover.
-
-    Raises
-    ------
-    ValueError
-        If one is covered in part, or twice; it could not be left to any optimizer then.
-    """
-    found: dict[int, Block] = {}
-    covered: dict[int, int] = defaultdict(int)
-    for block in (block for symmetry in symmetries for block in symmetry.blocks):
-        found.setdefault(id(block.parameter), block)
-        heads, rows, columns = block.size
-        covered[id(block.parameter)] += heads * rows * columns
-    for key, block in found.items():
-        if covered[key] != block.parameter.numel():
-            raise ValueError(
-                f"the pairs cover {covered[key]} of the {block.parameter.numel()} entries of "
-                f"{block.name!r}; geoopt-adam needs pairs that cover whole parameters"
-            )
-    return [block.parameter for block in found.values()]
 
 
 def _gradient(block: Block) -> Tensor:

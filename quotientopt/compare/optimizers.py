@@ -1,5 +1,7 @@
 """The optimizers that can be compared, with their settings and where their tuning starts."""
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ class Entry:
         Per model, the learning rate around which tuning starts.
     settings_grid : tuple of mappings
         Further settings to tune; the learning rate is tuned for each of them.
+    decays : tuple of float
+        Weight decays to try at the best of these, other than the protocol's.
     check : callable
         Raises `UsageError` if the optimizer is not available here.
     """
@@ -38,39 +42,124 @@ class Entry:
     build: Build
     centres: Mapping[str, float]
     settings_grid: tuple[Settings, ...] = ({},)
+    decays: tuple[float, ...] = (0.03, 0.3)
     check: Callable[[], None] = lambda: None
+
+
+def decay_of(settings: Settings, protocol: Protocol) -> float:
+    """Weight decay of a trial: its own, where it is being tuned, else the protocol's."""
+    return settings.get("weight_decay", protocol.weight_decay)
 
 
 def _adamw(
     model: nn.Module, rate: float, settings: Settings, protocol: Protocol
 ) -> list[torch.optim.Optimizer]:
     betas = (BETAS[0], settings["beta2"])
-    return [_fused_adamw(list(model.parameters()), rate, betas, protocol)]
+    decay = decay_of(settings, protocol)
+    return [_fused_adamw(list(model.parameters()), rate, betas, decay)]
 
 
 def _fused_adamw(
-    parameters: list[nn.Parameter], rate: float, betas: tuple[float, float], protocol: Protocol
+    parameters: list[nn.Parameter], rate: float, betas: tuple[float, float], decay: float
 ) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters, lr=rate, betas=betas, weight_decay=protocol.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
-def _muon(
-    model: nn.Module, rate: float, settings: Settings, protocol: Protocol
-) -> list[torch.optim.Optimizer]:
+def split_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices inside the blocks, which Muon and its kin train, and all other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and name.startswith("blocks.")
         (matrices if inner else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=protocol.weight_decay)
-    return [muon, _fused_adamw(others, settings["adamw_rate"], BETAS, protocol)]
+    return matrices, others
+
+
+MakeForMatrices = Callable[[nn.Module, list[nn.Parameter], float, float], torch.optim.Optimizer]
+
+
+def _beside_adamw(make: MakeForMatrices) -> Build:
+    """``make(model, matrices, rate, weight decay)`` on the matrices, AdamW on the others."""
+
+    def build(
+        model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+    ) -> list[torch.optim.Optimizer]:
+        matrices, others = split_matrices(model)
+        decay = decay_of(settings, protocol)
+        optimizer = make(model, matrices, rate, decay)
+        return [optimizer, _fused_adamw(others, settings["adamw_rate"], BETAS, decay)]
+
+    return build
+
+
+def _muon(
+    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    return torch.optim.Muon(matrices, lr=rate, weight_decay=decay)
 
 
 def _check_muon() -> None:
     if not hasattr(torch.optim, "Muon"):
         raise UsageError(f"muon needs torch 2.9 or later, this is torch {torch.__version__}")
+
+
+def _dressed_muon(
+    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    from quotientopt import dress_
+    from quotientopt.compare.baselines import Muon
+
+    dress_(model, "balanced")
+    return Muon(matrices, rate, decay)
+
+
+def _compositional_muon(
+    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    from quotientopt import find_symmetries
+    from quotientopt.compare.compositional_muon import CompositionalMuon
+
+    heads = find_symmetries(model).heads
+    return CompositionalMuon(matrices, heads, rate, weight_decay=decay)
+
+
+def _muon2(
+    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    from quotientopt.compare.baselines import Muon2
+
+    return Muon2(matrices, rate, decay)
+
+
+def _soap_muon(
+    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    from quotientopt.compare.baselines import SOAPMuon
+
+    return SOAPMuon(matrices, rate, decay, betas=BETAS)
+
+
+def _normuon(
+    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    from pytorch_optimizer import NorMuon
+
+    group = {"params": matrices, "use_muon": True, "lr": rate, "weight_decay": decay}
+    normuon: Any = NorMuon([group])
+    return normuon
+
+
+def _adamuon(
+    model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+) -> list[torch.optim.Optimizer]:
+    from quotientopt.compare.baselines import AdaMuon
+
+    def make(
+        model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+    ) -> torch.optim.Optimizer:
+        return AdaMuon(matrices, rate, decay, signs=bool(settings["signs"]))
+
+    return _beside_adamw(make)(model, rate, settings, protocol)
 
 
 def _soap(
@@ -81,18 +170,51 @@ def _soap(
     soap: Any = SOAP(
         model.parameters(),
         lr=rate,
-        weight_decay=protocol.weight_decay,
+        weight_decay=decay_of(settings, protocol),
         precondition_frequency=10,
     )
     return [soap]
 
 
-def _quotient_adam(
+def _kl_soap(
     model: nn.Module, rate: float, settings: Settings, protocol: Protocol
 ) -> list[torch.optim.Optimizer]:
-    from quotientopt import QuotientAdam
+    import heavyball
 
-    return [QuotientAdam(model, lr=rate, betas=BETAS, weight_decay=protocol.weight_decay)]
+    # Compiling takes minutes and, on matrices of this size, gains nothing.
+    heavyball.utils.compile_mode = None
+    kl_soap: Any = heavyball.KLSOAP(
+        model.parameters(),
+        lr=rate,
+        betas=(0.95, 0.95),
+        weight_decay=decay_of(settings, protocol),
+        precondition_frequency=10,
+        merge_dims=False,
+    )
+    return [kl_soap]
+
+
+def _check_kl_soap() -> None:
+    try:
+        importlib.import_module("heavyball")
+    except ImportError as error:
+        raise UsageError(
+            'kl-soap: heavyball is not installed: pip install "quotientopt[heavyball]"'
+        ) from error
+
+
+def _quotient_adam(**options: Any) -> Build:
+    """QuotientAdam with some of its parts left out."""
+
+    def build(
+        model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+    ) -> list[torch.optim.Optimizer]:
+        from quotientopt import QuotientAdam
+
+        decay = decay_of(settings, protocol)
+        return [QuotientAdam(model, lr=rate, betas=BETAS, weight_decay=decay, **options)]
+
+    return build
 
 
 def _geoopt_adam(
@@ -101,11 +223,11 @@ def _geoopt_adam(
     from quotientopt import find_symmetries
     from quotientopt.compare.geoopt_pairs import PairsRiemannianAdam
 
-    heads = find_symmetries(model).heads
-    pairs = PairsRiemannianAdam(heads, rate, betas=BETAS, weight_decay=protocol.weight_decay)
+    heads, decay = find_symmetries(model).heads, decay_of(settings, protocol)
+    pairs = PairsRiemannianAdam(heads, rate, betas=BETAS, weight_decay=decay)
     covered = {id(parameter) for parameter in pairs.parameters}
     others = [parameter for parameter in model.parameters() if id(parameter) not in covered]
-    return [pairs, _fused_adamw(others, settings["adamw_rate"], BETAS, protocol)]
+    return [pairs, _fused_adamw(others, settings["adamw_rate"], BETAS, decay)]
 
 
 def _check_geoopt() -> None:
@@ -117,6 +239,13 @@ def _check_geoopt() -> None:
         ) from error
 
 
+# AdamW's learning rate beside Muon and its kin.
+ADAMW_RATES: tuple[Settings, ...] = (
+    {"adamw_rate": 8e-3},
+    {"adamw_rate": 4e-3},
+    {"adamw_rate": 1.6e-2},
+)
+
 OPTIMIZERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -126,19 +255,75 @@ OPTIMIZERS: dict[str, Entry] = {
             {"gpt": 4e-3, "llama": 4e-3, "vit": 4e-3},
             ({"beta2": 0.95}, {"beta2": 0.98}, {"beta2": 0.99}),
         ),
-        Entry("quotient-adam", _quotient_adam, {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}),
+        Entry("quotient-adam", _quotient_adam(), {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}),
+        Entry(
+            "quotient-adam-stream-only",
+            _quotient_adam(head_frame=None),
+            {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3},
+        ),
+        Entry(
+            "quotient-adam-heads-only",
+            _quotient_adam(residual_frame=None),
+            {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3},
+        ),
+        Entry(
+            "quotient-adam-no-polar",
+            _quotient_adam(polar=False),
+            {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3},
+        ),
         Entry(
             "soap",
             _soap,
             {"gpt": 1.2e-2, "llama": 8e-3, "vit": 8e-3},
             check=lambda: require("pytorch_optimizer"),
         ),
+        Entry("kl-soap", _kl_soap, {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}, check=_check_kl_soap),
+        Entry(
+            "soap-muon",
+            _beside_adamw(_soap_muon),
+            {"gpt": 8e-3, "llama": 8e-3, "vit": 1.6e-2},
+            ADAMW_RATES,
+        ),
         Entry(
             "muon",
-            _muon,
+            _beside_adamw(_muon),
             {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
-            ({"adamw_rate": 8e-3}, {"adamw_rate": 4e-3}, {"adamw_rate": 1.6e-2}),
+            ADAMW_RATES,
             check=_check_muon,
+        ),
+        Entry(
+            "muon2",
+            _beside_adamw(_muon2),
+            {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
+            ADAMW_RATES,
+        ),
+        Entry(
+            "normuon",
+            _beside_adamw(_normuon),
+            {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
+            ADAMW_RATES,
+            check=lambda: require("pytorch_optimizer"),
+        ),
+        Entry(
+            "adamuon",
+            _adamuon,
+            {"gpt": 1.6e-2, "llama": 1.6e-2, "vit": 1.6e-2},
+            (
+                *({**settings, "signs": 0} for settings in ADAMW_RATES),
+                {"adamw_rate": 8e-3, "signs": 1},
+            ),
+        ),
+        Entry(
+            "compositional-muon",
+            _beside_adamw(_compositional_muon),
+            {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
+            ADAMW_RATES,
+        ),
+        Entry(
+            "dressed-muon",
+            _beside_adamw(_dressed_muon),
+            {"gpt": 4e-2, "llama": 4e-2, "vit": 2e-2},
+            ADAMW_RATES,
         ),
         Entry(
             "geoopt-adam",

@@ -69,23 +69,36 @@ def plan(
     model : str
     rates : sequence of float, optional
         An explicit grid. Default: a search around the optimizer's usual rate for `model`; for
-        further settings, from the best rate found so far upwards.
+        further settings, from the best rate found so far upwards; then the entry's weight decays
+        at the best of all, and, if one of them is better, the rates around it.
     seeds : int
     finished : list of Run
         All runs so far, kept up to date by the caller.
     """
     centre = entry.centres[model]
     start: Sequence[float] = rates or (centre / FACTOR, centre, centre * FACTOR)
-    optimum = Optimum(centre, math.inf, False)
+    optimum, best_settings = Optimum(centre, math.inf, False), entry.settings_grid[0]
     for settings in entry.settings_grid:
         found = yield from _search(entry.name, settings, start, extend=rates is None)
         if found.loss < optimum.loss:
-            optimum = found
+            optimum, best_settings = found, settings
         start = rates or (optimum.rate, optimum.rate * FACTOR)
+    if rates is None and entry.decays and math.isfinite(optimum.loss):
+        yield from _search_decays(entry, best_settings, optimum)
     best = best_run(finished, entry.name)
     if best is not None and seeds > 1:
         trial = best.trial
         yield [Trial(entry.name, trial.rate, trial.settings, seed) for seed in range(1, seeds)]
+
+
+def _search_decays(entry: Entry, settings: Settings, optimum: Optimum) -> Plan:
+    """Try other weight decays at the optimum; the rates around it at one that is better."""
+    choices = [dict(settings) | {"weight_decay": decay} for decay in entry.decays]
+    runs = yield [Trial(entry.name, optimum.rate, choice) for choice in choices]
+    best = min(runs, key=lambda run: run.score)
+    if best.score < optimum.loss:
+        around = (optimum.rate / FACTOR, optimum.rate, optimum.rate * FACTOR)
+        yield from _search(entry.name, best.trial.settings, around, extend=True)
 
 
 def _search(

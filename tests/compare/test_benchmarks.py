@@ -45,7 +45,9 @@ CONTENDERS = (
     "adamw-fused",
     "adamw-foreach",
     "muon",
+    "muon2",
     "soap",
+    "soap-muon",
     "quotient-adam-heads",
     "quotient-adam",
     "quotient-adam-without-polar",
@@ -66,7 +68,7 @@ def test_every_contender_is_measured(name, script, small):
     assert step["mean"] == pytest.approx(sum(means) / 2)
     assert step["spread of means"]["smallest"] == pytest.approx(min(means))
     assert step["spread of means"]["largest"] == pytest.approx(max(means))
-    assert (step["refresh"] is not None) == (name == "soap" or name.startswith("quotient"))
+    assert (step["refresh"] is not None) == name.startswith(("soap", "quotient"))
     assert iteration["extrapolated"]
     assert iteration["model seconds"] == pytest.approx(512 * iteration["model seconds as measured"])
     whole = iteration["optimizer seconds"] + iteration["model seconds"]

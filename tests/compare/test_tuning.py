@@ -89,7 +89,24 @@ def test_plan_tunes_adamw_for_each_beta_then_repeats_the_best(make_run):
     assert asked[3] == [Trial("adamw", 4e-3, {"beta2": 0.98})]
     assert asked[4] == [Trial("adamw", rate, {"beta2": 0.99}) for rate in (8e-3, 16e-3)]
     assert asked[5] == [Trial("adamw", 4e-3, {"beta2": 0.99})]
-    assert asked[6:] == [[Trial("adamw", 8e-3, {"beta2": 0.98}, seed) for seed in (1, 2)]]
+    decays = [{"beta2": 0.98, "weight_decay": decay} for decay in (0.03, 0.3)]
+    assert asked[6] == [Trial("adamw", 8e-3, settings) for settings in decays]
+    assert asked[7:] == [[Trial("adamw", 8e-3, {"beta2": 0.98}, seed) for seed in (1, 2)]]
+
+
+def test_a_better_weight_decay_has_its_own_rates(make_run):
+    def objective(trial):
+        decay = trial.settings.get("weight_decay", 0.1)
+        return valley(1.1e-2 if decay == 0.3 else 8e-3)(trial.rate) - 3 * decay
+
+    asked = run_plan("soap", None, 2, objective, make_run)
+    settings = {"weight_decay": 0.3}
+    assert [t.rate for t in asked[0]] == [6e-3, 1.2e-2, 2.4e-2]
+    assert asked[1] == [Trial("soap", 3e-3)]
+    assert asked[2] == [Trial("soap", 6e-3, {"weight_decay": d}) for d in (0.03, 0.3)]
+    assert asked[3] == [Trial("soap", rate, settings) for rate in (3e-3, 6e-3, 1.2e-2)]
+    assert asked[4] == [Trial("soap", 2.4e-2, settings)]
+    assert asked[5:] == [[Trial("soap", 1.2e-2, settings, 1)]]
 
 
 def test_plan_with_an_explicit_grid_tries_just_that(make_run):
