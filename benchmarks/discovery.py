@@ -1,8 +1,8 @@
 """Seconds and memory of finding symmetries from gradients, on trained weights.
 
 `find_symmetries(model, **batch)` without the adapters: every pair is found by its charges and
-proved. The whole model at once, and module by module as for models that do not fit into memory. Each
-run has a process of its own. What is found is compared with what the adapters know.
+proved. The whole model at once, and module by module as for models that do not fit into memory.
+Each run has a process of its own. What is found is compared with what the adapters know.
 
     python benchmarks/discovery.py
 """

@@ -1,4 +1,4 @@
-"""Optimizers on models that no class tells: found from a batch, equivariant, never AdamW in silence."""
+"""Optimizers on models that no class tells: found from a batch, never AdamW in silence."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_twins_of_strangers(plan):
 
 def test_an_optimizer_says_once_what_it_does_not_understand():
     model = Stranger(Plan())
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="not understood") as caught:
         qo.QuotientAdam(model)
     assert len(caught) == 1
     message = str(caught[0].message)

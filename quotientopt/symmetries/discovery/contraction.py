@@ -41,11 +41,14 @@ class ContractionTrace(TorchDispatchMode):
     contracted : dict of str to set of int
         Parameter name to the axes that are summed over in some product; an embedding's rows count
         as summed over (with one-hot vectors). Missing for parameters that no product has used.
+    looked_up : dict of str to set of int
+        Parameter name to the axes along which entries were picked, as an embedding's rows are.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.contracted: dict[str, set[int]] = {}
+        self.looked_up: dict[str, set[int]] = {}
         self._origins: dict[int, _Origin] = {}
         # Copies stay alive, or their memory would be handed to another tensor.
         self._copies: list[Tensor] = []
@@ -67,18 +70,19 @@ class ContractionTrace(TorchDispatchMode):
         if operation in _PRODUCTS:
             for position, axis in _PRODUCTS[operation]:
                 if position < len(args) and isinstance(args[position], Tensor):
-                    self._record(args[position], axis)
+                    self._record(args[position], axis, self.contracted)
         elif operation == "embedding":
-            self._record(operands[0], 0)
+            self._record(operands[0], 0, self.contracted)
+            self._record(operands[0], 0, self.looked_up)
         elif isinstance(result, Tensor):
             self._follow(operands, result)
         return result
 
-    def _record(self, tensor: Tensor, axis: int) -> None:
+    def _record(self, tensor: Tensor, axis: int, where: dict[str, set[int]]) -> None:
         found = self._labels(tensor)
         if found is not None:
             name, labels = found
-            self.contracted.setdefault(name, set()).update(labels[axis])
+            where.setdefault(name, set()).update(labels[axis])
 
     def _follow(self, operands: Iterable[Tensor], result: Tensor) -> None:
         """A copy of a view, or a function of it entry by entry, has its axes."""

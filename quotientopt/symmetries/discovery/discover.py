@@ -112,7 +112,7 @@ def discover(
         ]
         found.not_examined = [n for n, _ in model.named_parameters() if n not in inside]
         found.stream = find_stream(
-            found.heads, found.hidden_units, dict(model.named_parameters()), {}
+            found.heads, found.hidden_units, dict(model.named_parameters()), {}, {}
         )
     return found
 
@@ -161,7 +161,7 @@ def _examine(
     good_scales = [s for s in (_proved_scale(prover, scale) for scale in scales) if s is not None]
     heads, units, good_scales = _jointly(prover, heads, units, good_scales)
     if not prefix:
-        stream = find_stream(heads, units, parameters, gradients.contracted)
+        stream = find_stream(heads, units, parameters, gradients.contracted, gradients.looked_up)
         if stream is not None:
             found.stream = analysed(stream, point, reference, prover.proved, generator)
     found.heads += [_prefixed(symmetry, prefix) for symmetry in heads]

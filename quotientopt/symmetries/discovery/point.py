@@ -39,13 +39,14 @@ class Gradients(NamedTuple):
         Parameter name to ``(FUNCTIONS, *shape)``; missing where no output depends on it.
     noise : dict of str to Tensor
         What rounding leaves undecided of ``W ∂``, entry by entry, ``(*shape,)``.
-    contracted : dict of str to set of int
+    contracted, looked_up : dict of str to set of int
         Of :class:`ContractionTrace`.
     """
 
     of: dict[str, Tensor]
     noise: dict[str, Tensor]
     contracted: dict[str, set[int]]
+    looked_up: dict[str, set[int]]
 
 
 class GenericPoint:
@@ -175,7 +176,8 @@ class GenericPoint:
             }
             for name, gradient in self._gradients(values, cotangents).items():
                 second[name].add_(values[name] * gradient[0], alpha=factor)
-        return Gradients(found, {n: x.abs_() for n, x in second.items()}, trace.contracted)
+        noise = {name: products.abs_() for name, products in second.items()}
+        return Gradients(found, noise, trace.contracted, trace.looked_up)
 
     def _gradients(
         self,

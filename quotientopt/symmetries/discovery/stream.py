@@ -46,6 +46,7 @@ def find_stream(
     units: Sequence[HeadSymmetry],
     parameters: Mapping[str, nn.Parameter],
     contracted: Mapping[str, set[int]],
+    looked_up: Mapping[str, set[int]],
 ) -> FoundStream | None:
     """The stream that the heads read and write, and every matrix with an axis of its width.
 
@@ -54,7 +55,7 @@ def find_stream(
     heads, units : sequence of HeadSymmetry
         Found pairs; the stream runs along the columns of their matrices.
     parameters : mapping of str to Parameter
-    contracted : mapping of str to set of int
+    contracted, looked_up : mapping of str to set of int
         Of :class:`ContractionTrace`.
 
     Returns
@@ -86,8 +87,9 @@ def find_stream(
         elif len(sides) == 1:
             axes[name] = sides[0]
         elif parameter.ndim == 2:
-            # A square matrix outside the pairs: where it reads.
-            axes[name] = min(contracted.get(name, {1}))
+            # A square matrix outside the pairs: where it reads, but for a table of vectors.
+            reads = contracted.get(name, {1}) - looked_up.get(name, set())
+            axes[name] = min(reads, default=1)
     axes |= _biases_of_writers(axes, width, parameters, contracted)
     return FoundStream(width, axes, (NOT_ANALYSED,))
 
