@@ -424,7 +424,9 @@ def plot(content: dict[str, Any]) -> bytes:
         axes.plot(sorted(law), [law[r] for r in sorted(law)], "s:", color="C1", ms=5)
         finite = [x for x in losses_of(cell, BASELINE).values() if math.isfinite(x)]
         lowest = min(losses_of(cell, SUBJECT).values())
-        axes.set_ylim(lowest - 0.03 * (min(finite) - lowest + 0.3), sorted(finite)[-2])
+        highest = sorted(finite)[: max(3, len(finite) - 1)][-1]
+        axes.set_ylim(lowest - 0.03 * (min(finite) - lowest + 0.3), highest)
+        axes.set_xlim(4e-4, 8e-2)
         axes.set(xscale="log", title=name, xlabel="learning rate")
         axes.grid(alpha=0.3)
     last = grid[len(names)]
