@@ -144,11 +144,17 @@ def _next_tokens(X: Tensor, axes: CausalAxes, floor: float, stop_early: bool) ->
 
 
 def orthogonal_factor(axes: CausalAxes) -> Tensor:
-    """Q, orthogonal of shape (*batch, d, d): the axes as rows, and past the rank a complement."""
-    identity = torch.eye(
-        axes.signs.shape[-1], dtype=axes.signs.dtype, device=axes.signs.device
-    ).expand(*axes.signs.shape, axes.signs.shape[-1])
-    return (axes.signs.unsqueeze(-2) * _reflected(identity, axes.reflectors)).mT
+    """Q, orthogonal of shape (*batch, d, d): the axes as rows, and past the rank a complement.
+
+    ``H_1 ⋯ H_k = I − Rᵀ T R`` for reflectors R, with T the inverse of I plus the strict upper
+    triangle of ``R Rᵀ`` (Schreiber & Van Loan 1989): by matrix products, equal to rounding.
+    """
+    R = axes.reflectors
+    size = R.shape[-1]
+    inverse = (R @ R.mT).triu(1) + torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)
+    product = R.mT @ torch.linalg.solve_triangular(inverse, R, upper=True)
+    identity = torch.eye(size, dtype=R.dtype, device=R.device)
+    return (axes.signs.unsqueeze(-2) * (identity - product)).mT
 
 
 def differentiable_lq(X: Tensor, found: CausalLQ) -> tuple[Tensor, Tensor]:
