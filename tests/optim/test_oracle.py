@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from tests.optim.oracle import Oracle
+from quotientopt.optim.reference import PlainQuotientAdam
 from tests.optim.training import batches, loss_of, small_model, train
 
 STEPS = 25
@@ -34,7 +34,7 @@ def oracle_losses(model, **options):
     copies = [factor(p.detach(), axis).clone() for p, axis in views]
     copies += [read(p.detach(), axis).clone() for p, axis in matrices]
     pairs = [tuple(copies[i : i + 2]) for i in range(0, len(views), 2)]
-    oracle = Oracle(pairs, copies[len(views) :], **SETTINGS, **options)
+    oracle = PlainQuotientAdam(pairs, copies[len(views) :], **SETTINGS, **options)
     losses = []
     for tokens in batches(STEPS):
         model.zero_grad()
@@ -52,11 +52,18 @@ def oracle_losses(model, **options):
 
 @pytest.mark.parametrize(
     ("residual", "nesterov", "polar"),
-    [(True, False, False), (True, True, False), (False, False, False), (True, True, True)],
+    [
+        (True, False, False),
+        (True, True, False),
+        (False, False, False),
+        (True, True, "step"),
+        (True, True, True),
+    ],
 )
-def test_equals_the_oracle_in_float64(residual, nesterov, polar):
+@pytest.mark.parametrize("row_frame", ["per_head", "per_matrix"])
+def test_equals_the_oracle_in_float64(residual, nesterov, polar, row_frame):
     model = small_model("gpt")
-    options = {"nesterov": nesterov, "polar": polar}
+    options = {"nesterov": nesterov, "polar": polar, "row_frame": row_frame}
     expected = oracle_losses(copy.deepcopy(model), residual=residual, **options)
     frame = "per_matrix" if residual else None
     for foreach in (None, True, False):

@@ -1,4 +1,4 @@
-"""Frames of attention heads, stacked over all symmetries of equal shape."""
+"""Frames that are kept: of attention heads, and one of the residual axis for the whole model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from quotientopt.groups import RotaryCommutant
-from quotientopt.optim.averages import ema_
-from quotientopt.optim.errors import RankError
-from quotientopt.optim.head_dressing import (
+from quotientopt.optim.checks import RankError
+from quotientopt.optim.dressing import (
     head_dressing,
     head_eigenframe,
-    is_compact,
+    holds_rotations_only,
     plane_partners,
 )
-from quotientopt.optim.leaves import Leaf
+from quotientopt.optim.slices import Slice
+from quotientopt.optim.update import break_ties, ema_, next_eigenframe, residual_eigenframe
 from quotientopt.symmetries import Block, HeadSymmetry
+
+# Both frames of a matrix come from its first gradient, which they would make diagonal: Adam would
+# divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
+ROW_TIES = 100.0
 
 
 class FreshDressing(NamedTuple):
@@ -33,7 +37,7 @@ class FreshDressing(NamedTuple):
     field: Tensor
     contragredient: Tensor
     weights_gram: Tensor
-    leaning: Tensor | None
+    substituted: Tensor | None
 
 
 class HeadFrames:
@@ -46,7 +50,11 @@ class HeadFrames:
     Attributes
     ----------
     frame, covariance : Tensor
-        Shape ``(2S, heads, r, r)``.
+        Shape ``(2S, heads, r, r)``; of a ``joint`` frame ``(2S, 1, heads r, heads r)``.
+    joint : bool
+        Whether one eigenframe turns the rows of all heads together. The dressing field is block
+        diagonal then, and what it leaves of the group, rotations head by head, is among the
+        rotations that the eigenframe follows.
     partner : Tensor or None
         Partner rows of rotated planes, None for groups without planes.
     """
@@ -56,20 +64,26 @@ class HeadFrames:
         symmetries: Sequence[HeadSymmetry],
         kind: str,
         *,
+        joint: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.symmetries = tuple(symmetries)
         self._places = {id(symmetry): place for place, symmetry in enumerate(symmetries)}
         self.kind = kind
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self.group = self.symmetries[0].group
         rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
+        self.joint = joint and rank > 1 and self.turns
+        if self.joint:
+            rank, heads = rank * heads, 1
         shape = (2 * len(self.symmetries), heads, rank, rank)
         self.frame = torch.zeros(shape, dtype=dtype, device=device)
         self.covariance = torch.zeros(shape, dtype=dtype, device=device)
         partner = plane_partners(self.group, device)
-        planes = bool((partner != torch.arange(rank, device=device)).any())
-        self.partner = partner if planes else None
+        planes = bool((partner != torch.arange(len(partner), device=device)).any())
+        # A frame over all rows leaves no planes as they are, nor anything of their group.
+        self.partner = partner if planes and not self.joint else None
         # In float64 the Grams of ill-conditioned float32 factors keep their small directions.
         self.precision = torch.finfo(self.symmetries[0].blocks[0].parameter.dtype).eps
         self.gram_dtype = dtype if device.type == "mps" else torch.float64
@@ -77,12 +91,12 @@ class HeadFrames:
     @property
     def turns(self) -> bool:
         """Whether frames are turned to eigenvectors; singular vectors leave nothing to turn."""
-        return self.kind != "svd" or is_compact(self.group)
+        return self.kind != "svd" or holds_rotations_only(self.group)
 
-    def place(self, leaf: Leaf) -> int:
-        """Entry of a leaf's side in the stack."""
-        place = self._places[id(leaf.symmetry)]
-        return place + len(self.symmetries) if leaf.side == "right" else place
+    def place(self, slice_: Slice) -> int:
+        """Entry of a slice's side in the stack."""
+        place = self._places[id(slice_.symmetry)]
+        return place + len(self.symmetries) if slice_.side == "right" else place
 
     def grams(self) -> Tensor:
         """Gram matrices of all factors, shape ``(2S, heads, r, r)``."""
@@ -91,7 +105,9 @@ class HeadFrames:
         for place, blocks in enumerate(sides):
             for block in blocks:
                 by_size[block.size].append((place, block))
-        grams = torch.zeros(self.frame.shape, dtype=self.gram_dtype, device=self.frame.device)
+        rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
+        shape = (len(sides), heads, rank, rank)
+        grams = torch.zeros(shape, dtype=self.gram_dtype, device=self.frame.device)
         for entries in by_size.values():
             stacked = torch.stack([block.view() for _, block in entries]).to(self.gram_dtype)
             places = torch.tensor([place for place, _ in entries], device=grams.device)
@@ -110,14 +126,22 @@ class HeadFrames:
             If both factors of a head are rank-deficient, or one is not finite; names the symmetry.
         """
         grams = self.grams()
-        supplemented, leaning = self._supplement(grams)
+        supplemented, substituted = self._supplement(grams)
         dressing = head_dressing(self.kind, self.group, *supplemented.chunk(2))
         contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
-        return FreshDressing(
+        fresh = FreshDressing(
             torch.cat([dressing.left, dressing.right]),
             contragredient,
             contragredient @ grams @ contragredient.mT,
-            leaning,
+            substituted,
+        )
+        if not self.joint:
+            return fresh
+        return FreshDressing(
+            block_diagonal(fresh.field),
+            block_diagonal(fresh.contragredient),
+            block_diagonal(fresh.weights_gram),
+            None if substituted is None else substituted.any(-1, keepdim=True),
         )
 
     def _supplement(self, grams: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +151,7 @@ class HeadFrames:
         of the partner, and the replacement moves with the group as the Gram itself does. Also
         returns which heads this was done for, on both sides.
         """
-        if is_compact(self.group):
+        if holds_rotations_only(self.group):
             return grams, None
         if isinstance(self.group, RotaryCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
@@ -180,23 +204,30 @@ class HeadFrames:
         Parameters
         ----------
         samples : Tensor
-            Shape ``(K, heads, r, r)``, one per leaf that has a gradient.
+            Shape ``(K, heads, r, r)``, one per slice that has a gradient.
         places : sequence of int
-            Entry of each leaf; leaves of one entry (weight and bias) are summed.
+            Entry of each slice; slices of one entry (weight and bias) are summed.
         beta : float
         gate : Tensor, optional
             Zero where nothing may change.
         """
         total = torch.zeros_like(self.covariance)
-        total.index_add_(0, torch.tensor(places, device=total.device), samples)
+        total.index_add_(0, self._index(places), samples)
         touched = sorted(set(places))
         if len(touched) == len(total):
             ema_(self.covariance, total, beta, gate)
             return
-        index = torch.tensor(touched, device=total.device)
+        index = self._index(touched)
         part = self.covariance.index_select(0, index)
         ema_(part, total.index_select(0, index), beta, gate)
         self.covariance.index_copy_(0, index, part)
+
+    def _index(self, places: Sequence[int]) -> Tensor:
+        """Places on the device, copied there once: a recorded step may copy nothing."""
+        key = tuple(places)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(places, device=self.frame.device)
+        return self._indices[key]
 
     def begin_refresh(self, field: Tensor) -> Tensor:
         """Write the covariance in the coordinates of a fresh ``field``.
@@ -214,20 +245,32 @@ class HeadFrames:
         self.covariance.copy_(change @ self.covariance.to(field.dtype) @ change.mT)
         return change
 
-    def end_refresh(self, dressing: FreshDressing) -> Tensor:
-        """Turn the field into the eigenframe of the covariance, u = O · field; returns O."""
+    def end_refresh(self, dressing: FreshDressing, change: Tensor) -> Tensor:
+        """Turn the field into the eigenframe of the covariance, u = O · field; returns O.
+
+        A frame over all rows follows the covariance by orthogonal iteration from the last frame,
+        whose rows in the new field are those of ``change``, as :meth:`begin_refresh` returned it.
+        """
         field = dressing.field
         if not self.turns:
             self.frame.copy_(field)
             identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
             return identity.expand_as(field)
         weights_gram = dressing.weights_gram.to(self.covariance)
-        if dressing.leaning is not None:
+        if dressing.substituted is not None:
             # The partner's dressed factor is orthonormal there and tells no directions apart, but
             # the other side's gradients do, and they turn alike.
             other = self.covariance.roll(len(self.symmetries), 0)
-            weights_gram = torch.where(dressing.leaning[..., None, None], other, weights_gram)
-        turn = head_eigenframe(self.group, self.covariance, weights_gram)
+            weights_gram = torch.where(dressing.substituted[..., None, None], other, weights_gram)
+        if self.joint:
+            missing = (self.frame == 0).flatten(-2).all(-1)[..., None, None]
+            turn = next_eigenframe(self.covariance, change.to(self.covariance))
+            if bool(missing.any()):
+                first = torch.linalg.eigh(break_ties(self.covariance, weights_gram, times=ROW_TIES))
+                turn = torch.where(missing, first.eigenvectors.flip(-1), turn)
+            turn = turn.mT
+        else:
+            turn = head_eigenframe(self.group, self.covariance, weights_gram)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         turn = turn.to(field.dtype)
         self.frame.copy_(turn @ field)
@@ -241,5 +284,54 @@ class HeadFrames:
                 continue
             left, right = self.frame[place], self.frame[place + len(self.symmetries)]
             g = g.to(self.frame.device, torch.promote_types(g.dtype, self.gram_dtype))
-            left.copy_(left.to(g.dtype) @ self.group.inverse(g))
-            right.copy_(right.to(g.dtype) @ g.mT)
+            inverse, transpose = self.group.inverse(g), g.mT
+            if self.joint:
+                inverse, transpose = block_diagonal(inverse), block_diagonal(transpose)
+            left.copy_(left.to(g.dtype) @ inverse)
+            right.copy_(right.to(g.dtype) @ transpose)
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """The matrix with these blocks on its diagonal, ``(…, h, r, r) -> (…, 1, h r, h r)``."""
+    heads, rank = blocks.shape[-3:-1]
+    identity = torch.eye(heads, dtype=blocks.dtype, device=blocks.device)
+    # Entry (h, i), (k, j) is δ_hk blocks[h, i, j].
+    spread = blocks[..., :, :, None, :] * identity[:, None, :, None]
+    return spread.reshape(*blocks.shape[:-3], 1, heads * rank, heads * rank)
+
+
+class SharedResidualFrame:
+    """One residual frame for all matrices of a stream, from their pooled covariance.
+
+    Attributes
+    ----------
+    covariance, frame, change : Tensor
+        R, Q and Q_oldᵀ Q_new, each ``(d, d)``.
+    """
+
+    def __init__(self, dimension: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (dimension, dimension)
+        self.covariance = torch.zeros(shape, dtype=dtype, device=device)
+        self.frame = torch.zeros(shape, dtype=dtype, device=device)
+        self.change = torch.zeros(shape, dtype=dtype, device=device)
+        self._sum = torch.zeros(shape, dtype=dtype, device=device)
+        self.oriented = False
+
+    def add(self, gram: Tensor) -> None:
+        """Pool the Gram of one bucket's dressed gradients in this step."""
+        self._sum.add_(gram)
+
+    def accumulate(self, beta: float, gate: Tensor | None = None) -> None:
+        """Take the pooled Gram of this step into the covariance, unless the gate is zero."""
+        ema_(self.covariance, self._sum, beta, gate)
+        self._sum.zero_()
+
+    def refresh(self, weights_gram: Tensor | None) -> None:
+        """Turn to the eigenvectors of the covariance: the first time with the weights' Gram."""
+        if weights_gram is None:
+            frame = next_eigenframe(self.covariance, self.frame)
+        else:
+            frame = residual_eigenframe(self.covariance, weights_gram, weights_gram)
+        self.oriented = True
+        self.change = self.frame.mT @ frame
+        self.frame.copy_(frame)
