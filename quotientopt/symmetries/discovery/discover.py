@@ -275,7 +275,7 @@ class _Names:
             around = [_scope(p) for p in pairs if not p.scores and p.rank > 1]
             scope = max((s for s in around if _within(scope, s)), key=len, default=scope)
         elif pair.rank == 1 and pair.heads > 1:
-            kind = "hidden"
+            kind = "units"
         elif _in_heads(pair) or any(
             other.scores and other.heads == 1 and _within(_scope(other), scope) for other in pairs
         ):
