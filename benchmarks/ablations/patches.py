@@ -17,13 +17,13 @@ from torch import Tensor
 
 from quotientopt.groups import GL
 from quotientopt.manifolds import FactorQuotient
-from quotientopt.optim import bucket as bucket_module
+from quotientopt.optim import buckets as bucket_module
 from quotientopt.optim import engine as engine_module
-from quotientopt.optim import polar as polar_module
-from quotientopt.optim.bucket import Bucket
+from quotientopt.optim import update as polar_module
+from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.engine import Engine
-from quotientopt.optim.leaves import SIDES, Leaf
-from quotientopt.optim.polar import evening_factor, row_evening_factor
+from quotientopt.optim.slices import SIDES, Slice
+from quotientopt.optim.update import polar_factor, row_polar_factor
 from quotientopt.symmetries import HeadSymmetry
 
 Patch = Generator[None, None, None]
@@ -31,13 +31,13 @@ WRITING = ("output", "down")
 
 
 @contextmanager
-def pooled_residual_frames(class_of: Callable[[Leaf], Hashable]) -> Patch:
-    """One residual frame for all leaves of a class: their covariances are summed for it."""
+def pooled_residual_frames(class_of: Callable[[Slice], Hashable]) -> Patch:
+    """One residual frame for all slices of a class: their covariances are summed for it."""
     refresh, weights_grams = Engine._refresh, Engine._weights_grams
 
     def pooled(buckets: Sequence[Bucket], stacks: Sequence[Tensor]) -> list[Tensor]:
         totals: dict[Hashable, Tensor] = {}
-        classes = [[class_of(leaf) for leaf in bucket.leaves] for bucket in buckets]
+        classes = [[class_of(slice_) for slice_ in bucket.slices] for bucket in buckets]
         for own, stack in zip(classes, stacks, strict=True):
             for name, matrix in zip(own, stack, strict=True):
                 totals[name] = totals[name] + matrix if name in totals else matrix
@@ -64,14 +64,14 @@ def pooled_residual_frames(class_of: Callable[[Leaf], Hashable]) -> Patch:
         yield
 
 
-def layer_and_direction(leaf: Leaf) -> Hashable:
-    """Layer of a leaf, and whether it reads the residual stream or writes to it.
+def layer_and_direction(slice_: Slice) -> Hashable:
+    """Layer of a slice, and whether it reads the residual stream or writes to it.
 
     Embeddings and head belong to no layer: each is a class of its own.
     """
-    parts = leaf.name.split(".")
+    parts = slice_.name.split(".")
     if parts[0] != "blocks":
-        return leaf.name
+        return slice_.name
     return parts[1], any(part in WRITING for part in parts)
 
 
@@ -82,7 +82,7 @@ def decomposed_residual_frames() -> Patch:
 
     def from_nothing(engine: Engine, *arguments: Any) -> list[Tensor]:
         for bucket in engine.buckets:
-            bucket.oriented = [False] * len(bucket.leaves)
+            bucket.oriented = [False] * len(bucket.slices)
         return refresh(engine, *arguments)
 
     with mock.patch.object(Engine, "_refresh", from_nothing):
@@ -136,25 +136,29 @@ def reused_evening(every: int) -> Patch:
         place += 1
         return factors[place - 1]
 
-    def even_out(matrix: Tensor, right: Tensor | None) -> Tensor:
+    def orthogonalise(matrix: Tensor, right: Tensor | None) -> Tensor:
         tall = matrix.size(1) >= matrix.size(2)
 
         def make() -> Tensor:
-            factor, size = evening_factor(matrix if tall else matrix.mT)
-            evened = matrix @ factor if tall else factor @ matrix
-            tiny = torch.finfo(evened.dtype).tiny
-            return factor * (size / torch.linalg.matrix_norm(evened, keepdim=True).clamp_min(tiny))
+            factor, size = polar_factor(matrix if tall else matrix.mT)
+            orthogonal = matrix @ factor if tall else factor @ matrix
+            tiny = torch.finfo(orthogonal.dtype).tiny
+            return factor * (
+                size / torch.linalg.matrix_norm(orthogonal, keepdim=True).clamp_min(tiny)
+            )
 
         factor = kept(make)
-        evened = matrix @ factor if tall else factor @ matrix
-        return evened if right is None else evened @ right
+        orthogonal = matrix @ factor if tall else factor @ matrix
+        return orthogonal if right is None else orthogonal @ right
 
     def row_factor(matrix: Tensor) -> Tensor:
-        return kept(lambda: row_evening_factor(matrix))
+        return kept(lambda: row_polar_factor(matrix))
 
     with (
         mock.patch.object(Engine, "step", counted_step),
-        mock.patch.multiple(bucket_module, even_out=even_out, row_evening_factor=row_factor),
+        mock.patch.multiple(
+            bucket_module, orthogonalise=orthogonalise, row_polar_factor=row_factor
+        ),
     ):
         yield
 
@@ -165,8 +169,8 @@ def whole_matrix_evening() -> Patch:
     turn_back = Bucket._turn_back
 
     def whole(bucket: Bucket, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
-        evened = turn_back(bucket, update, None, frame)
-        return evened if left is None else left @ evened
+        orthogonal = turn_back(bucket, update, None, frame)
+        return orthogonal if left is None else left @ orthogonal
 
     with mock.patch.object(Bucket, "_turn_back", whole):
         yield
@@ -202,9 +206,9 @@ def horizontal_updates() -> Patch:
         step(engine, *arguments)
         factors: dict[tuple[HeadSymmetry, str], list[Tensor]] = defaultdict(list)
         for bucket, rows, update, _, _ in held:
-            for leaf, own in zip(bucket.leaves[rows], update, strict=True):
-                if leaf.symmetry is not None and isinstance(leaf.symmetry.group, GL):
-                    factors[leaf.symmetry, leaf.side] += own.unbind()
+            for slice_, own in zip(bucket.slices[rows], update, strict=True):
+                if slice_.symmetry is not None and isinstance(slice_.symmetry.group, GL):
+                    factors[slice_.symmetry, slice_.side] += own.unbind()
         for symmetry in {symmetry: None for symmetry, _ in factors}:
             project_(symmetry, [factors[symmetry, side] for side in SIDES])
         for entry in held:
@@ -231,14 +235,14 @@ def project_(symmetry: HeadSymmetry, updates: Sequence[Sequence[Tensor]]) -> Non
 
 
 @contextmanager
-def fixed_update_size(size_of: Callable[[Leaf], float]) -> Patch:
+def fixed_update_size(size_of: Callable[[Slice], float]) -> Patch:
     """Scale every framed matrix's update to a given root mean square, in dressed coordinates."""
     turn_back, direction = Bucket._turn_back, Bucket._direction
-    leaves: Sequence[Leaf] = ()
+    slices: Sequence[Slice] = ()
 
     def remembered(bucket: Bucket, rows: slice, *arguments: Any) -> Tensor:
-        nonlocal leaves
-        leaves = bucket.leaves[rows]
+        nonlocal slices
+        slices = bucket.slices[rows]
         return direction(bucket, rows, *arguments)
 
     def scaled(bucket: Bucket, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
@@ -247,7 +251,7 @@ def fixed_update_size(size_of: Callable[[Leaf], float]) -> Patch:
         identity = None if left is None else torch.eye(left.size(-1)).to(left).expand_as(left)
         dressed = turn_back(bucket, update, identity, frame)
         present = dressed.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
-        wanted = torch.tensor([size_of(leaf) for leaf in leaves]).to(update)
+        wanted = torch.tensor([size_of(slice_) for slice_ in slices]).to(update)
         scale = wanted.view(-1, 1, 1, 1, 1) / present.clamp_min(torch.finfo(update.dtype).tiny)
         return (dressed if left is None else left @ dressed).mul_(scale)
 
@@ -255,17 +259,17 @@ def fixed_update_size(size_of: Callable[[Leaf], float]) -> Patch:
         yield
 
 
-def constant_size(leaf: Leaf, size: float) -> float:
+def constant_size(slice_: Slice, size: float) -> float:
     """The same root mean square for every matrix."""
     return size
 
 
-def spectral_size(leaf: Leaf, size: float) -> float:
+def spectral_size(slice_: Slice, size: float) -> float:
     """Larger where a layer maps to more dimensions, ``size · √max(1, out/in)``, as in Muon.
 
     Outside the layers, where Muon is not used, `size` itself.
     """
-    if layer_and_direction(leaf) == leaf.name:
+    if layer_and_direction(slice_) == slice_.name:
         return size
-    rows, columns = leaf.parameter.shape
+    rows, columns = slice_.parameter.shape
     return size * max(1.0, rows / columns) ** 0.5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quotientopt._linalg import Pair, wide, wide_dtype
 from quotientopt.flow.geometry import PairGeometry
-from quotientopt.optim.pair_stack import columns_of, stack_factors
+from quotientopt.optim.pairs import columns_of, stack_factors
 from quotientopt.symmetries import Block, HeadSymmetry
 
 
@@ -83,7 +83,7 @@ class HeadFibre(Fibre):
     Parameters
     ----------
     symmetries : sequence of HeadSymmetry
-        With one :func:`~quotientopt.optim.pair_stack.shape_key`.
+        With one :func:`~quotientopt.optim.pairs.shape_key`.
     geometry : PairGeometry
     place_of : callable
         Parameter to its place among the tensors.

@@ -19,7 +19,7 @@ from quotientopt.manifolds import (
     ProductManifold,
     QuotientManifold,
 )
-from quotientopt.optim.pair_stack import refuse_scattered, shape_key
+from quotientopt.optim.pairs import refuse_scattered, shape_key
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 

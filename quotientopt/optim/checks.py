@@ -1,4 +1,4 @@
-"""What an optimizer refuses, with one line that names the thing and the way out."""
+"""What the optimizers refuse, with one line that names the thing and the way out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
-from quotientopt.optim.errors import GradientError
-from quotientopt.optim.head_dressing import HEAD_FRAMES
-from quotientopt.optim.leaves import SIDES, TRANSPORTED, Leaves
-from quotientopt.symmetries import SymmetryMap
+from quotientopt.optim.dressing import HEAD_FRAMES
+from quotientopt.optim.pairs import PAIR_METRICS
+from quotientopt.optim.slices import SIDES, TRANSPORTED, Slices
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
+
+
+class StepRefusedError(ValueError):
+    """A step cannot be taken; parameters and state are as they were before it."""
+
+
+class GradientError(StepRefusedError):
+    """A gradient is NaN, infinite, or too large to be squared."""
+
+
+class RankError(StepRefusedError):
+    """A factor has no head frame because it is rank-deficient or not finite."""
+
 
 RESIDUAL_FRAMES = ("per_matrix", "shared")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
@@ -73,7 +86,7 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
     if options["lora_polar"] and options["lora_frame"] != TRANSPORTED:
         raise ValueError(
             f"lora_polar needs lora_frame={TRANSPORTED!r}, got {options['lora_frame']!r}; in other "
-            "frames LoRA pairs heed polar"
+            "frames LoRA pairs follow polar"
         )
     if foreach is not None and not isinstance(foreach, bool):
         raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
@@ -153,7 +166,7 @@ def norms_of(tensors: Iterable[Tensor], *, clipped: bool = False) -> list[Tensor
 
 
 def refuse_unmovable(
-    element: Mapping[str, Tensor], symmetries: SymmetryMap, leaves: Leaves
+    element: Mapping[str, Tensor], symmetries: SymmetryMap, slices: Slices
 ) -> None:
     """Refuse to move state that has no law of transformation: that of plain Adam.
 
@@ -164,21 +177,21 @@ def refuse_unmovable(
         would make their state dressed.
     """
     known = {symmetry.name: symmetry for symmetry in symmetries.heads}
-    covered = {(leaf.symmetry.name, leaf.side) for leaf in leaves.framed if leaf.symmetry}
-    unturned = {id(leaf.parameter) for leaf in leaves.framed if not leaf.residual}
-    unturned |= {id(leaf.parameter) for leaf in leaves.transported}
-    plain = {id(parameter) for parameters in leaves.plain for parameter in parameters}
-    framed = {id(leaf.parameter) for leaf in leaves.framed}
+    covered = {(slice_.symmetry.name, slice_.side) for slice_ in slices.framed if slice_.symmetry}
+    unturned = {id(slice_.parameter) for slice_ in slices.framed if not slice_.residual}
+    unturned |= {id(slice_.parameter) for slice_ in slices.transported}
+    plain = {id(parameter) for parameters in slices.plain for parameter in parameters}
+    framed = {id(slice_.parameter) for slice_ in slices.framed}
     for name in element:
-        stuck: list[str] = []
+        blocked: list[str] = []
         if name == RESIDUAL and symmetries.residual is not None:
             symmetries.residual.check_element(element[name])
             stream = symmetries.residual.parameters
-            stuck = [n for n, p in stream.items() if id(p) in plain | unturned]
+            blocked = [n for n, p in stream.items() if id(p) in plain | unturned]
         elif name in known:
             known[name].check_element(element[name])
             sides = (known[name].left_blocks, known[name].right_blocks)
-            stuck = [
+            blocked = [
                 block.name
                 for side, blocks in zip(SIDES, sides, strict=True)
                 for block in blocks
@@ -186,9 +199,9 @@ def refuse_unmovable(
             ]
         else:
             raise ValueError(f"no symmetry called {name!r}; known: {sorted(known)}")
-        if stuck:
+        if blocked:
             raise ValueError(
-                f"cannot move the optimizer's state by {name!r}: that of {stuck[0]!r} is plain "
+                f"cannot move the optimizer's state by {name!r}: that of {blocked[0]!r} is plain "
                 "Adam's and depends on the gauge; use a head_frame and a residual_frame"
             )
 
@@ -214,3 +227,168 @@ def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
         values = {group[name] for group in param_groups}
         if len(values) > 1:
             raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")
+
+
+class NonfiniteGate:
+    """Finds gradients that are not finite on the device, and tells of them later.
+
+    The host does not wait for the device in every step: such a step changes nothing, and is
+    counted there until frames, which wait anyway, are made afresh.
+    """
+
+    def __init__(self) -> None:
+        self._skipped: Tensor | None = None
+
+    @staticmethod
+    def is_needed(norms: Sequence[Tensor]) -> bool:
+        """Whether reading a flag would make the host wait for the device."""
+        return bool(norms) and norms[0].device.type != "cpu"
+
+    def close_on_nonfinite(self, norms: Sequence[Tensor], dressed: Sequence[Tensor]) -> Tensor:
+        """One, or zero if a gradient is not finite; dressed gradients are then set to zero.
+
+        Parameters
+        ----------
+        norms : sequence of Tensor
+            Of all gradients; a finite one says that all entries are finite.
+        dressed : sequence of Tensor
+            Dressed gradients, changed in place.
+        """
+        finite = torch.stack(list(norms)).isfinite().all()
+        for stack in dressed:
+            stack.masked_fill_(~finite, 0)
+        gate = finite.to(norms[0].dtype)
+        if self._skipped is None:
+            self._skipped = torch.zeros_like(gate)
+        self._skipped.add_(1 - gate)
+        return gate
+
+    def refuse_earlier(self) -> None:
+        """Tell of steps that changed nothing; the host waits for the device.
+
+        Raises
+        ------
+        GradientError
+            If there were any since the last call.
+        """
+        if self._skipped is None:
+            return
+        count = int(self._skipped)
+        self._skipped.zero_()
+        if count:
+            raise GradientError(
+                f"gradients had NaN or infinite entries, or overflowed when squared, in {count} of "
+                "the steps since frames were last made; those steps changed nothing, nor does this "
+                "one. Lower the learning rate, or scale the loss with a GradScaler"
+            )
+
+
+def refuse_bad_options(options: Mapping[str, Any]) -> None:
+    """Check the options of a param group.
+
+    Raises
+    ------
+    ValueError
+        Naming the option and what it may be.
+    """
+    lr, foreach = options["lr"], options["foreach"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
+    for name, number in (("lr", int | float | Tensor), ("weight_decay", int | float)):
+        value = options[name]
+        if not isinstance(value, number) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number that is not negative, got {value!r}")
+    momentum = options["momentum"]
+    if not isinstance(momentum, int | float) or not 0 <= momentum < float("inf"):
+        raise ValueError(f"momentum must be a finite number that is not negative, got {momentum!r}")
+    if options["metric"] not in PAIR_METRICS:
+        choices = " or ".join(map(repr, PAIR_METRICS))
+        raise ValueError(f"metric must be {choices}, got {options['metric']!r}")
+    for name in ("nesterov", "maximize"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    if foreach is not None and not isinstance(foreach, bool):
+        raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
+    if options["nesterov"] and momentum == 0:
+        raise ValueError("nesterov=True needs a momentum above zero")
+    if options.get("dampening", 0) != 0:
+        raise ValueError(f"dampening is not available, got {options['dampening']!r}; use 0")
+    refuse_options_of_torch(options, "QuotientSGD")
+
+
+def refuse_sparse_of_pairs(gradients: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse sparse gradients of parameters that belong to a symmetry."""
+    for name, gradient in gradients:
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {name!r} is sparse, and the parameter belongs to a symmetry; "
+                "use dense gradients (for an embedding: sparse=False)"
+            )
+
+
+def largest_entries(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Largest modulus of each gradient, which is finite where all its entries are."""
+    values = [g._values() if g.is_sparse else g for g in gradients]
+    values = [value for value in values if value.numel()]
+    return list(torch._foreach_norm(values, float("inf"))) if values else []
+
+
+def refuse_nonfinite_entries(
+    gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]
+) -> None:
+    """Refuse gradients with NaN or infinite entries.
+
+    Raises
+    ------
+    GradientError
+        Naming the first parameter.
+    """
+    bad = [
+        name_of(parameter)
+        for parameter, gradient in gradients.items()
+        if not all(bool(largest.isfinite()) for largest in largest_entries([gradient]))
+    ]
+    if bad:
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise GradientError(
+            f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
+            "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
+        )
+
+
+def refuse_foreign_element(element: Mapping[str, Tensor], symmetries: SymmetryMap) -> None:
+    """Refuse a group element that does not act on these symmetries.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or an element of the wrong shape or outside its group.
+    """
+    known: dict[str, HeadSymmetry] = {symmetry.name: symmetry for symmetry in symmetries.heads}
+    for name, g in element.items():
+        if name == RESIDUAL and symmetries.residual is not None:
+            symmetries.residual.check_element(g)
+        elif name in known:
+            known[name].check_element(g)
+        else:
+            raise ValueError(f"no symmetry called {name!r}; known: {sorted(known)}")
+
+
+def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse saved state that is not a momentum of the parameter's shape.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter.
+    """
+    for key, value in state.items():
+        if key != "momentum_buffer":
+            raise ValueError(
+                f"the saved state of {name!r} has a {key!r}: it is not the state of a QuotientSGD"
+            )
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ValueError(
+                f"the saved momentum of {name!r} has shape {tuple(value.shape)}, expected "
+                f"{tuple(parameter.shape)}: it is not the state of a QuotientSGD on this model"
+            )

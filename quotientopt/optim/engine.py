@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.adoption import adopt
-from quotientopt.optim.bucket import Bucket, stream_of
-from quotientopt.optim.head_frames import FreshDressing, HeadFrames
-from quotientopt.optim.leaves import Leaf, Leaves, frame_kind
+from quotientopt.optim.buckets import Bucket, stream_of
+from quotientopt.optim.frames import FreshDressing, HeadFrames, SharedResidualFrame
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
-from quotientopt.optim.low_rank_prepared import Prepared
-from quotientopt.optim.residual_frame import SharedResidualFrame, rotate_
+from quotientopt.optim.low_rank_stack import Prepared
+from quotientopt.optim.slices import Slice, Slices, frame_kind
+from quotientopt.optim.state import Entry, adopt
+from quotientopt.optim.update import rotate_
 from quotientopt.symmetries.map import RESIDUAL
 
 # Covariances take every second gradient, which saves half of a product of the parameters' size;
@@ -28,50 +28,42 @@ State = Mapping[Tensor, dict[str, Any]]
 Dressings = Mapping[int, FreshDressing]
 
 
-class Entry(NamedTuple):
-    """One tensor of the state: the leaf it is filed under, its key, and the tensor."""
-
-    leaf: Leaf
-    key: str
-    tensor: Tensor
-
-
 class Engine:
-    """Buckets of framed leaves and one step of Adam on all of them.
+    """Buckets of framed slices and one step of Adam on all of them.
 
     Parameters
     ----------
-    leaves : Leaves
+    slices : Slices
     param_groups : sequence of dict
     state : mapping
-        The optimizer's state. What it holds for the leaves is taken over; afterwards its entries
+        The optimizer's state. What it holds for the slices is taken over; afterwards its entries
         are views of the buckets' stacked tensors.
     """
 
     def __init__(
-        self, leaves: Leaves, param_groups: Sequence[dict[str, Any]], state: State
+        self, slices: Slices, param_groups: Sequence[dict[str, Any]], state: State
     ) -> None:
         self.param_groups = param_groups
         self.heads: list[HeadFrames] = []
         self.shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
         self.buckets: list[Bucket] = []
-        self.pairs = stack_pairs(leaves.transported, param_groups)
-        frames = self._head_frames(leaves.framed)
-        grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
-        # Left sides first: the leaves of a bucket then lie in the order of their frames.
-        for leaf in sorted(leaves.framed, key=lambda leaf: leaf.side):
-            heads = frames.get(id(leaf))
-            options = param_groups[leaf.group_index]
+        self.pairs = stack_pairs(slices.transported, param_groups)
+        frames = self._head_frames(slices.framed)
+        grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+        # Left sides first: the slices of a bucket then lie in the order of their frames.
+        for slice_ in sorted(slices.framed, key=lambda slice_: slice_.side):
+            heads = frames.get(id(slice_))
+            options = param_groups[slice_.group_index]
             key = (
-                leaf.group_index,
+                slice_.group_index,
                 id(heads),
-                leaf.shape,
-                leaf.residual,
-                leaf.parameter.dtype,
-                leaf.parameter.device,
+                slice_.shape,
+                slice_.residual,
+                slice_.parameter.dtype,
+                slice_.parameter.device,
                 len(grouped) if options["foreach"] is False else None,
             )
-            grouped[key].append(leaf)
+            grouped[key].append(slice_)
         for members in grouped.values():
             heads = frames.get(id(members[0]))
             bucket = Bucket(
@@ -82,71 +74,74 @@ class Engine:
                 param_groups[members[0].group_index],
             )
             self.buckets.append(bucket)
-        adopt(self, state)
+        adopt(list(self.entries()), self.buckets, self.pairs, state)
         self._file(state)
 
-    def _head_frames(self, leaves: Sequence[Leaf]) -> dict[int, HeadFrames]:
-        grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
-        for leaf in leaves:
-            if leaf.symmetry is not None:
-                kind = frame_kind(self.param_groups[leaf.group_index], leaf.symmetry) or ""
-                key = (kind, leaf.symmetry.group, leaf.symmetry.heads)
-                grouped[*key, leaf.parameter.dtype, leaf.parameter.device].append(leaf)
+    def _head_frames(self, slices: Sequence[Slice]) -> dict[int, HeadFrames]:
+        grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+        for slice_ in slices:
+            if slice_.symmetry is not None:
+                kind = frame_kind(self.param_groups[slice_.group_index], slice_.symmetry) or ""
+                key = (kind, slice_.symmetry.group, slice_.symmetry.heads)
+                grouped[*key, slice_.parameter.dtype, slice_.parameter.device].append(slice_)
         frames: dict[int, HeadFrames] = {}
         for (kind, *_), members in grouped.items():
             parameter = members[0].parameter
             heads = HeadFrames(
-                list(dict.fromkeys(leaf.symmetry for leaf in members if leaf.symmetry)),
+                list(dict.fromkeys(slice_.symmetry for slice_ in members if slice_.symmetry)),
                 kind,
                 dtype=compute_dtype(parameter.dtype),
                 device=parameter.device,
             )
             self.heads.append(heads)
-            frames |= {id(leaf): heads for leaf in members}
+            frames |= {id(slice_): heads for slice_ in members}
         return frames
 
-    def _shared_frame(self, leaf: Leaf) -> SharedResidualFrame | None:
-        if not leaf.residual or self.param_groups[leaf.group_index]["residual_frame"] != "shared":
+    def _shared_frame(self, slice_: Slice) -> SharedResidualFrame | None:
+        if (
+            not slice_.residual
+            or self.param_groups[slice_.group_index]["residual_frame"] != "shared"
+        ):
             return None
-        key = stream_of(leaf)
+        key = stream_of(slice_)
         if key not in self.shared:
             self.shared[key] = SharedResidualFrame(*key)
         return self.shared[key]
 
     def entries(self) -> Iterator[Entry]:
-        """Every tensor of the state, under each leaf that needs it."""
+        """Every tensor of the state, under each slice that needs it."""
         for bucket in self.buckets:
-            for i, leaf in enumerate(bucket.leaves):
+            for i, slice_ in enumerate(bucket.slices):
                 for key, stack in bucket.state.items():
-                    yield Entry(leaf, key, stack[i])
+                    yield Entry(slice_, key, stack[i])
                 if bucket.heads is not None:
-                    place = bucket.heads.place(leaf)
-                    yield Entry(leaf, "head_frame", bucket.heads.frame[place])
-                    yield Entry(leaf, "head_covariance", bucket.heads.covariance[place])
+                    place = bucket.heads.place(slice_)
+                    yield Entry(slice_, "head_frame", bucket.heads.frame[place])
+                    yield Entry(slice_, "head_covariance", bucket.heads.covariance[place])
                 if bucket.shared is not None:
-                    yield Entry(leaf, "residual_frame", bucket.shared.frame)
-                    yield Entry(leaf, "residual_covariance", bucket.shared.covariance)
+                    yield Entry(slice_, "residual_frame", bucket.shared.frame)
+                    yield Entry(slice_, "residual_covariance", bucket.shared.covariance)
 
     def _file(self, state: State) -> None:
         """Make the optimizer's state views of the stacked tensors."""
         self._watched = []
-        for leaf, key, tensor in self.entries():
-            state[leaf.parameter][key + leaf.suffix] = tensor
+        for slice_, key, tensor in self.entries():
+            state[slice_.parameter][key + slice_.suffix] = tensor
             if key in ("exp_avg", "exp_avg_sq"):
-                self._watched.append((leaf.parameter, key + leaf.suffix, tensor))
+                self._watched.append((slice_.parameter, key + slice_.suffix, tensor))
         self._steps_on_host: dict[Tensor, Tensor] = {}
         for bucket in self.buckets:
-            for i, leaf in enumerate(bucket.leaves):
-                own = state[leaf.parameter]
+            for i, slice_ in enumerate(bucket.slices):
+                own = state[slice_.parameter]
                 if bucket.device_steps is not None:
                     own["step"] = bucket.device_steps[i]
                 else:
                     own["step"] = torch.as_tensor(own.get("step", 0.0), dtype=torch.float32)
-                    self._steps_on_host[leaf.parameter] = own["step"]
-        for leaf, key, tensor in (entry for pairs in self.pairs for entry in pairs.entries()):
-            state[leaf.parameter][key] = tensor
+                    self._steps_on_host[slice_.parameter] = own["step"]
+        for slice_, key, tensor in (entry for pairs in self.pairs for entry in pairs.entries()):
+            state[slice_.parameter][key] = tensor
             if key in ("exp_avg", "exp_avg_sq"):
-                self._watched.append((leaf.parameter, key, tensor))
+                self._watched.append((slice_.parameter, key, tensor))
 
     def holds(self, state: State) -> bool:
         """Whether the optimizer's state is still the one kept here, not replaced or cleared."""
@@ -156,10 +151,12 @@ class Engine:
         )
 
     def active(self) -> list[tuple[Bucket, list[int]]]:
-        """Buckets with the leaves that have a gradient."""
+        """Buckets with the slices that have a gradient."""
         found = []
         for bucket in self.buckets:
-            rows = [i for i, leaf in enumerate(bucket.leaves) if leaf.parameter.grad is not None]
+            rows = [
+                i for i, slice_ in enumerate(bucket.slices) if slice_.parameter.grad is not None
+            ]
             if rows:
                 found.append((bucket, rows))
         return found
@@ -177,13 +174,13 @@ class Engine:
             pairs.step(own, self.param_groups[pairs.group_index], gate)
 
     def refresh_due(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
-        """Whether frames are made afresh in this step: every K steps, or for a new leaf."""
+        """Whether frames are made afresh in this step: every K steps, or for a new slice."""
         steps = [bucket.steps[i] for bucket, rows in active for i in rows]
         every = self.param_groups[0]["refresh_every"]
         return min(steps) == 0 or (max(steps) + 1) % every == 0
 
     def is_new(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
-        """Whether a leaf has no frame yet."""
+        """Whether a slice has no frame yet."""
         framed = (bucket.steps[i] for bucket, rows in active for i in rows)
         of_pairs = (max(pairs.steps) for pairs in self.pairs)
         return any(steps == 0 for steps in (*framed, *of_pairs))
@@ -250,7 +247,7 @@ class Engine:
             part.update_(gradients, self.param_groups[bucket.group_index], gate)
             if part is not bucket:
                 bucket.absorb(part, rows)
-        counted = {bucket.leaves[i].parameter: None for bucket, rows in active for i in rows}
+        counted = {bucket.slices[i].parameter: None for bucket, rows in active for i in rows}
         if self._steps_on_host:
             torch._foreach_add_([self._steps_on_host[parameter] for parameter in counted], 1)
 
@@ -264,7 +261,7 @@ class Engine:
         return {id(h): h.begin_refresh(dressings[id(h)].field) for h in self.heads}
 
     def _part(self, bucket: Bucket, rows: list[int]) -> Bucket:
-        return bucket if len(rows) == len(bucket.leaves) else bucket.subset(rows)
+        return bucket if len(rows) == len(bucket.slices) else bucket.subset(rows)
 
     def _samples(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether covariances take this step's gradients: every second time, and at first."""
@@ -330,9 +327,9 @@ class Engine:
     def _weights_grams(
         self, dressings: Dressings
     ) -> tuple[dict[int, Tensor], dict[tuple[Any, ...], Tensor]]:
-        """WᵀW of the dressed weights: per leaf, by ``id`` of the bucket, and per stream.
+        """WᵀW of the dressed weights: per slice, by ``id`` of the bucket, and per stream.
 
-        Only of streams with a leaf that has no frame yet.
+        Only of streams with a slice that has no frame yet.
         """
         grams: dict[int, Tensor] = {}
         pooled: dict[tuple[Any, ...], Tensor] = {}

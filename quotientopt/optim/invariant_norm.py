@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.head_dressing import HEAD_FRAMES
-from quotientopt.optim.leaves import find_leaves
-from quotientopt.optim.pair_geometry import (
-    METRICS,
+from quotientopt.optim.dressing import HEAD_FRAMES
+from quotientopt.optim.pairs import (
+    PAIR_METRICS,
     dressed_gradient,
     measure,
+    refuse_scattered,
     refuse_unknown_geometry,
+    shape_key,
+    stack_factors,
 )
-from quotientopt.optim.pair_stack import refuse_scattered, shape_key, stack_factors
+from quotientopt.optim.slices import find_slices
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,
@@ -30,7 +32,7 @@ from quotientopt.symmetries import (
     warn_of_gaps,
 )
 
-_rests: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDictionary()
+_uncovered: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -84,8 +86,8 @@ def invariant_grad_norm(
         If the symmetries are missing, or none of their parameters is among those given, or the
         metric is unknown.
     """
-    if metric not in (*METRICS, *HEAD_FRAMES):
-        known = ", ".join(map(repr, (*METRICS, *HEAD_FRAMES)))
+    if metric not in (*PAIR_METRICS, *HEAD_FRAMES):
+        known = ", ".join(map(repr, (*PAIR_METRICS, *HEAD_FRAMES)))
         raise ValueError(f"metric must be one of {known}, got {metric!r}")
     parameters, symmetries = _resolve(model_or_optimizer_or_params, symmetries)
     own = {id(parameter) for parameter in parameters}
@@ -99,7 +101,7 @@ def invariant_grad_norm(
         torch.linalg.vector_norm(part, dtype=compute_dtype(part.dtype))
         for part in (
             *_plain_gradients(parameters, covered),
-            *_rest_gradients(symmetries, own),
+            *_uncovered_gradients(symmetries, own),
             *_dressed_gradients(symmetries, own, metric),
         )
     ]
@@ -172,9 +174,9 @@ def _plain_gradients(parameters: Sequence[Tensor], covered: set[int]) -> list[Te
     return [g.coalesce().values() if g.is_sparse else g for g in gradients]
 
 
-def _rest_gradients(symmetries: SymmetryMap, own: set[int]) -> list[Tensor]:
+def _uncovered_gradients(symmetries: SymmetryMap, own: set[int]) -> list[Tensor]:
     """Gradients of what the symmetries of a fused parameter leave uncovered."""
-    if symmetries not in _rests:
+    if symmetries not in _uncovered:
         parameters = {id(b.parameter): b for s in symmetries.heads for b in s.blocks}
         group = {
             "params": [block.parameter for block in parameters.values()],
@@ -182,14 +184,18 @@ def _rest_gradients(symmetries: SymmetryMap, own: set[int]) -> list[Tensor]:
             "residual_frame": None,
         }
         names = {key: block.name for key, block in parameters.items() if block.name}
-        leaves = find_leaves([group], symmetries, names).framed
-        _rests[symmetries] = {
-            key: [leaf.blocks[0] for leaf in leaves if not leaf.side and id(leaf.parameter) == key]
+        slices = find_slices([group], symmetries, names).framed
+        _uncovered[symmetries] = {
+            key: [
+                slice_.blocks[0]
+                for slice_ in slices
+                if not slice_.side and id(slice_.parameter) == key
+            ]
             for key in parameters
         }
     return [
         block.view(block.parameter.grad)
-        for key, blocks in _rests[symmetries].items()
+        for key, blocks in _uncovered[symmetries].items()
         for block in blocks
         if key in own and block.parameter.grad is not None
     ]

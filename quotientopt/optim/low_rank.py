@@ -1,6 +1,6 @@
 """Orthonormal coordinates of a low-rank pair's factors, and state carried from step to step.
 
-A leg is one factor X of a pair (X, Y), seen through its partner Y. With Y = L Q (rows of Q
+A side is one factor X of a pair (X, Y), seen through its partner Y. With Y = L Q (rows of Q
 orthonormal) its dressed gradient L^{-1} ∂_X is the gradient of XᵀY seen through Q, defined also
 where X = 0. Under the group L goes to g L P and Q to Pᵀ Q with an orthogonal P, which the frame of
 the last step fixes, and the eigenframe of the dressed covariance from time to time.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
-from quotientopt.optim.averages import TIE_BREAK, trace_normalised
+from quotientopt.optim.update import TIE_BREAK, trace_normalised
 
 # A pivot over its diagonal entry is the squared sine of a row's angle to those above it. Grams of
 # float32 factors in float64 resolve sines of a millionth.
@@ -24,7 +24,7 @@ MOST_GROWTH = 10.0
 
 
 class Coordinates(NamedTuple):
-    """Frames of some legs, ``(N, r, r)``, and which of them are defined, ``(N,)``."""
+    """Frames of some sides, ``(N, r, r)``, and which of them are defined, ``(N,)``."""
 
     frame: Tensor
     defined: Tensor
@@ -124,7 +124,7 @@ def eigenframe(covariance: Tensor, tie_break: Tensor) -> Tensor:
         EMA(zzᵀ), shape ``(N, r, r)``.
     tie_break : Tensor
         An invariant of the partner that turns with the frame, same shape, of order one. It decides
-        where the covariance leaves directions undecided.
+        where the covariance slices directions undecided.
     """
     pooled = trace_normalised(covariance).add_(tie_break, alpha=TIE_BREAK)
     return torch.linalg.eigh(pooled).eigenvectors.flip(-1).mT
@@ -143,18 +143,18 @@ def position_moment(coordinates: Tensor) -> Tensor:
 
 
 def restraint(frame: Tensor, partner: Tensor, columns: Tensor, lr: float | Tensor) -> Tensor:
-    r"""Factor of a leg's step that keeps up with what its partner gains in the same step.
+    r"""Factor of a side's step that keeps up with what its partner gains in the same step.
 
     A step of size one over Y is too large for Y + ΔY: the product changes by ΔXᵀΔY as well. With
     entries of order one in Adam's directions, ΔY is as large against Y, seen by w, as
-    :math:`ρ = η \sqrt{n/r}\,\|w w_Y^T\|`, with :math:`w_Y` the frame of Y's own leg; no gauge
+    :math:`ρ = η \sqrt{n/r}\,\|w w_Y^T\|`, with :math:`w_Y` the frame of Y's own side; no gauge
     changes it. It is one in the step after a start at zero and falls from then on. Where learning
     rates grow by orders of magnitude between steps the factor is `MOST_GROWTH` / ρ.
 
     Parameters
     ----------
     frame : Tensor
-        w of all legs, ``(N, r, r)``.
+        w of all sides, ``(N, r, r)``.
     partner : Tensor
         The same of their partners, zero where those do not take part.
     columns : Tensor
@@ -172,7 +172,7 @@ def restraint(frame: Tensor, partner: Tensor, columns: Tensor, lr: float | Tenso
 
 
 class Coefficients(NamedTuple):
-    """What Adam's update multiplies with, leg by leg.
+    """What Adam's update multiplies with, side by side.
 
     Moments become ``keep_mean @ m + (1−β₁) z`` and ``keep_square @ v + (1−β₂) z²``, with matrices
     if the moments are ``carried`` to other coordinates, else with numbers; the direction is
@@ -187,7 +187,7 @@ class Coefficients(NamedTuple):
     carried: bool
 
     def of(self, rows: slice) -> Coefficients:
-        """Those of some legs."""
+        """Those of some sides."""
         return Coefficients(
             self.keep_mean[rows],
             self.keep_square[rows],

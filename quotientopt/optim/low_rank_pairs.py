@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.errors import RankError
-from quotientopt.optim.leaves import SIDES, Leaf
+from quotientopt.optim.checks import RankError
 from quotientopt.optim.low_rank import (
     carry_covariance_,
     coefficients,
@@ -21,9 +20,15 @@ from quotientopt.optim.low_rank import (
     restraint,
     spanning_coordinates,
 )
-from quotientopt.optim.low_rank_prepared import Prepared, Remade
-from quotientopt.optim.low_rank_schedule import Due, Schedule
-from quotientopt.optim.low_rank_stack import Stack, is_transposed
+from quotientopt.optim.low_rank_stack import (
+    Due,
+    FactorStack,
+    Prepared,
+    Remade,
+    Schedule,
+    is_transposed,
+)
+from quotientopt.optim.slices import SIDES, Slice
 from quotientopt.symmetries import HeadSymmetry
 
 COVARIANCE_BETA = 0.95
@@ -33,8 +38,8 @@ class LowRankPairs:
     """S low-rank pairs of one rank, param group, dtype and device.
 
     The 2S factors are sorted by their number of columns, so that those with equally many form one
-    :class:`Stack`, whatever side they are. Entry j of everything r×r belongs to the leg of factor
-    j, seen through its partner.
+    :class:`FactorStack`, whatever side they are. Entry j of everything r×r belongs to factor j,
+    seen through its partner.
 
     Attributes
     ----------
@@ -44,22 +49,22 @@ class LowRankPairs:
     covariance : Tensor
         C = EMA(w∂ (w∂)ᵀ), written in the frame, ``(2S, r, r)``.
     made : Tensor
-        The update of a leg, and that of its partner, in which its coordinates were last made,
+        The update of a side, and that of its partner, in which its coordinates were last made,
         ``(2S, 2)``; 0 before.
     counts : Tensor
-        Updates of each leg, ``(2S,)``.
+        Updates of each side, ``(2S,)``.
     schedule : Schedule
         The same and what follows from it, on the host.
     """
 
     def __init__(
         self,
-        leaves: Sequence[Leaf],
+        slices: Sequence[Slice],
         options: Mapping[str, Any],
     ) -> None:
         self.options = options
-        self.group_index = leaves[0].group_index
-        symmetries = list(dict.fromkeys(leaf.symmetry for leaf in leaves if leaf.symmetry))
+        self.group_index = slices[0].group_index
+        symmetries = list(dict.fromkeys(slice_.symmetry for slice_ in slices if slice_.symmetry))
         factors = sorted(
             (
                 (symmetry, side, blocks[0])
@@ -76,19 +81,19 @@ class LowRankPairs:
         place = {(id(s), side): i for i, (s, side, _) in enumerate(factors)}
         other = dict(zip(SIDES, reversed(SIDES), strict=True))
         partners = [place[id(s), other[side]] for s, side, _ in factors]
-        own = {(id(leaf.symmetry), leaf.side): leaf for leaf in leaves}
-        self.legs = [own.get((id(s), side)) for s, side, _ in factors]
+        own = {(id(slice_.symmetry), slice_.side): slice_ for slice_ in slices}
+        self.own_slices = [own.get((id(s), side)) for s, side, _ in factors]
         parameter = self.blocks[0].parameter
         self.device, self.dtype = parameter.device, compute_dtype(parameter.dtype)
         self.rank = symmetries[0].rank
         self._partners = partners
         self.partner = torch.tensor(partners, device=self.device)
         keeps_master = options["master_weights"] and parameter.dtype != self.dtype
-        self.stacks: list[Stack] = []
+        self.stacks: list[FactorStack] = []
         sizes = [block.size[2] for block in self.blocks]
         for size in dict.fromkeys(sizes):
             rows = slice(sizes.index(size), sizes.index(size) + sizes.count(size))
-            stack = Stack(self.blocks[rows], rows, self.dtype, keeps_master=keeps_master)
+            stack = FactorStack(self.blocks[rows], rows, self.dtype, keeps_master=keeps_master)
             self.stacks.append(stack)
         shape = (len(factors), self.rank, self.rank)
         self.frame = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -100,38 +105,38 @@ class LowRankPairs:
         self.schedule = Schedule(partners, parameters, options["refresh_every"])
         columns = [sizes[j] for j in partners]
         self._columns_of_partner = torch.tensor(columns, dtype=self.dtype, device=self.device)
-        # Which legs have coordinates, and the last pattern of gradients: kept, so that the host
+        # Which sides have coordinates, and the last pattern of gradients: kept, so that the host
         # does not wait for the device in every step.
         self._framed = torch.zeros(len(factors), dtype=torch.bool, device=self.device)
         self._given: list[bool] = []
         self._has_gradient = torch.tensor(self._given)
-        frozen = [self.legs[j] is None for j in partners]
+        frozen = [self.own_slices[j] is None for j in partners]
         self._frozen_partner = torch.tensor(frozen, device=self.device)
 
     @property
     def steps(self) -> list[int]:
-        """Updates of each leg, on the host."""
+        """Updates of each side, on the host."""
         return self.schedule.steps
 
-    def entries(self) -> Iterator[tuple[Leaf, str, Tensor]]:
-        """Every tensor of the state, under the leg that it belongs to."""
+    def entries(self) -> Iterator[tuple[Slice, str, Tensor]]:
+        """Every tensor of the state, under the side that it belongs to."""
         of_factor = [
             (stack, i) for stack in self.stacks for i in range(stack.rows.stop - stack.rows.start)
         ]
-        for j, leaf in enumerate(self.legs):
-            if leaf is None:
+        for j, slice_ in enumerate(self.own_slices):
+            if slice_ is None:
                 continue
             stack, i = of_factor[j]
-            yield leaf, "step", self.counts[j]
-            yield leaf, "coordinates_made", self.made[j]
-            yield leaf, "exp_avg", stack.exp_avg[i]
-            yield leaf, "exp_avg_sq", stack.exp_avg_sq[i]
-            yield leaf, "head_frame", self.frame[j]
-            yield leaf, "head_covariance", self.covariance[j]
+            yield slice_, "step", self.counts[j]
+            yield slice_, "coordinates_made", self.made[j]
+            yield slice_, "exp_avg", stack.exp_avg[i]
+            yield slice_, "exp_avg_sq", stack.exp_avg_sq[i]
+            yield slice_, "head_frame", self.frame[j]
+            yield slice_, "head_covariance", self.covariance[j]
             stack_of_partner, i_of_partner = of_factor[self._partners[j]]
-            yield leaf, "partner_coordinates", stack_of_partner.coordinates[i_of_partner]
+            yield slice_, "partner_coordinates", stack_of_partner.coordinates[i_of_partner]
             if stack.master is not None:
-                yield leaf, "master", stack.master[i]
+                yield slice_, "master", stack.master[i]
 
     def adopted(self) -> None:
         """Go on from a state that was just copied into the entries."""
@@ -146,14 +151,16 @@ class LowRankPairs:
         Returns
         -------
         Prepared or None
-            None where no leg has a gradient.
+            None where no side has a gradient.
 
         Raises
         ------
         RankError
             If both factors of a pair are zero, or one is not finite.
         """
-        gradients = [None if leaf is None else leaf.parameter.grad for leaf in self.legs]
+        gradients = [
+            None if slice_ is None else slice_.parameter.grad for slice_ in self.own_slices
+        ]
         given = [gradient is not None for gradient in gradients]
         if not any(given):
             return None
@@ -179,14 +186,14 @@ class LowRankPairs:
         return Prepared(weights, remade, given, active, counted, dressed, whole)
 
     def _mask(self, given: list[bool]) -> Tensor:
-        """Which legs have a gradient, on the device."""
+        """Which sides have a gradient, on the device."""
         if given != self._given:
             self._has_gradient = torch.tensor(given, device=self.device)
             self._given = given
         return self._has_gradient
 
     def _grams(self, weights: Sequence[Tensor]) -> Tensor:
-        """Gram matrices of each leg's partner, in the widest precision."""
+        """Gram matrices of each side's partner, in the widest precision."""
         grams = [stack.grams(own) for stack, own in zip(self.stacks, weights, strict=True)]
         return torch.cat(grams).index_select(0, self.partner)
 
@@ -195,7 +202,7 @@ class LowRankPairs:
     ) -> Remade:
         """Coordinates that continue those of earlier steps; anew where they lead to none.
 
-        They start anew where the partner has full rank again. Where it has not, the leg waits, and
+        They start anew where the partner has full rank again. Where it has not, the side waits, and
         only if its own factor is rank-deficient too, so that both would wait, or if the partner is
         frozen, it goes on in the directions that the partner has. The host looks which it is,
         except while a step is recorded.
@@ -220,14 +227,14 @@ class LowRankPairs:
             anew = anew | ~defined
             defined = defined | fresh.defined
             waits = ~defined & reached
-            stuck = waits & (~defined.index_select(0, self.partner) | self._frozen_partner)
-            if bool(stuck.any()):
+            blocked = waits & (~defined.index_select(0, self.partner) | self._frozen_partner)
+            if bool(blocked.any()):
                 spanned = spanning_coordinates(
-                    torch.where(stuck[:, None, None], gram, self._identity.to(gram.dtype))
+                    torch.where(blocked[:, None, None], gram, self._identity.to(gram.dtype))
                 )
-                frame = torch.where(stuck[:, None, None], spanned.frame, frame)
-                defined = torch.where(stuck, spanned.defined, defined)
-                lost = stuck & ~defined & ~defined.index_select(0, self.partner)
+                frame = torch.where(blocked[:, None, None], spanned.frame, frame)
+                defined = torch.where(blocked, spanned.defined, defined)
+                lost = blocked & ~defined & ~defined.index_select(0, self.partner)
                 if bool(lost.any()):
                     self._refuse(lost, "is zero, as is its partner")
             frame = torch.where(defined[:, None, None], frame, 0)
@@ -236,9 +243,9 @@ class LowRankPairs:
         framed = torch.where(reached, defined, self._framed).tolist()
         return Remade(due, reached, frame, anew, framed, any(due.turned) or bool(anew.any()))
 
-    def _refuse(self, legs: Tensor, problem: str) -> None:
-        """Refuse the first of the legs that are marked, whose partner has the problem."""
-        factor = int(self.partner[int(legs.nonzero()[0])])
+    def _refuse(self, own_slices: Tensor, problem: str) -> None:
+        """Refuse the first of the sides that are marked, whose partner has the problem."""
+        factor = int(self.partner[int(own_slices.nonzero()[0])])
         raise RankError(
             f"symmetry {self.symmetries[factor].name!r}: the {self.sides[factor]} factor "
             f"{problem}, so that no coordinates are defined; initialise it, or use lora_frame=None"
@@ -257,7 +264,7 @@ class LowRankPairs:
         changes = mask[:, None, None]
         own = coefficients(
             overlap,
-            # A leg without any step yet has moments of zero; any positive count will do.
+            # A side without any step yet has moments of zero; any positive count will do.
             self.counts.clamp_min(1),
             changes,
             betas=group["betas"],
@@ -317,7 +324,7 @@ class LowRankPairs:
         self.made.copy_(torch.where(reached[:, None], made, self.made))
 
     def _follow(self, frame: Tensor, weights: Sequence[Tensor], changes: Tensor | None) -> Tensor:
-        """Move coordinates along with the factors; R = new · oldᵀ of each leg's partner."""
+        """Move coordinates along with the factors; R = new · oldᵀ of each side's partner."""
         of_factors = frame.index_select(0, self.partner)
         gates = None if changes is None else changes.index_select(0, self.partner)
         overlaps = [
@@ -366,21 +373,21 @@ class LowRankPairs:
 
 
 def stack_pairs(
-    leaves: Sequence[Leaf], param_groups: Sequence[Mapping[str, Any]]
+    slices: Sequence[Slice], param_groups: Sequence[Mapping[str, Any]]
 ) -> list[LowRankPairs]:
     """Pairs of equal rank, param group, dtype and device together; each by itself on request."""
-    grouped: dict[tuple[Any, ...], list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        parameter, options = leaf.parameter, param_groups[leaf.group_index]
-        symmetry = leaf.symmetry
+    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+    for slice_ in slices:
+        parameter, options = slice_.parameter, param_groups[slice_.group_index]
+        symmetry = slice_.symmetry
         key = (
-            leaf.group_index,
-            leaf.shape[2],
+            slice_.group_index,
+            slice_.shape[2],
             parameter.dtype,
             parameter.device,
             id(symmetry) if options["foreach"] is False else None,
         )
-        grouped[key].append(leaf)
+        grouped[key].append(slice_)
     return [
         LowRankPairs(members, param_groups[members[0].group_index]) for members in grouped.values()
     ]

@@ -1,19 +1,171 @@
-"""Factors of low-rank pairs with equally many columns, stacked."""
+"""Stacked factors of low-rank pairs, and when their coordinates are made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
 from quotientopt.optim.low_rank import Coefficients, adam_
-from quotientopt.optim.polar import row_evening_factor
-from quotientopt.optim.rounding import round_stochastically
+from quotientopt.optim.update import round_stochastically, row_polar_factor
 from quotientopt.symmetries import Block
+
+
+class Remade(NamedTuple):
+    """Coordinates of the sides that are due, made from the factors as they are now.
+
+    ``frame`` is zero where the partner leads to none, and that of earlier steps where a side is not
+    due; ``reached`` marks the sides that are. Those of ``anew`` have frames that do not continue
+    earlier ones, which makes them eigenframes before they are used.
+    """
+
+    due: Due
+    reached: Tensor
+    frame: Tensor
+    anew: Tensor
+    framed: list[bool] | None
+    turns: bool
+
+
+class Prepared(NamedTuple):
+    """What a step needs to know of factors and gradients; nothing has changed yet.
+
+    ``remade`` is None where the coordinates of earlier steps serve on. ``active`` marks the sides
+    that take part, ``(2S,)``, and ``counted`` those that are taken to, as far as the host knows
+    without waiting for the device; ``whole`` is whether all sides are known to take part and
+    to get new coordinates, if any do.
+    """
+
+    weights: list[Tensor]
+    remade: Remade | None
+    given: list[bool]
+    active: Tensor
+    counted: list[bool]
+    dressed: list[Tensor]
+    whole: bool
+
+    @property
+    def turns(self) -> bool:
+        """Whether frames are turned to eigenframes."""
+        return self.remade is not None and self.remade.turns
+
+
+class Due(NamedTuple):
+    """Sides that get new coordinates in a step, and of those the ones turned to eigenframes.
+
+    ``elapsed`` counts each side's updates since its last coordinates, or one.
+    """
+
+    made: list[bool]
+    turned: list[bool]
+    elapsed: list[int]
+
+
+class Schedule:
+    """Numbers of steps of the sides of some pairs, and when their coordinates were made.
+
+    Pairs do not depend on each other, so that it makes no difference which are stacked together.
+
+    Parameters
+    ----------
+    partners : sequence of int
+        Place of the partner of each side.
+    factors : sequence of Tensor
+        The parameter of each side's own factor.
+    refresh_every : int
+
+    Attributes
+    ----------
+    steps : list of int
+        Updates of each side. On an accelerator sides that wait there are counted too.
+    made : list of (int, int)
+        The update of a side, and that of its partner, in which its coordinates were last made; 0
+        before.
+    framed : list of bool
+        Whether a side has coordinates.
+    """
+
+    def __init__(
+        self, partners: Sequence[int], factors: Sequence[Tensor], refresh_every: int
+    ) -> None:
+        self.partners = list(partners)
+        self.refresh_every = refresh_every
+        self.steps = [0] * len(partners)
+        self.made = [(0, 0)] * len(partners)
+        self.framed = [False] * len(partners)
+        self._factors = list(factors)
+        self._marks: list[tuple[int, int]] | None = None
+
+    def due(self, given: Sequence[bool]) -> Due:
+        """What a step with these gradients has to make; a pair's sides get coordinates together."""
+        written, steps, partners = self._written(), self.steps, self.partners
+        # Most sides are at the same point.
+        known: dict[tuple[int, int, tuple[int, int], bool], tuple[bool, bool, int]] = {}
+        found = []
+        for j, partner in enumerate(partners):
+            state = steps[j], steps[partner], self.made[j], self.framed[j]
+            if state not in known:
+                known[state] = self._due(*state)
+            found.append(known[state])
+        wanted = [
+            has and (own[0] or written[partner])
+            for has, own, partner in zip(given, found, partners, strict=True)
+        ]
+        made = [
+            has and (wanted[j] or wanted[partner])
+            for j, (has, partner) in enumerate(zip(given, partners, strict=True))
+        ]
+        turned = [a and own[1] for a, own in zip(made, found, strict=True)]
+        return Due(made, turned, [own[2] for own in found])
+
+    def _due(
+        self, own: int, other: int, made: tuple[int, int], framed: bool
+    ) -> tuple[bool, bool, int]:
+        """Whether a side is due by its numbers, turned if it is, and its updates since."""
+        every, tick = self.refresh_every, 1 + max(own, other)
+        since = 1 + max(own - made[0], other - made[1])
+        # A side that waits is looked after as often as its partner.
+        age = 1 + (own if framed else other)
+        due = tick % interval_of(tick, every) == 0 or since >= interval_of(age, every)
+        return due, tick <= every or tick % every == 0, max(1, 1 + own - made[0])
+
+    def take(self, due: Due, framed: Sequence[bool]) -> None:
+        """Note that coordinates were made, and which sides have some now."""
+        for j, partner in enumerate(self.partners):
+            if due.made[j]:
+                self.made[j] = (1 + self.steps[j], 1 + self.steps[partner])
+                self.framed[j] = framed[j]
+
+    def count(self, counted: Sequence[bool]) -> None:
+        """Note a step of some sides."""
+        self.steps = [step + own for step, own in zip(self.steps, counted, strict=True)]
+
+    def mark(self) -> None:
+        """Note that the factors are now as the optimizer knows them."""
+        self._marks = self._current_marks()
+
+    def _written(self) -> list[bool]:
+        """Factors that were written to by others since the last mark, as far as torch tells."""
+        if self._marks is None:
+            return [False] * len(self.partners)
+        return [a != b for a, b in zip(self._marks, self._current_marks(), strict=True)]
+
+    def _current_marks(self) -> list[tuple[int, int]]:
+        return [(factor.data_ptr(), factor._version) for factor in self._factors]
+
+
+def interval_of(tick: int, refresh_every: int) -> int:
+    """Steps between coordinates at a step: each one at first, when the factors change quickly.
+
+    A tenth of the steps so far (for ``refresh_every=10``), then ``refresh_every``: what a factor
+    that grows from zero has gained since is a tenth of it at most.
+    """
+    return min(max(tick // refresh_every, 1), refresh_every)
+
 
 # Elements of one chunk of an update on a CPU, whose arrays then fit into a second-level cache.
 CHUNK = 65536
@@ -24,7 +176,7 @@ def is_transposed(block: Block) -> bool:
     return block.column_axis == 0
 
 
-class Stack:
+class FactorStack:
     """N factors ``(r, n)``, entries ``rows`` of all factors of :class:`LowRankPairs`.
 
     Transposed ones come first.
@@ -32,7 +184,7 @@ class Stack:
     Attributes
     ----------
     exp_avg, exp_avg_sq : Tensor
-        Moments of the legs of these factors, in the coordinates of their partners, ``(N, r, n)``.
+        Moments of the sides of these factors, in the coordinates of their partners, ``(N, r, n)``.
     coordinates : Tensor
         Orthonormal coordinates wY of these factors, in which their partners are seen, of the last
         step, ``(N, r, n)``.
@@ -158,9 +310,9 @@ class Stack:
         dressed : Tensor
             Dressed gradients, zero where the gate is, ``(N, r, n)``.
         frame : Tensor
-            w of the legs of these factors, ``(N, r, r)``.
+            w of the sides of these factors, ``(N, r, r)``.
         own : Coefficients
-            Of these legs.
+            Of these sides.
         gate : Tensor
             One, or zero where nothing may change, ``(N, 1, 1)``.
         given : sequence of bool
@@ -183,7 +335,7 @@ class Stack:
             )
             turn = back[rows]
             if group["lora_polar"]:
-                turn = turn @ row_evening_factor(update)
+                turn = turn @ row_polar_factor(update)
             weights[rows].mul_(decay[rows]).baddbmm_(turn, update, alpha=-1)
         self._write(weights, given, group["stochastic_rounding"])
 

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quotientopt.optim.adam import clip_scale
-from quotientopt.optim.adoption import refuse_framed_state
 from quotientopt.optim.checks import (
+    NonfiniteGate,
     norms_of,
     refuse_bad_hyperparameters,
     refuse_mixed_groups,
@@ -19,12 +18,11 @@ from quotientopt.optim.checks import (
     refuse_unmovable,
 )
 from quotientopt.optim.engine import Engine
-from quotientopt.optim.gate import NonfiniteGate
-from quotientopt.optim.leaves import Leaves, find_leaves
-from quotientopt.optim.plain import keeps_wide, plain_step
-from quotientopt.optim.plan import planned_groups, signature_of, takes_part
-from quotientopt.optim.saved_state import refuse_foreign_state, restore_precision
+from quotientopt.optim.plain import adamw_step, keeps_wide
+from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
+from quotientopt.optim.state import refuse_foreign_state, refuse_framed_state, restore_precision
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, loss_of
+from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 
@@ -79,21 +77,21 @@ class QuotientAdam(SymmetricOptimizer):
         Nesterov momentum for the framed parameters; others stay AdamW. The default follows the
         ablation in ``benchmarks/results/ablation``.
     polar : bool
-        Even out the singular values of each head's update, and of each framed matrix's without
-        heads, by one polynomial step towards its polar factor that keeps its norm. It commutes
-        with rotations, so that nothing is lost of the equivariance. False: Adam's direction as it
-        is.
+        Make the singular values of each head's update nearly equal, and those of each framed
+        matrix's without heads, by one polynomial step towards its polar factor that keeps its norm.
+        It commutes with rotations, so that nothing is lost of the equivariance. False: Adam's
+        direction as it is.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
         coordinates of its partner, made at every step at first and every ``refresh_every`` later
         on, moments carried along by the overlap of old and new coordinates; defined where a
         factor is zero. Else as ``head_frame``; None is AdamW.
     lora_polar : bool
-        ``polar`` for LoRA pairs with ``lora_frame="transported"``, which do not heed ``polar``.
+        ``polar`` for LoRA pairs with ``lora_frame="transported"``, which do not follow ``polar``.
     maximize : bool
         Maximize the objective.
     foreach : bool, optional
-        None and True: leaves of equal shape are stacked and updated at once, plain parameters as
+        None and True: slices of equal shape are stacked and updated at once, plain parameters as
         torch chooses. False: one by one.
     master_weights : bool
         Keep float32 copies of narrower parameters in the state and round only what is stored.
@@ -180,7 +178,7 @@ class QuotientAdam(SymmetricOptimizer):
             "capturable": capturable,
         }
         self._engine: Engine | None = None
-        self._leaves = Leaves()
+        self._slices = Slices()
         self._nonfinite = NonfiniteGate()
         super().__init__(model_or_params, defaults, symmetries, example_inputs)
 
@@ -188,28 +186,28 @@ class QuotientAdam(SymmetricOptimizer):
         refuse_bad_hyperparameters(options)
 
     def _plan(self) -> None:
-        """Cut the parameters into leaves; state is allocated at the next step."""
+        """Cut the parameters into slices; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
         self._refuse_replaced()
-        self._leaves = self._find_leaves()
+        self._slices = self._find_slices()
         self._signature = signature_of(self.param_groups)
         self._engine = None
 
-    def _find_leaves(self, also: Container[Tensor] = ()) -> Leaves:
-        """Leaves of the parameters that are trained, and of those in ``also``."""
-        return find_leaves(planned_groups(self.param_groups, also), self.symmetries, self._names)
+    def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
+        """Slices of the parameters that are trained, and of those in ``also``."""
+        return find_slices(planned_groups(self.param_groups, also), self.symmetries, self._names)
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""
         if self._signature != signature_of(self.param_groups):
             self._plan()
         if self._engine is None or not self._engine.holds(self.state):
-            self._engine = self._engine_of(self._leaves)
+            self._engine = self._engine_of(self._slices)
         return self._engine
 
-    def _engine_of(self, leaves: Leaves) -> Engine:
-        refuse_framed_state((p for own in leaves.plain for p in own), self.state, self._name)
-        return Engine(leaves, self.param_groups, self.state)
+    def _engine_of(self, slices: Slices) -> Engine:
+        refuse_framed_state((p for own in slices.plain for p in own), self.state, self._name)
+        return Engine(slices, self.param_groups, self.state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -249,7 +247,7 @@ class QuotientAdam(SymmetricOptimizer):
             self._nonfinite.refuse_earlier()
         dressed = engine.dressed_gradients(active, dressings)
         of_pairs = [stack for _, own in pairs for stack in own.dressed]
-        plain = [p.grad for own in self._leaves.plain for p in own if p.grad is not None]
+        plain = [p.grad for own in self._slices.plain for p in own if p.grad is not None]
         limit = self.param_groups[0]["max_grad_norm"]
         norms = norms_of([*dressed, *of_pairs, *plain], clipped=limit is not None)
         gate = None
@@ -264,8 +262,8 @@ class QuotientAdam(SymmetricOptimizer):
         if active:
             engine.step(active, dressed, dressings, gate)
         engine.step_pairs(pairs, gate)
-        for group, own in zip(self.param_groups, self._leaves.plain, strict=True):
-            plain_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
+        for group, own in zip(self.param_groups, self._slices.plain, strict=True):
+            adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         return loss
 
     @torch.no_grad()
@@ -305,23 +303,23 @@ class QuotientAdam(SymmetricOptimizer):
             transformation. Nothing is changed then.
         """
         # Frozen parameters may have state too, which must not be left behind.
-        leaves = self._find_leaves(also=self.state)
-        refuse_unmovable(element, self.symmetries, leaves)
+        slices = self._find_slices(also=self.state)
+        refuse_unmovable(element, self.symmetries, slices)
         if self.state:
             if all(takes_part(parameter) for parameter in self.state):
                 # In place, as recorded CUDA graphs need it.
                 self._current_engine().move_(element)
                 return
-            self._engine_of(leaves).move_(element)
+            self._engine_of(slices).move_(element)
             self._engine = None
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
-        """Undo torch's cast of the state of leaves and of wide copies, and take it over."""
+        """Undo torch's cast of the state of slices and of wide copies, and take it over."""
         for group in self.param_groups:
             self._refuse_options(group)
         refuse_foreign_state(self.state, self._name)
-        leaves = self._find_leaves(also=self.state)
-        wide = {id(leaf.parameter) for leaf in (*leaves.framed, *leaves.transported)}
+        slices = self._find_slices(also=self.state)
+        wide = {id(slice_.parameter) for slice_ in (*slices.framed, *slices.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
         restore_precision(self.state, self.param_groups, loaded, wide)

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.leaves import Leaf, find_leaves
-from quotientopt.optim.pair_geometry import refuse_unknown_geometry
-from quotientopt.optim.pair_stack import refuse_scattered
-from quotientopt.optim.plan import layout_of, takes_part
-from quotientopt.optim.sgd_checks import (
+from quotientopt.optim.checks import (
     largest_entries,
     refuse_bad_options,
     refuse_foreign_buffer,
     refuse_foreign_element,
-    refuse_nonfinite,
-    refuse_sparse,
+    refuse_nonfinite_entries,
+    refuse_sparse_of_pairs,
 )
+from quotientopt.optim.pairs import refuse_scattered, refuse_unknown_geometry
+from quotientopt.optim.plain import BUFFER, sgd_step, sgd_step_of_block
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
-from quotientopt.optim.sgd_plain import BUFFER, plain_step, rest_step
+from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, loss_of
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
@@ -158,13 +156,15 @@ class QuotientSGD(SymmetricOptimizer):
             }
             for group in self.param_groups
         ]
-        leaves = find_leaves(taking_part, self.symmetries, self._names)
+        slices = find_slices(taking_part, self.symmetries, self._names)
         for pair in pairs:
             pair.refuse_mixed_options(self.param_groups, self._name)
         self._pairs = pairs
-        self._rests: list[Leaf] = [leaf for leaf in leaves.framed if leaf.symmetry is None]
-        self._framed = {id(leaf.parameter): leaf.name for leaf in leaves.framed}
-        self._plain = leaves.plain
+        self._uncovered: list[Slice] = [
+            slice_ for slice_ in slices.framed if slice_.symmetry is None
+        ]
+        self._framed = {id(slice_.parameter): slice_.name for slice_ in slices.framed}
+        self._plain = slices.plain
         self._signature = self._current_signature()
 
     def _current_signature(self) -> tuple[Any, ...]:
@@ -203,7 +203,7 @@ class QuotientSGD(SymmetricOptimizer):
         if self._signature != self._current_signature():
             self._plan()
         named = ((self._framed[id(p)], g) for p, g in gradients.items() if id(p) in self._framed)
-        refuse_sparse(named)
+        refuse_sparse_of_pairs(named)
         for pair in self._pairs:
             pair.refuse_mixed_options(self.param_groups, self._name)
         stacks = batches(self._pairs, self.param_groups)
@@ -211,16 +211,18 @@ class QuotientSGD(SymmetricOptimizer):
         flags = [~largest.isfinite() for largest in largest_entries(list(gradients.values()))]
         flags += [flag for stack in stacks for flag in stack.flags()]
         if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
-            refuse_nonfinite(gradients, self._name)
+            refuse_nonfinite_entries(gradients, self._name)
             for stack in stacks:
                 stack.refuse()
         for change in changes:
             change.commit_(self._momentum_)
-        for leaf in self._rests:
-            if leaf.parameter.grad is not None:
-                rest_step(self.param_groups[leaf.group_index], leaf.blocks[0], self._momentum_)
+        for slice_ in self._uncovered:
+            if slice_.parameter.grad is not None:
+                sgd_step_of_block(
+                    self.param_groups[slice_.group_index], slice_.blocks[0], self._momentum_
+                )
         for group, parameters in zip(self.param_groups, self._plain, strict=True):
-            plain_step(group, [p for p in parameters if p.grad is not None], self.state)
+            sgd_step(group, [p for p in parameters if p.grad is not None], self.state)
         return loss
 
     def _momentum(self, parameter: Tensor) -> Tensor:

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import Pair, compute_dtype
-from quotientopt.optim.errors import GradientError, RankError
-from quotientopt.optim.pair_geometry import horizontal_component, measure, riemannian_gradient
-from quotientopt.optim.pair_stack import columns_of, shape_key, stack_factors
+from quotientopt.optim.checks import GradientError, RankError
+from quotientopt.optim.pairs import (
+    columns_of,
+    horizontal_component,
+    measure,
+    riemannian_gradient,
+    shape_key,
+    stack_factors,
+)
 from quotientopt.symmetries import Block, HeadSymmetry
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt.optim.checks import refuse_foreign_symmetries
-from quotientopt.optim.leaves import parameter_name
+from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
 
 

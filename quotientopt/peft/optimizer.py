@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quotientopt.optim import QuotientAdam
-from quotientopt.optim.leaves import TRANSPORTED
+from quotientopt.optim.slices import TRANSPORTED
 from quotientopt.peft.pairs import find_trained_pairs
 
 Named = list[tuple[str, Tensor]]

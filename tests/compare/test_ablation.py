@@ -163,7 +163,7 @@ def test_every_question_has_the_default_and_names_are_unique():
 
 def test_fingerprint_covers_the_optimizer_and_ignores_words(tmp_path, monkeypatch):
     behind = fingerprint.modules_behind(fingerprint.ROOTS)
-    assert {"quotientopt.optim.bucket", "quotientopt.models.gpt"} <= set(behind)
+    assert {"quotientopt.optim.buckets", "quotientopt.models.gpt"} <= set(behind)
     assert "quotientopt.sections.factor" in behind
     assert not any(name.startswith("quotientopt.compare") for name in behind)
     own = tmp_path / "own.py"

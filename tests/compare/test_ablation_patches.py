@@ -12,7 +12,9 @@ import quotientopt as qo
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.trial import Trial
 from quotientopt.manifolds import FactorQuotient
-from quotientopt.optim import bucket, engine, polar
+from quotientopt.optim import buckets as bucket
+from quotientopt.optim import engine
+from quotientopt.optim import update as polar
 from tests.optim.training import small_model, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -68,10 +70,10 @@ def test_patches_are_undone():
 
 def test_frames_pooled_over_the_model_are_the_shared_frame():
     shared = losses(residual_frame="shared")
-    pooled = losses(lambda: patches.pooled_residual_frames(lambda leaf: "all"))
+    pooled = losses(lambda: patches.pooled_residual_frames(lambda slice_: "all"))
     assert deviation(pooled, shared) < 1e-10
     per_layer = losses(lambda: patches.pooled_residual_frames(patches.layer_and_direction))
-    alone = losses(lambda: patches.pooled_residual_frames(lambda leaf: leaf.name))
+    alone = losses(lambda: patches.pooled_residual_frames(lambda slice_: slice_.name))
     assert deviation(alone, losses()) < 1e-10
     assert deviation(per_layer, shared) > 1e-4
     assert deviation(per_layer, alone) > 1e-4
@@ -79,7 +81,9 @@ def test_frames_pooled_over_the_model_are_the_shared_frame():
 
 def test_classes_of_residual_frames():
     optimizer = qo.QuotientAdam(small_model())
-    classes = {leaf.name: patches.layer_and_direction(leaf) for leaf in optimizer._leaves.framed}
+    classes = {
+        slice_.name: patches.layer_and_direction(slice_) for slice_ in optimizer._slices.framed
+    }
     assert classes["blocks.0.attention.query.weight"] == classes["blocks.0.mlp.up.weight"]
     assert classes["blocks.0.attention.output.weight"] == classes["blocks.0.mlp.down.weight"]
     assert len(set(classes.values())) == 2 * 2 + 3
@@ -105,8 +109,8 @@ def test_whole_matrices_are_evened_out():
 
     def spread(patch, select):
         with patch():
-            evened = bucket_of_heads._turn_back(update, torch.eye(8).double(), None)
-        values = torch.linalg.svdvals(select(evened))
+            orthogonal = bucket_of_heads._turn_back(update, torch.eye(8).double(), None)
+        values = torch.linalg.svdvals(select(orthogonal))
         return (values.amax(-1) / values.amin(-1)).max().item()
 
     # The polynomial's error is 0.26, rounded.

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.optim import polar
-from quotientopt.optim.polar import evening_factor, row_evening_factor
+from quotientopt.optim import update as polar
+from quotientopt.optim.update import polar_factor, row_polar_factor
 from tests.optim.training import batches, loss_of, small_model, train
 
 OPTIMIZERS = {
@@ -32,10 +32,10 @@ def test_evening_of_tiny_updates_is_finite(exponent):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(8, 32, generator=generator)
     scaled = matrix * 10.0**exponent
-    for factor in (row_evening_factor(scaled), evening_factor(scaled.mT)[0]):
+    for factor in (row_polar_factor(scaled), polar_factor(scaled.mT)[0]):
         assert factor.isfinite().all()
     if exponent > -19:
-        assert torch.allclose(row_evening_factor(scaled), row_evening_factor(matrix), rtol=1e-3)
+        assert torch.allclose(row_polar_factor(scaled), row_polar_factor(matrix), rtol=1e-3)
 
 
 def test_control_of_the_evening_of_tiny_updates(monkeypatch):
@@ -47,7 +47,7 @@ def test_control_of_the_evening_of_tiny_updates(monkeypatch):
 
     monkeypatch.setattr(polar, "_normalised", plainly)
     matrix = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    assert row_evening_factor(1e-14 * matrix).isnan().any()
+    assert row_polar_factor(1e-14 * matrix).isnan().any()
 
 
 def test_zero_gradients_for_long_leave_finite_weights():

@@ -12,7 +12,7 @@ from quotientopt.optim.invariant_norm import invariant_grad_norm
 from quotientopt.optim.quotient_sgd import QuotientSGD
 from tests.optim.training import batches, loss_of, random_gains_, small_model, train, twin_of
 
-METRICS = ["preconditioned", "right-invariant", "balanced", "orthonormal", "svd"]
+PAIR_METRICS = ["preconditioned", "right-invariant", "balanced", "orthonormal", "svd"]
 
 
 def with_gradients(model):
@@ -25,7 +25,7 @@ def euclidean(model):
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PAIR_METRICS)
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_it_is_invariant_and_the_euclidean_norm_is_not(name, metric):
     model = small_model(name)
@@ -242,7 +242,7 @@ def test_sparse_gradients_count_their_sum():
     assert abs(invariant_grad_norm(embedding.parameters(), ()) / dense - 1) < 1e-6
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PAIR_METRICS)
 def test_a_rank_deficient_factor_makes_it_nan(metric):
     model = small_model()
     with torch.no_grad():

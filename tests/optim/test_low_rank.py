@@ -8,7 +8,7 @@ import torch
 
 import quotientopt as qo
 from quotientopt.optim import low_rank
-from quotientopt.optim.low_rank_schedule import Schedule, interval_of
+from quotientopt.optim.low_rank_stack import Schedule, interval_of
 from quotientopt.symmetries import ResidualStream
 from tests.optim.low_rank_cases import SHAPES, Adapted, loss_of, symmetries_of, train
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.optim.reference import PlainLowRankAdam
 from tests.optim.low_rank_cases import Adapted, loss_of, symmetries_of, train
-from tests.optim.low_rank_oracle import LowRankOracle
 
 # Coordinates are made every step, then every second, every third.
 STEPS = 35
@@ -24,7 +24,7 @@ def oracle_losses(model, steps=STEPS, **options):
     """Losses, and the parameters of the pairs in the end."""
     parameters = list(zip(model.lora_B, model.lora_A, strict=True))
     pairs = [(B.detach().T.clone(), A.detach().clone()) for B, A in parameters]
-    oracle = LowRankOracle(pairs, **SETTINGS, **options)
+    oracle = PlainLowRankAdam(pairs, **SETTINGS, **options)
     other = torch.optim.AdamW([model.bias], **SETTINGS)
     generator = torch.Generator().manual_seed(1)
     losses = []

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.optim.residual_frame import (
+from quotientopt.optim.update import (
     next_eigenframe,
     orthonormalise,
     orthonormalise_by_cholesky,
+    round_stochastically,
 )
-from quotientopt.optim.rounding import round_stochastically
 from tests.optim.training import batches, loss_of, small_model, train, twin_of
 
 STEPS = 30

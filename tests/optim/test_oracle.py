@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from tests.optim.oracle import Oracle
+from quotientopt.optim.reference import PlainQuotientAdam
 from tests.optim.training import batches, loss_of, small_model, train
 
 STEPS = 25
@@ -34,7 +34,7 @@ def oracle_losses(model, **options):
     copies = [factor(p.detach(), axis).clone() for p, axis in views]
     copies += [read(p.detach(), axis).clone() for p, axis in matrices]
     pairs = [tuple(copies[i : i + 2]) for i in range(0, len(views), 2)]
-    oracle = Oracle(pairs, copies[len(views) :], **SETTINGS, **options)
+    oracle = PlainQuotientAdam(pairs, copies[len(views) :], **SETTINGS, **options)
     losses = []
     for tokens in batches(STEPS):
         model.zero_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quotientopt.optim.polar import even_out, row_evening_factor
+from quotientopt.optim.update import orthogonalise, row_polar_factor
 
 ZERO = torch.zeros(2, 3, 5)
 
@@ -21,9 +21,9 @@ def matrix(request):
 
 def test_singular_values_are_evened_out_and_vectors_kept(matrix):
     stretched = matrix @ torch.logspace(-0.7, 0, matrix.size(-1), dtype=torch.float64).diag()
-    evened = even_out(stretched, None)
+    result = orthogonalise(stretched, None)
     U, sigma, Vt = torch.linalg.svd(stretched, full_matrices=False)
-    core = U.mT @ evened @ Vt.mT
+    core = U.mT @ result @ Vt.mT
     values = core.diagonal(dim1=-2, dim2=-1)
     assert (core - values.diag_embed()).abs().max() < 1e-10
     assert (values > 0).all()
@@ -31,35 +31,35 @@ def test_singular_values_are_evened_out_and_vectors_kept(matrix):
     # Down to a tenth of the Schatten norm all values come near one; smaller ones grow alike.
     assert (spread < torch.where(before < 8, 2.7, before / 1.5)).all()
     assert (before > 3).all()
-    norms = torch.linalg.matrix_norm(evened), torch.linalg.matrix_norm(stretched)
+    norms = torch.linalg.matrix_norm(result), torch.linalg.matrix_norm(stretched)
     assert torch.allclose(*norms, rtol=1e-12)
 
 
 def test_commutes_with_rotations_and_with_nothing_else(matrix):
     left, right = orthogonal(matrix.size(1), 1), orthogonal(matrix.size(2), 2)
-    evened = even_out(matrix, None)
-    assert (even_out(left @ matrix @ right, None) - left @ evened @ right).abs().max() < 1e-10
+    result = orthogonalise(matrix, None)
+    assert (orthogonalise(left @ matrix @ right, None) - left @ result @ right).abs().max() < 1e-10
     shear = torch.eye(matrix.size(2), dtype=torch.float64)
     shear[0, 1] = 1.0
-    assert (even_out(matrix @ shear, None) - evened @ shear).abs().max() > 1e-2
+    assert (orthogonalise(matrix @ shear, None) - result @ shear).abs().max() > 1e-2
 
 
 def test_the_rotation_is_folded_in(matrix):
     right = orthogonal(matrix.size(2), 3).expand(matrix.size(0), -1, -1)
-    assert (even_out(matrix, right) - even_out(matrix, None) @ right).abs().max() < 1e-12
+    assert (orthogonalise(matrix, right) - orthogonalise(matrix, None) @ right).abs().max() < 1e-12
 
 
 def test_a_factor_on_the_rows_does_the_same():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(2, 3, 5, 12, generator=generator, dtype=torch.float64)
-    factor = row_evening_factor(matrix)
+    factor = row_polar_factor(matrix)
     assert factor.shape == (2, 3, 5, 5)
-    expected = even_out(matrix.flatten(0, 1), None).view(matrix.shape)
+    expected = orthogonalise(matrix.flatten(0, 1), None).view(matrix.shape)
     assert (factor @ matrix - expected).abs().max() < 1e-12
-    together = even_out(matrix.flatten(1, 2), None).view(matrix.shape)
+    together = orthogonalise(matrix.flatten(1, 2), None).view(matrix.shape)
     assert (factor @ matrix - together).abs().max() > 1e-2
 
 
 def test_zero_stays_zero():
-    assert torch.equal(row_evening_factor(torch.zeros(2, 3, 5)) @ ZERO, ZERO)
-    assert torch.equal(even_out(torch.zeros(2, 4, 3), None), torch.zeros(2, 4, 3))
+    assert torch.equal(row_polar_factor(torch.zeros(2, 3, 5)) @ ZERO, ZERO)
+    assert torch.equal(orthogonalise(torch.zeros(2, 4, 3), None), torch.zeros(2, 4, 3))

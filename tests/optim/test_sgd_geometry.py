@@ -5,8 +5,8 @@ import torch
 
 import quotientopt as qo
 from quotientopt.groups import GL, O, RotaryCommutant
-from quotientopt.optim.pair_geometry import (
-    METRICS,
+from quotientopt.optim.pairs import (
+    PAIR_METRICS,
     dressed_gradient,
     horizontal_component,
     measure,
@@ -25,7 +25,7 @@ GROUPS = [
 CASES = [
     (group, metric)
     for group in GROUPS
-    for metric in METRICS
+    for metric in PAIR_METRICS
     if not (isinstance(group, O) and metric == "right-invariant")
 ]
 BATCHES = [(), (3,), (2, 3)]
@@ -107,7 +107,11 @@ def test_metrics_and_groups_differ():
     x, u = pair((3,)), pair((3,), seed=3)
     projections = [
         horizontal_component(metric, geometry_of(group, x), x, u)
-        for group, metric in ((GL(R), METRICS[0]), (GL(R), METRICS[1]), (O(R), METRICS[0]))
+        for group, metric in (
+            (GL(R), PAIR_METRICS[0]),
+            (GL(R), PAIR_METRICS[1]),
+            (O(R), PAIR_METRICS[0]),
+        )
     ]
     for i in range(3):
         assert distance(projections[i], projections[i - 1]) > 1e-2

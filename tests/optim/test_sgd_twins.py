@@ -8,7 +8,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.groups import O
-from quotientopt.optim.pair_geometry import METRICS, horizontal_component, measure
+from quotientopt.optim.pairs import PAIR_METRICS, horizontal_component, measure
 from quotientopt.optim.quotient_sgd import QuotientSGD
 from tests.optim.test_sgd_geometry import CASES, invariant_function, pair
 from tests.optim.training import batches, loss_of, random_gains_, small_model, train, twin_of
@@ -64,7 +64,7 @@ def deviation(run, model, twin, make):
     return ((losses - others).abs() / losses.abs()).max().item(), losses[0] - losses[-1]
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PAIR_METRICS)
 @pytest.mark.parametrize("cond", CONDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_twins_under_the_head_groups(name, cond, metric):
@@ -75,7 +75,7 @@ def test_twins_under_the_head_groups(name, cond, metric):
     apart, fall = deviation(run, model, twin, lambda m: quotient_sgd(m, metric=metric))
     assert apart < 1e-12
     assert fall > 0.1
-    if cond > 1 and metric == METRICS[0]:  # NaN where it diverges
+    if cond > 1 and metric == PAIR_METRICS[0]:  # NaN where it diverges
         assert not deviation(run, model, twin, sgd)[0] < 1e-3
 
 
@@ -91,7 +91,7 @@ def test_twins_without_nesterov(momentum):
     assert fall > 0.5
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PAIR_METRICS)
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_twins_under_heads_and_residual_rotations_together(name, metric):
     model = MODELS[name][0]()
@@ -185,7 +185,7 @@ def vertical_part(model, symmetries, buffers, metric):
     return largest
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PAIR_METRICS)
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_momentum_stays_horizontal(name, metric):
     """At the point where it was made; at the next one it is not, until it is transported."""
@@ -238,7 +238,7 @@ def test_moving_refuses_what_does_not_act():
         assert torch.equal(state["momentum_buffer"], after[key]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PAIR_METRICS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_trajectories_are_those_of_the_manifold(momentum, metric):
     """Head by head with FactorQuotient: gradient, transport, retraction."""

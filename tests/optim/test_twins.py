@@ -95,7 +95,7 @@ def test_twins_with_fewer_tokens_than_rows(name, monkeypatch):
 
     monkeypatch.setattr("tests.optim.training.batches", few)
     assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) < 1e-8
-    monkeypatch.setattr("quotientopt.optim.averages.TIE_BREAK", 0.0)
+    monkeypatch.setattr("quotientopt.optim.update.TIE_BREAK", 0.0)
     assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) > 1e-5
 
 

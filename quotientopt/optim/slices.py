@@ -1,9 +1,9 @@
-"""Leaves: the pieces of a model's parameters that get a frame of their own."""
+"""Slices: the pieces of a model's parameters that are updated in frames of their own."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ TRANSPORTED = "transported"
 
 
 @dataclass(frozen=True, eq=False)
-class Leaf:
+class Slice:
     """Blocks of one parameter that share their frames.
 
     Attributes
@@ -40,7 +40,7 @@ class Leaf:
     residual : bool
         Whether the columns are the residual stream and get a residual frame.
     suffix : str
-        Distinguishes the leaves of one parameter in its optimizer state; empty if there is one.
+        Distinguishes the slices of one parameter in its optimizer state; empty if there is one.
     """
 
     parameter: Tensor
@@ -59,14 +59,14 @@ class Leaf:
 
 
 @dataclass(eq=False)
-class Leaves:
-    """All leaves of an optimizer's parameters, and the parameters that have none.
+class Slices:
+    """All slices of an optimizer's parameters, and the parameters that have none.
 
     Those in ``transported`` are factors of LoRA pairs whose coordinates follow.
     """
 
-    framed: list[Leaf] = field(default_factory=list)
-    transported: list[Leaf] = field(default_factory=list)
+    framed: list[Slice] = field(default_factory=list)
+    transported: list[Slice] = field(default_factory=list)
     plain: list[list[Tensor]] = field(default_factory=list)
 
 
@@ -91,12 +91,12 @@ def parameter_name(
     return "a parameter outside the optimizer"
 
 
-def find_leaves(
+def find_slices(
     param_groups: Sequence[Mapping[str, Any]],
     symmetries: SymmetryMap,
     names: Mapping[int, str],
-) -> Leaves:
-    """Cut the parameters of an optimizer into leaves.
+) -> Slices:
+    """Cut the parameters of an optimizer into slices.
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ def find_leaves(
     def name_of(parameter: Tensor) -> str:
         return parameter_name(parameter, names, param_groups)
 
-    found = Leaves(plain=[[] for _ in param_groups])
-    leaves: dict[int, list[Leaf]] = defaultdict(list)
+    found = Slices(plain=[[] for _ in param_groups])
+    slices: dict[int, list[Slice]] = defaultdict(list)
     for symmetry in symmetries.heads:
         _refuse_split(symmetry, owners, name_of)
         for side, blocks in zip(SIDES, (symmetry.left_blocks, symmetry.right_blocks), strict=True):
@@ -140,7 +140,7 @@ def find_leaves(
                     continue
                 axis = axes.get(id(parameter))
                 framed = group["residual_frame"] is not None and axis is not None
-                leaf = Leaf(
+                slice_ = Slice(
                     parameter,
                     name_of(parameter),
                     owners[id(parameter)],
@@ -150,17 +150,17 @@ def find_leaves(
                     residual=framed and members[0].column_axis == axis,
                 )
                 if kind == TRANSPORTED:
-                    found.transported.append(leaf)
+                    found.transported.append(slice_)
                 else:
-                    leaves[id(parameter)].append(leaf)
-    transported = {id(leaf.parameter) for leaf in found.transported}
+                    slices[id(parameter)].append(slice_)
+    transported = {id(slice_.parameter) for slice_ in found.transported}
     for i, group in enumerate(param_groups):
         for parameter in group["params"]:
-            own = leaves.get(id(parameter), [])
+            own = slices.get(id(parameter), [])
             if id(parameter) in transported:
                 continue
             if own:
-                found.framed += _with_suffixes([*own, *_rest(own)])
+                found.framed += _with_suffixes([*own, *_uncovered(own)])
             elif (
                 group["residual_frame"] is not None
                 and id(parameter) in axes
@@ -169,7 +169,7 @@ def find_leaves(
                 view = parameter.movedim(axes[id(parameter)], -1).unsqueeze(0)
                 block = Block.of(view, parameter, name_of(parameter))
                 found.framed.append(
-                    Leaf(parameter, block.name, i, (block,), None, "", residual=True)
+                    Slice(parameter, block.name, i, (block,), None, "", residual=True)
                 )
             else:
                 found.plain[i].append(parameter)
@@ -197,35 +197,41 @@ def _by_parameter(blocks: Iterable[Block]) -> list[tuple[Block, ...]]:
     return [tuple(group) for group in members.values()]
 
 
-def _rest(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """Leaves without frames for what the symmetries of a fused parameter leave uncovered."""
-    parameter = leaves[0].parameter
+def _uncovered(slices: Sequence[Slice]) -> list[Slice]:
+    """Slices without frames for what the symmetries of a fused parameter leave uncovered."""
+    parameter = slices[0].parameter
     hits = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.int8).zero_()
-    for leaf in leaves:
-        for block in leaf.blocks:
+    for slice_ in slices:
+        for block in slice_.blocks:
             block.view(hits).add_(1)
     if bool((hits > 1).any()):
         raise ValueError(
-            f"parameter {leaves[0].name!r} is covered more than once by the blocks of its "
+            f"parameter {slices[0].name!r} is covered more than once by the blocks of its "
             "symmetries; every entry may belong to one block of one symmetry"
         )
     if bool((hits == 1).all()):
         return []
     for axis in range(parameter.ndim):
-        slices = hits.movedim(axis, 0).reshape(hits.size(axis), -1)
-        if bool((slices == slices[:, :1]).all()):
+        lines = hits.movedim(axis, 0).reshape(hits.size(axis), -1)
+        if bool((lines == lines[:, :1]).all()):
             return [
-                _rest_leaf(leaves[0], parameter.narrow(axis, start, length))
-                for start, length in _runs(slices[:, 0] == 0)
+                _uncovered_slice(slices[0], parameter.narrow(axis, start, length))
+                for start, length in _runs(lines[:, 0] == 0)
             ]
     raise ValueError(
-        f"parameter {leaves[0].name!r} is covered only partly by the blocks of its symmetries, and "
+        f"parameter {slices[0].name!r} is covered only partly by the blocks of its symmetries, and "
         "the rest is not made of whole rows or columns; leave its symmetries out"
     )
 
 
-def _rest_leaf(sibling: Leaf, rest: Tensor) -> Leaf:
-    rows = rest.unsqueeze(0) if rest.ndim == 1 else rest.flatten(1) if rest.ndim > 2 else rest
+def _uncovered_slice(sibling: Slice, uncovered: Tensor) -> Slice:
+    rows = (
+        uncovered.unsqueeze(0)
+        if uncovered.ndim == 1
+        else uncovered.flatten(1)
+        if uncovered.ndim > 2
+        else uncovered
+    )
     block = Block.of(rows.unsqueeze(0), sibling.parameter, sibling.name)
     return replace(sibling, blocks=(block,), symmetry=None, side="", residual=False)
 
@@ -241,7 +247,56 @@ def _runs(mask: Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def _with_suffixes(leaves: Sequence[Leaf]) -> list[Leaf]:
-    if len(leaves) == 1:
-        return list(leaves)
-    return [replace(leaf, suffix=f".{i}") for i, leaf in enumerate(leaves)]
+def _with_suffixes(slices: Sequence[Slice]) -> list[Slice]:
+    if len(slices) == 1:
+        return list(slices)
+    return [replace(slice_, suffix=f".{i}") for i, slice_ in enumerate(slices)]
+
+
+# Options on which slices, buckets and the tensors of the state depend.
+PLANNED = (
+    "head_frame",
+    "residual_frame",
+    "lora_frame",
+    "foreach",
+    "master_weights",
+    "capturable",
+)
+
+
+def takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter is trained; a frozen one only serves as geometry."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
+def planned_groups(
+    param_groups: Sequence[Mapping[str, Any]], also: Container[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """The param groups with the parameters that are trained, and those in ``also``."""
+    return [
+        {**group, "params": [p for p in group["params"] if takes_part(p) or p in also]}
+        for group in param_groups
+    ]
+
+
+def signature_of(param_groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """What slices and buckets depend on; they are made anew when it changes."""
+    return tuple(
+        (
+            *(group[option] for option in PLANNED),
+            *map(layout_of, group["params"]),
+        )
+        for group in param_groups
+    )
+
+
+def layout_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Which parameter it is, whether it is trained, and how it lies in memory."""
+    return (
+        id(parameter),
+        takes_part(parameter),
+        parameter.dtype,
+        parameter.device,
+        parameter.shape,
+        parameter.stride(),
+    )

@@ -3,8 +3,7 @@
 A head frame u sends a covector ∂ of one side to dressed coordinates ``u ∂``. Under the group it
 goes to ``u g^{-1}`` (left side) or ``u gᵀ`` (right side), so that ``u ∂`` is invariant and
 ``uᵀ · (function of u ∂)`` is a tangent vector. (François & Ravera, arXiv 2602.18948, dressing
-fields; Vyas et al., arXiv 2409.11321, eigenframes.)
-"""
+fields; Vyas et al., arXiv 2409.11321, eigenframes.)"""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ import torch
 from torch import Tensor
 
 from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StructureGroup
-from quotientopt.optim.averages import break_ties
+from quotientopt.optim.update import break_ties
 from quotientopt.sections.factor import svd_element, triangular_element
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 
 
-def is_compact(group: StructureGroup) -> bool:
+def holds_rotations_only(group: StructureGroup) -> bool:
     """Whether all elements are rotations, which no section reduces and every eigenframe follows."""
     return isinstance(group, O | RotaryPhases)
 
 
-class Dressing(NamedTuple):
+class HeadDressing(NamedTuple):
     """Dressing fields of the two sides and their inverse transposes, each ``(…, r, r)``.
 
     ``left ∂_A`` and ``right ∂_B`` are the dressed gradients; ``left_contragredient A`` and
@@ -40,7 +39,7 @@ class Dressing(NamedTuple):
 
 def head_dressing(
     kind: str, group: StructureGroup, left_gram: Tensor, right_gram: Tensor
-) -> Dressing:
+) -> HeadDressing:
     """Dressing fields that reduce ``group`` to a compact group, from the Grams AAᵀ and BBᵀ.
 
     ``"balanced"`` and ``"svd"`` use one group element g with equal diagonal Grams of
@@ -62,17 +61,17 @@ def head_dressing(
     TypeError
         If frames for this group are not known.
     """
-    if is_compact(group):
+    if holds_rotations_only(group):
         identity = torch.eye(group.r, dtype=left_gram.dtype, device=left_gram.device)
         identity = identity.expand_as(left_gram)
-        return Dressing(identity, identity, identity, identity)
+        return HeadDressing(identity, identity, identity, identity)
     if isinstance(group, GL):
         return _linear_dressing(kind, left_gram, right_gram)
     if not isinstance(group, RotaryCommutant):
         raise TypeError(f"no head frames for the group {group}")
     scales = _plane_dressing(kind, group, left_gram, right_gram)
     if not len(group.pass_rows):
-        return Dressing(*(scale.diag_embed() for scale in scales))
+        return HeadDressing(*(scale.diag_embed() for scale in scales))
     rows = torch.as_tensor(group.pass_rows, device=left_gram.device)
     passing = _linear_dressing(
         kind, left_gram[..., rows[:, None], rows], right_gram[..., rows[:, None], rows]
@@ -82,16 +81,16 @@ def head_dressing(
         field = scale.diag_embed()
         field[..., rows[:, None], rows] = block
         fields.append(field)
-    return Dressing(*fields)
+    return HeadDressing(*fields)
 
 
-def _linear_dressing(kind: str, left_gram: Tensor, right_gram: Tensor) -> Dressing:
+def _linear_dressing(kind: str, left_gram: Tensor, right_gram: Tensor) -> HeadDressing:
     if kind in ("balanced", "svd"):
         g, contragredient = svd_element(left_gram, right_gram, check=False)
-        return Dressing(g, contragredient, contragredient, g)
+        return HeadDressing(g, contragredient, contragredient, g)
     left, left_contragredient = triangular_element(left_gram, right_gram, check=False)
     right, right_contragredient = triangular_element(right_gram, left_gram, check=False)
-    return Dressing(left, left_contragredient, right, right_contragredient)
+    return HeadDressing(left, left_contragredient, right, right_contragredient)
 
 
 def _plane_dressing(
@@ -129,7 +128,7 @@ def plane_partners(group: StructureGroup, device: torch.device) -> Tensor:
 def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Tensor) -> Tensor:
     """Rows are eigenvectors of the dressed gradient covariance, its ties broken by the weights.
 
-    They fix the rotation O that a section leaves over.
+    They fix the rotation O that a section slices over.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Frames of attention heads, stacked over all symmetries of equal shape."""
+"""Frames that are kept: of attention heads, and one of the residual axis for the whole model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from quotientopt.groups import RotaryCommutant
-from quotientopt.optim.averages import ema_
-from quotientopt.optim.errors import RankError
-from quotientopt.optim.head_dressing import (
+from quotientopt.optim.checks import RankError
+from quotientopt.optim.dressing import (
     head_dressing,
     head_eigenframe,
-    is_compact,
+    holds_rotations_only,
     plane_partners,
 )
-from quotientopt.optim.leaves import Leaf
+from quotientopt.optim.slices import Slice
+from quotientopt.optim.update import ema_, next_eigenframe, residual_eigenframe
 from quotientopt.symmetries import Block, HeadSymmetry
 
 
@@ -33,7 +33,7 @@ class FreshDressing(NamedTuple):
     field: Tensor
     contragredient: Tensor
     weights_gram: Tensor
-    leaning: Tensor | None
+    substituted: Tensor | None
 
 
 class HeadFrames:
@@ -77,12 +77,12 @@ class HeadFrames:
     @property
     def turns(self) -> bool:
         """Whether frames are turned to eigenvectors; singular vectors leave nothing to turn."""
-        return self.kind != "svd" or is_compact(self.group)
+        return self.kind != "svd" or holds_rotations_only(self.group)
 
-    def place(self, leaf: Leaf) -> int:
-        """Entry of a leaf's side in the stack."""
-        place = self._places[id(leaf.symmetry)]
-        return place + len(self.symmetries) if leaf.side == "right" else place
+    def place(self, slice_: Slice) -> int:
+        """Entry of a slice's side in the stack."""
+        place = self._places[id(slice_.symmetry)]
+        return place + len(self.symmetries) if slice_.side == "right" else place
 
     def grams(self) -> Tensor:
         """Gram matrices of all factors, shape ``(2S, heads, r, r)``."""
@@ -110,14 +110,14 @@ class HeadFrames:
             If both factors of a head are rank-deficient, or one is not finite; names the symmetry.
         """
         grams = self.grams()
-        supplemented, leaning = self._supplement(grams)
+        supplemented, substituted = self._supplement(grams)
         dressing = head_dressing(self.kind, self.group, *supplemented.chunk(2))
         contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
         return FreshDressing(
             torch.cat([dressing.left, dressing.right]),
             contragredient,
             contragredient @ grams @ contragredient.mT,
-            leaning,
+            substituted,
         )
 
     def _supplement(self, grams: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +127,7 @@ class HeadFrames:
         of the partner, and the replacement moves with the group as the Gram itself does. Also
         returns which heads this was done for, on both sides.
         """
-        if is_compact(self.group):
+        if holds_rotations_only(self.group):
             return grams, None
         if isinstance(self.group, RotaryCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
@@ -180,9 +180,9 @@ class HeadFrames:
         Parameters
         ----------
         samples : Tensor
-            Shape ``(K, heads, r, r)``, one per leaf that has a gradient.
+            Shape ``(K, heads, r, r)``, one per slice that has a gradient.
         places : sequence of int
-            Entry of each leaf; leaves of one entry (weight and bias) are summed.
+            Entry of each slice; slices of one entry (weight and bias) are summed.
         beta : float
         gate : Tensor, optional
             Zero where nothing may change.
@@ -222,11 +222,11 @@ class HeadFrames:
             identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
             return identity.expand_as(field)
         weights_gram = dressing.weights_gram.to(self.covariance)
-        if dressing.leaning is not None:
+        if dressing.substituted is not None:
             # The partner's dressed factor is orthonormal there and tells no directions apart, but
             # the other side's gradients do, and they turn alike.
             other = self.covariance.roll(len(self.symmetries), 0)
-            weights_gram = torch.where(dressing.leaning[..., None, None], other, weights_gram)
+            weights_gram = torch.where(dressing.substituted[..., None, None], other, weights_gram)
         turn = head_eigenframe(self.group, self.covariance, weights_gram)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         turn = turn.to(field.dtype)
@@ -243,3 +243,40 @@ class HeadFrames:
             g = g.to(self.frame.device, torch.promote_types(g.dtype, self.gram_dtype))
             left.copy_(left.to(g.dtype) @ self.group.inverse(g))
             right.copy_(right.to(g.dtype) @ g.mT)
+
+
+class SharedResidualFrame:
+    """One residual frame for all matrices of a stream, from their pooled covariance.
+
+    Attributes
+    ----------
+    covariance, frame, change : Tensor
+        R, Q and Q_oldᵀ Q_new, each ``(d, d)``.
+    """
+
+    def __init__(self, dimension: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (dimension, dimension)
+        self.covariance = torch.zeros(shape, dtype=dtype, device=device)
+        self.frame = torch.zeros(shape, dtype=dtype, device=device)
+        self.change = torch.zeros(shape, dtype=dtype, device=device)
+        self._sum = torch.zeros(shape, dtype=dtype, device=device)
+        self.oriented = False
+
+    def add(self, gram: Tensor) -> None:
+        """Pool the Gram of one bucket's dressed gradients in this step."""
+        self._sum.add_(gram)
+
+    def accumulate(self, beta: float, gate: Tensor | None = None) -> None:
+        """Take the pooled Gram of this step into the covariance, unless the gate is zero."""
+        ema_(self.covariance, self._sum, beta, gate)
+        self._sum.zero_()
+
+    def refresh(self, weights_gram: Tensor | None) -> None:
+        """Turn to the eigenvectors of the covariance: the first time with the weights' Gram."""
+        if weights_gram is None:
+            frame = next_eigenframe(self.covariance, self.frame)
+        else:
+            frame = residual_eigenframe(self.covariance, weights_gram, weights_gram)
+        self.oriented = True
+        self.change = self.frame.mT @ frame
+        self.frame.copy_(frame)

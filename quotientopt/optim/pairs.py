@@ -1,16 +1,8 @@
-"""Invariant metrics on stacked factor pairs, from r×r Gram matrices alone.
-
-These are the metrics of :class:`quotientopt.manifolds.FactorQuotient` for an optimizer: factors may
-be stacked over layers and laid together from several blocks, r×r matrices are float64 while the
-factors stay in their own precision, and nothing waits for the device.
-
-Vertical vectors at (A, B) are ``(−Λᵀ A, Λ B)`` with Λ in the group's Lie algebra. For GL(r) and the
-rotary commutant the formulas are the same, with every product of rows taken by the group's
-:meth:`~quotientopt.groups.StructureGroup.row_products` ρ: ``S_A = ρ(A Aᵀ)``, ``S_B = ρ(B Bᵀ)``.
-"""
+"""Stacked factor pairs of equal shape, and invariant metrics on them from r×r Grams alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,12 +11,76 @@ from torch import Tensor
 from quotientopt._linalg import Pair, skew_part, wide, wide_dtype
 from quotientopt._lyapunov import solve_lyapunov
 from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
-from quotientopt.optim.head_dressing import HEAD_FRAMES, head_dressing
+from quotientopt.optim.dressing import HEAD_FRAMES, head_dressing
+from quotientopt.symmetries import Block, HeadSymmetry
 
-METRICS = ("preconditioned", "right-invariant")
+ShapeKey = tuple[object, ...]
 
 
-class PairGeometry(NamedTuple):
+def shape_key(symmetry: HeadSymmetry) -> ShapeKey:
+    """What two symmetries must share to be computed as one batch."""
+    return (
+        symmetry.group,
+        tuple(block.size for block in symmetry.left_blocks),
+        tuple(block.size for block in symmetry.right_blocks),
+        tuple((block.parameter.dtype, block.parameter.device) for block in symmetry.blocks),
+    )
+
+
+def stack_factors(
+    symmetries: Sequence[HeadSymmetry], read: Callable[[Block], Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both factors of S symmetries of one shape, ``(S, heads, r, n)`` and ``(S, heads, r, m)``.
+
+    Parameters
+    ----------
+    symmetries : sequence of HeadSymmetry
+        With one :func:`shape_key`.
+    read : callable
+        Block to tensor ``(heads, r, columns)``: of the weights, the gradients, the momenta. The
+        blocks of a factor are laid side by side along the columns.
+    dtype : torch.dtype
+    """
+    left = _stack([symmetry.left_blocks for symmetry in symmetries], read, dtype)
+    return left, _stack([symmetry.right_blocks for symmetry in symmetries], read, dtype)
+
+
+def _stack(
+    rows: Sequence[Sequence[Block]], read: Callable[[Block], Tensor], dtype: torch.dtype
+) -> Tensor:
+    places = zip(*rows, strict=True)
+    columns = [torch.stack([read(b) for b in blocks]).to(dtype) for blocks in places]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+
+def columns_of(blocks: Sequence[Block]) -> Iterator[slice]:
+    """Where each block of a factor lies in the stacked columns."""
+    start = 0
+    for block in blocks:
+        yield slice(start, start + block.size[2])
+        start += block.size[2]
+
+
+def refuse_scattered(symmetry: HeadSymmetry) -> None:
+    """Refuse a pair whose blocks lie on several devices.
+
+    Raises
+    ------
+    ValueError
+        Naming the symmetry and both devices.
+    """
+    devices = {str(block.parameter.device) for block in symmetry.blocks}
+    if len(devices) > 1:
+        raise ValueError(
+            f"symmetry {symmetry.name!r} lies on several devices ({', '.join(sorted(devices))}); "
+            "keep the parameters of a pair on one"
+        )
+
+
+PAIR_METRICS = ("preconditioned", "right-invariant")
+
+
+class PairGrams(NamedTuple):
     """What a metric needs to know of stacked pairs; matrices ``(…, r, r)`` in wide precision.
 
     Attributes
@@ -67,7 +123,7 @@ def refuse_unknown_geometry(group: StructureGroup, metric: str, name: str) -> No
         )
 
 
-def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> PairGeometry:
+def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> PairGrams:
     """Grams of stacked pairs and where they are deficient; waits for nothing.
 
     Parameters
@@ -81,7 +137,7 @@ def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> Pa
     left_gram, left_root, left_deficient = _factorize(group, A, precision)
     right_gram, right_root, right_deficient = _factorize(group, B, precision)
     deficient = torch.stack([left_deficient, right_deficient])
-    return PairGeometry(group, left_gram, right_gram, left_root, right_root, deficient)
+    return PairGrams(group, left_gram, right_gram, left_root, right_root, deficient)
 
 
 def _factorize(group: StructureGroup, X: Tensor, precision: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +164,7 @@ def _factorize(group: StructureGroup, X: Tensor, precision: float) -> tuple[Tens
     return torch.where(replaced, identity, gram), torch.where(replaced, identity, root), deficient
 
 
-def covector_frames(metric: str, geometry: PairGeometry) -> tuple[Tensor, Tensor]:
+def covector_frames(metric: str, geometry: PairGrams) -> tuple[Tensor, Tensor]:
     """Frames (F_A, F_B) in which the metric's dual norm is Euclidean.
 
     ``‖∂‖² = ‖F_A ∂_A‖² + ‖F_B ∂_B‖²`` is the squared norm of the Riemannian gradient
@@ -133,13 +189,13 @@ def covector_frames(metric: str, geometry: PairGeometry) -> tuple[Tensor, Tensor
     return _inverse(right), _inverse(left)
 
 
-def dressed_gradient(metric: str, geometry: PairGeometry, partials: Pair) -> Pair:
+def dressed_gradient(metric: str, geometry: PairGrams, partials: Pair) -> Pair:
     """``(F_A ∂_A, F_B ∂_B)`` in the frames of :func:`covector_frames`, in the partials' dtype."""
     F_A, F_B = covector_frames(metric, geometry)
     return F_A.to(partials[0].dtype) @ partials[0], F_B.to(partials[1].dtype) @ partials[1]
 
 
-def riemannian_gradient(metric: str, geometry: PairGeometry, partials: Pair) -> Pair:
+def riemannian_gradient(metric: str, geometry: PairGrams, partials: Pair) -> Pair:
     """The vector that represents a differential, ``(F_Aᵀ F_A ∂_A, F_Bᵀ F_B ∂_B)``.
 
     Preconditioned: ``(S_B^{-1} ∂_A, S_A^{-1} ∂_B)``; right-invariant: ``(S_A ∂_A, S_B ∂_B)``.
@@ -159,7 +215,7 @@ def riemannian_gradient(metric: str, geometry: PairGeometry, partials: Pair) -> 
     return grad_A, grad_B
 
 
-def horizontal_component(metric: str, geometry: PairGeometry, factors: Pair, vector: Pair) -> Pair:
+def horizontal_component(metric: str, geometry: PairGrams, factors: Pair, vector: Pair) -> Pair:
     """The part of a tangent vector that is orthogonal to the orbit, ``(u_A + M A, u_B − Mᵀ B)``.
 
     Preconditioned metric ``tr(S_B u_A v_Aᵀ) + tr(S_A u_B v_Bᵀ)``:
@@ -198,7 +254,7 @@ def horizontal_component(metric: str, geometry: PairGeometry, factors: Pair, vec
 # With A = L_A Â and B = L_B B̂, of ``u_A Âᵀ`` and ``u_B B̂ᵀ``: the matrices (M L_A, Mᵀ L_B).
 
 
-def _preconditioned_multipliers(geometry: PairGeometry, Y: Tensor, Z: Tensor) -> Pair:
+def _preconditioned_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
     """``L_Bᵀ M L_A = ½ ρ(B̂ (L_Aᵀ u_B)ᵀ − L_Bᵀ u_A Âᵀ)``: the dressed metric is Euclidean."""
     left, right = geometry.left_root, geometry.right_root
     dressed = geometry.group.row_products(Z.mT @ left - right.mT @ Y) / 2
@@ -206,7 +262,7 @@ def _preconditioned_multipliers(geometry: PairGeometry, Y: Tensor, Z: Tensor) ->
     return N_A, torch.linalg.solve_triangular(left.mT, dressed.mT, upper=True)
 
 
-def _right_invariant_multipliers(geometry: PairGeometry, Y: Tensor, Z: Tensor) -> Pair:
+def _right_invariant_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
     """``M̂ = L_A^{-1} M L_A`` solves ``M̂ W + W M̂ = K B̂ u_Bᵀ L_A − L_A^{-1} u_A Âᵀ W``.
 
     Here ``K = L_Aᵀ L_B`` and ``W = K Kᵀ``, whose eigenvalues are the squared singular values of
@@ -220,7 +276,7 @@ def _right_invariant_multipliers(geometry: PairGeometry, Y: Tensor, Z: Tensor) -
     return left @ M, torch.linalg.solve_triangular(left.mT, M.mT @ K, upper=True)
 
 
-def _orthogonal_multipliers(geometry: PairGeometry, Y: Tensor, Z: Tensor) -> Pair:
+def _orthogonal_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
     """O(r): ``P = L_A U`` makes both Grams diagonal, S_A = P Pᵀ and S_B = P diag(w) Pᵀ."""
     left, right = geometry.left_root, geometry.right_root
     right_hand = skew_part(right @ right.mT @ Y @ left.mT + left @ left.mT @ Z @ right.mT)

@@ -1,4 +1,4 @@
-"""Buckets: leaves of equal shape, with their state stacked and updated at once."""
+"""Buckets: slices of equal shape, with their state stacked and updated at once."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.adam import direction, gated, moments_
-from quotientopt.optim.averages import ema_
-from quotientopt.optim.head_frames import HeadFrames
-from quotientopt.optim.leaves import Leaf
-from quotientopt.optim.polar import even_out, row_evening_factor
-from quotientopt.optim.residual_frame import (
-    SharedResidualFrame,
+from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
+from quotientopt.optim.slices import Slice
+from quotientopt.optim.update import (
+    direction,
+    ema_,
+    gated,
+    moments_,
     next_eigenframe,
+    orthogonalise,
     residual_eigenframe,
     rotate_,
+    round_stochastically,
+    row_polar_factor,
+    two_sided,
 )
-from quotientopt.optim.rounding import round_stochastically
 
 # Elements of one chunk of an update on a CPU, whose six arrays then fit into a second-level cache.
 CHUNK = 65536
 
 
-def stream_of(leaf: Leaf) -> tuple[int, torch.dtype, torch.device]:
-    """Dimension, dtype of computation and device of the residual stream on a leaf's columns."""
-    return leaf.shape[-1], compute_dtype(leaf.parameter.dtype), leaf.parameter.device
+def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:
+    """Dimension, dtype of computation and device of the residual stream on a slice's columns."""
+    return slice_.shape[-1], compute_dtype(slice_.parameter.dtype), slice_.parameter.device
 
 
 class Bucket:
-    """L leaves of the same shape ``(M, heads, r, n)``, group, dtype and device.
+    """L slices of the same shape ``(M, heads, r, n)``, group, dtype and device.
 
     The state is dressed: moments are written in the frame (head frame u from the left, residual
     frame Q from the right), so that a change of gauge moves frames alone. ``exp_avg`` and
@@ -42,11 +45,11 @@ class Bucket:
 
     Parameters
     ----------
-    leaves : sequence of Leaf
+    slices : sequence of Slice
     heads : HeadFrames, optional
-        Where the leaves' head frames are kept.
+        Where the slices' head frames are kept.
     shared : SharedResidualFrame, optional
-        One residual frame for the whole model, instead of one per leaf.
+        One residual frame for the whole model, instead of one per slice.
     dtype : torch.dtype
         Of the state and of the computation.
     options : mapping
@@ -56,35 +59,35 @@ class Bucket:
 
     def __init__(
         self,
-        leaves: Sequence[Leaf],
+        slices: Sequence[Slice],
         heads: HeadFrames | None,
         shared: SharedResidualFrame | None,
         dtype: torch.dtype,
         options: Mapping[str, Any],
     ) -> None:
-        self.leaves = tuple(leaves)
+        self.slices = tuple(slices)
         self.heads = heads
         self.shared = shared
         self.dtype = dtype
         self.options = options
-        self.device = leaves[0].parameter.device
-        self.group_index = leaves[0].group_index
-        self.residual = leaves[0].residual
-        self.stream = stream_of(leaves[0])
-        self.steps = [0] * len(leaves)
-        shape = (len(leaves), *leaves[0].shape)
+        self.device = slices[0].parameter.device
+        self.group_index = slices[0].group_index
+        self.residual = slices[0].residual
+        self.stream = stream_of(slices[0])
+        self.steps = [0] * len(slices)
+        shape = (len(slices), *slices[0].shape)
         self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
         self.state = {"exp_avg": self._zeros(*shape), "exp_avg_sq": self._zeros(*shape)}
         if self.residual and shared is None:
             for key in ("residual_covariance", "residual_frame"):
-                self.state[key] = self._zeros(len(leaves), shape[-1], shape[-1])
+                self.state[key] = self._zeros(len(slices), shape[-1], shape[-1])
         self.device_steps: Tensor | None = None
         if options["capturable"]:
-            self.device_steps = torch.zeros(len(leaves), device=self.device)
-        if options["master_weights"] and leaves[0].parameter.dtype != dtype:
+            self.device_steps = torch.zeros(len(slices), device=self.device)
+        if options["master_weights"] and slices[0].parameter.dtype != dtype:
             self.state["master"] = self.weights()
-        self.oriented = [False] * len(leaves)
-        self.places = [heads.place(leaf) for leaf in leaves] if heads is not None else []
+        self.oriented = [False] * len(slices)
+        self.places = [heads.place(slice_) for slice_ in slices] if heads is not None else []
         self._index = torch.tensor(self.places, device=self.device)
         self._views: list[Tensor] = []
         self._pointers: tuple[int, ...] = ()
@@ -95,22 +98,22 @@ class Bucket:
         return self.heads is not None or self.residual
 
     @property
-    def evens(self) -> bool:
-        """Whether the singular values of updates are evened out."""
+    def orthogonalises(self) -> bool:
+        """Whether the singular values of updates are made nearly equal."""
         return bool(self.options["polar"]) and self.framed and self.columns > 1
 
     @property
     def has_frames(self) -> bool:
-        """Whether every leaf has a residual frame to go on from."""
+        """Whether every slice has a residual frame to go on from."""
         return all(self.oriented) if self.shared is None else self.shared.oriented
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def subset(self, rows: Sequence[int]) -> Bucket:
-        """A bucket of some of the leaves, with copies of their state (see :meth:`absorb`)."""
-        leaves = [self.leaves[i] for i in rows]
-        part = Bucket(leaves, self.heads, self.shared, self.dtype, self.options)
+        """A bucket of some of the slices, with copies of their state (see :meth:`absorb`)."""
+        slices = [self.slices[i] for i in rows]
+        part = Bucket(slices, self.heads, self.shared, self.dtype, self.options)
         part.steps = [self.steps[i] for i in rows]
         index = torch.tensor(rows, device=self.device)
         part.state = {key: value.index_select(0, index) for key, value in self.state.items()}
@@ -130,28 +133,28 @@ class Bucket:
 
     def views(self) -> list[Tensor]:
         """Views of the parameters, block after block."""
-        pointers = tuple(leaf.parameter.data_ptr() for leaf in self.leaves)
+        pointers = tuple(slice_.parameter.data_ptr() for slice_ in self.slices)
         if pointers != self._pointers:
-            self._views = [block.view() for leaf in self.leaves for block in leaf.blocks]
+            self._views = [block.view() for slice_ in self.slices for block in slice_.blocks]
             self._pointers = pointers
         return self._views
 
     def weights(self) -> Tensor:
         """The parameters, stacked, ``(L, M, heads, r, n)``, in the bucket's dtype."""
-        return self._stack([block.view() for leaf in self.leaves for block in leaf.blocks])
+        return self._stack([block.view() for slice_ in self.slices for block in slice_.blocks])
 
     def gradients(self) -> Tensor:
         """The gradients, stacked like :meth:`weights`."""
         return self._stack(
-            [block.view(leaf.parameter.grad) for leaf in self.leaves for block in leaf.blocks]
+            [block.view(slice_.parameter.grad) for slice_ in self.slices for block in slice_.blocks]
         )
 
     def _stack(self, views: Sequence[Tensor]) -> Tensor:
         stacked = torch.stack(list(views)).to(self.dtype)
-        return stacked.unflatten(0, (len(self.leaves), -1))
+        return stacked.unflatten(0, (len(self.slices), -1))
 
     def of_heads(self, stack: Tensor) -> Tensor:
-        """Entries of a stack kept by the head frames, one per leaf, ``(L, 1, heads, r, r)``."""
+        """Entries of a stack kept by the head frames, one per slice, ``(L, 1, heads, r, r)``."""
         whole = len(self.places) == len(stack) and self.places == list(range(len(stack)))
         entries = stack if whole else stack.index_select(0, self._index)
         return entries.to(self.dtype).unsqueeze(1)
@@ -161,11 +164,11 @@ class Bucket:
         if not self.residual:
             return None
         if self.shared is not None:
-            return self.shared.frame.expand(len(self.leaves), -1, -1)
+            return self.shared.frame.expand(len(self.slices), -1, -1)
         return self.state["residual_frame"]
 
     def head_covariance(self, dressed: Tensor) -> Tensor:
-        """Σ u∂ (u∂)ᵀ of every leaf, ``(L, heads, r, r)``."""
+        """Σ u∂ (u∂)ᵀ of every slice, ``(L, heads, r, r)``."""
         return (dressed @ dressed.mT).sum(1)
 
     def accumulate_residual(self, dressed: Tensor, beta: float, gate: Tensor | None = None) -> None:
@@ -182,7 +185,7 @@ class Bucket:
             ema_(self.state["residual_covariance"], gram, beta, gate)
 
     def dressed_weights_gram(self, contragredient: Tensor | None) -> Tensor:
-        """WᵀW of the dressed weights of every leaf, ``(L, n, n)``."""
+        """WᵀW of the dressed weights of every slice, ``(L, n, n)``."""
         weights = self.weights()
         if contragredient is not None:
             weights = self.of_heads(contragredient) @ weights
@@ -199,13 +202,13 @@ class Bucket:
         change : Tensor, optional
             u_new u_old^{-1} of all entries of the head frames.
         weights_gram, pooled_gram : Tensor, optional
-            WᵀW of the dressed weights, of every leaf and summed over the whole stream, for
-            breaking ties of the first residual frames; None where all leaves are oriented.
+            WᵀW of the dressed weights, of every slice and summed over the whole stream, for
+            breaking ties of the first residual frames; None where all slices are oriented.
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
         right = None
         if self.shared is not None:
-            right = self.shared.change.expand(len(self.leaves), -1, -1)
+            right = self.shared.change.expand(len(self.slices), -1, -1)
         elif self.residual:
             covariance, old = self.state["residual_covariance"], self.state["residual_frame"]
             frame = next_eigenframe(covariance, old) if any(self.oriented) else old
@@ -215,7 +218,7 @@ class Bucket:
                 frame = torch.where(oriented, frame, first)
             right = old.mT @ frame
             old.copy_(frame)
-            self.oriented = [True] * len(self.leaves)
+            self.oriented = [True] * len(self.slices)
         self.transport_(left, right)
 
     def transport_(self, left: Tensor | None, right: Tensor | None) -> None:
@@ -244,7 +247,7 @@ class Bucket:
     ) -> None:
         """One step of Adam in the frame.
 
-        On a CPU a few leaves are taken at a time, so that intermediate results stay in its cache.
+        On a CPU a few slices are taken at a time, so that intermediate results stay in its cache.
 
         Parameters
         ----------
@@ -268,7 +271,7 @@ class Bucket:
             self._add_to_parameters(rows, update, group, gate)
 
     def _chunks(self) -> list[slice]:
-        count = size = len(self.leaves)
+        count = size = len(self.slices)
         if self.device.type == "cpu":
             size = max(1, CHUNK // max(1, self.rows * self.columns))
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -298,7 +301,7 @@ class Bucket:
         )
 
     def _turn_back(self, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
-        """Turn an update back from its frames, its singular values evened out.
+        """Turn an update back from its frames, its singular values made nearly equal.
 
         Those of each head by itself, which trains as well as the whole matrix and takes r×r
         products in place of n×n; of a matrix without heads all together.
@@ -314,12 +317,12 @@ class Bucket:
         """
         back = None if frame is None else frame.mT
         if left is not None:
-            if self.evens:
-                left = left @ row_evening_factor(update)
+            if self.orthogonalises:
+                left = left @ row_polar_factor(update)
             return two_sided(None, left @ update, back)
-        if not self.evens:
+        if not self.orthogonalises:
             return two_sided(None, update, back)
-        return even_out(update.flatten(1, -2), back).view(update.shape)
+        return orthogonalise(update.flatten(1, -2), back).view(update.shape)
 
     def _add_to_parameters(
         self, rows: slice, update: Tensor, group: Mapping[str, Any], gate: Tensor | None
@@ -329,7 +332,7 @@ class Bucket:
             lr = lr.reshape(())
         if gate is not None:
             lr = gate * lr
-        blocks = len(self.leaves[0].blocks)
+        blocks = len(self.slices[0].blocks)
         views = self.views()[rows.start * blocks : rows.stop * blocks]
         if views[0].dtype != self.dtype:
             self._add_and_round(rows, views, update.mul_(lr), 1 - lr * weight_decay)
@@ -358,22 +361,3 @@ class Bucket:
         elif self.options["stochastic_rounding"]:
             weights = round_stochastically(weights, stored.dtype)
         torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
-
-
-def two_sided(left: Tensor | None, middle: Tensor, right: Tensor | None) -> Tensor:
-    """``left @ middle @ right`` of a stack of leaves; None is the identity.
-
-    Parameters
-    ----------
-    left : Tensor, optional
-        Shape ``(L, heads, r, r)``.
-    middle : Tensor
-        Shape ``(L, M, heads, r, n)``.
-    right : Tensor, optional
-        Shape ``(L, n, n)``.
-    """
-    if left is not None:
-        middle = left.unsqueeze(1) @ middle
-    if right is None:
-        return middle
-    return (middle.flatten(1, -2) @ right).unflatten(1, middle.shape[1:-1])

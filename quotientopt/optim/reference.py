@@ -1,0 +1,241 @@
+"""QuotientAdam in its plainest form: read this first.
+
+One pair and one matrix at a time, nothing stacked, scheduled or saved; tests hold the fast path to
+it. :class:`PlainQuotientAdam` covers attention heads and matrices on the residual stream,
+:class:`PlainLowRankAdam` pairs of LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+def svd_section(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, g^{-T}) with equal diagonal Grams of (g^{-T} A, g B), head by head."""
+    fields: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for a, b in zip(A, B, strict=True):
+        left, right = torch.linalg.cholesky(a @ a.T), torch.linalg.cholesky(b @ b.T)
+        U, sigma, Vt = torch.linalg.svd(left.T @ right)
+        fields[0].append(sigma.sqrt().diag() @ Vt @ torch.linalg.inv(right))
+        fields[1].append(sigma.sqrt().diag() @ U.T @ torch.linalg.inv(left))
+    return torch.stack(fields[0]), torch.stack(fields[1])
+
+
+class PlainQuotientAdam:
+    """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``."""
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        matrices: Sequence[Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        *,
+        refresh: int = 10,
+        residual: bool = True,
+        nesterov: bool = False,
+        polar: bool = False,
+    ) -> None:
+        self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
+        self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
+        self.params: list[Any] = [p for pair in pairs for p in pair] + list(matrices)
+        self.polar = polar
+        self.state = [{"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in self.params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step, from the gradients of all parameters."""
+        self.t += 1
+        fresh = self.t == 1 or self.t % self.refresh == 0
+        for i, pair in enumerate(self.pairs if fresh else ()):
+            for side, field in enumerate(svd_section(*pair)):
+                self.state[2 * i + side]["section"] = field
+        pooled = sum(self._weights_gram(p, s) for p, s in zip(self.params, self.state, strict=True))
+        for p, s in zip(self.params, self.state, strict=True):
+            dressed = p.grad
+            if "section" in s:
+                s["C"] = self._average(s.get("C"), p.grad @ p.grad.mT)
+                dressed = s["section"] @ p.grad
+            rows = dressed.reshape(-1, p.size(-1))
+            s["R"] = self._average(s.get("R"), rows.T @ rows)
+            if fresh:
+                self._turn(p, s, pooled)
+            self._update(p, s)
+
+    def _toward_polar(self, update: Tensor) -> Tensor:
+        """Singular values, of each head or of a matrix, evened out by the same polynomial."""
+        if update.ndim == 3:
+            return torch.stack([self._toward_polar(head) for head in update])
+        U, sigma, Vt = torch.linalg.svd(update, full_matrices=False)
+        size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
+        coefficients = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
+        terms = zip(coefficients, (1, 3, 5, 7, 9), strict=True)
+        sigma = sum(coefficient * sigma**power for coefficient, power in terms)
+        return size * U @ (sigma / sigma.norm()).diag() @ Vt if self.polar else update
+
+    def _average(self, old: Tensor | None, new: Tensor) -> Tensor:
+        if old is None:
+            return new
+        return 0.9 * old + 0.1 * new if self.t % 2 == 0 else old
+
+    @staticmethod
+    def _break_ties(covariance: Tensor, *weights_grams: Tensor) -> Tensor:
+        first, *others = (
+            x / x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+            for x in (covariance, *weights_grams)
+        )
+        return first + 1e-3 * sum(others)
+
+    @staticmethod
+    def _dressed(p: Tensor, s: State) -> Tensor:
+        return torch.linalg.inv(s["section"]).mT @ p if "section" in s else p
+
+    def _weights_gram(self, p: Tensor, s: State) -> Tensor:
+        rows = self._dressed(p, s).reshape(-1, p.size(-1))
+        return rows.T @ rows
+
+    def _turn(self, p: Tensor, s: State, pooled: Any) -> None:
+        weights = self._dressed(p, s)
+        if "section" in s:
+            dressed = self._break_ties(
+                s["section"] @ s["C"] @ s["section"].mT, weights @ weights.mT
+            )
+            frame = torch.linalg.eigh(dressed)[1].mT @ s["section"]
+            if "frame" in s:
+                s["v"] = (frame @ torch.linalg.inv(s["frame"])).square() @ s["v"]
+            s["frame"] = frame
+        if self.residual:
+            if "Q" not in s:
+                broken = self._break_ties(s["R"], self._weights_gram(p, s), pooled)
+                s["Q"] = torch.linalg.eigh(broken)[1]
+                return
+            R = s["R"] / s["R"].trace()
+            image = (R + 1e-3 / len(R) * torch.eye(len(R), dtype=R.dtype)) @ s["Q"]
+            image = image[:, (s["Q"] * image).sum(0).argsort(descending=True)]
+            Q, upper = torch.linalg.qr(image)
+            Q = Q * upper.diagonal().sign()
+            s["v"] = s["v"] @ (s["Q"].T @ Q).square()
+            s["Q"] = Q
+
+    def _update(self, p: Any, s: State) -> None:
+        def into(x: Tensor) -> Tensor:
+            x = s["frame"] @ x if "frame" in s else x
+            return x @ s["Q"] if "Q" in s else x
+
+        (b1, b2), t = self.betas, self.t
+        s["m"] = b1 * s["m"] + (1 - b1) * p.grad
+        s["v"] = b2 * s["v"] + (1 - b2) * into(p.grad).square()
+        m = into(s["m"]) / (1 - b1**t)
+        if self.nesterov:
+            m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(p.grad) / (1 - b1**t)
+        update = m / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
+        update = self._toward_polar(update)
+        update = update @ s["Q"].T if "Q" in s else update
+        update = s["frame"].mT @ update if "frame" in s else update
+        p.mul_(1 - self.lr * self.decay).sub_(self.lr * update)
+
+
+class PlainLowRankAdam:
+    """Adam in orthonormal coordinates of the partner, for pairs (X, Y) of shape (r, n), (r, m)."""
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        refresh: int = 10,
+        nesterov: bool = True,
+        polar: bool = False,
+    ) -> None:
+        self.pairs, self.lr, self.betas, self.eps = pairs, lr, betas, eps
+        self.decay, self.refresh = weight_decay, refresh
+        self.nesterov, self.polar, self.t = nesterov, polar, 0
+        self.state: list[tuple[State, State]] = [({}, {}) for _ in pairs]
+
+    @torch.no_grad()
+    def step(self, gradients: Pairs) -> None:
+        """One step, from the gradients of all pairs."""
+        self.t += 1
+        for (X, Y), partials, states in zip(self.pairs, gradients, self.state, strict=True):
+            steps = [
+                self._factor_step(own, partner, partial, state)
+                for own, partner, partial, state in zip(
+                    (X, Y), (Y, X), partials, states, strict=True
+                )
+            ]
+            for factor, step in zip((X, Y), steps, strict=True):
+                if step is not None:
+                    factor.mul_(1 - self.lr * self.decay).sub_(self.lr * step)
+
+    def _factor_step(
+        self, own: Tensor, partner: Tensor, partial: Tensor, s: State
+    ) -> Tensor | None:
+        """The step of one factor before the learning rate; None where the partner is zero."""
+        if not partner.any():
+            return None
+        first = not s
+        interval = min(max(self.t // self.refresh, 1), self.refresh)
+        if first or self.t % interval == 0:
+            self._make_coordinates(partner, partial, s, first)
+        z, t = s["frame"] @ partial, s["t"] + 1
+        (b1, b2), m, v = self.betas, s["m"], s["v"]
+        m = b1 * m + (1 - b1) * z
+        v = b2 * v + (1 - b2) * z.square()
+        s.update(m=m, v=v, t=t)
+        mean = m / (1 - b1**t)
+        if self.nesterov:
+            mean = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * z / (1 - b1**t)
+        D = mean / ((v / (1 - b2**t)).sqrt() + self.eps)
+        return s["frame"].T @ (orthogonal(D) if self.polar else D)
+
+    def _make_coordinates(self, partner: Tensor, partial: Tensor, s: State, first: bool) -> None:
+        """Orthonormal coordinates of the partner; the moments move along."""
+        rows = partner if first else s["frame"] @ partner
+        coordinates = gram_schmidt(rows)
+        frame = coordinates @ torch.linalg.pinv(partner)
+        z = frame @ partial
+        if first:
+            s.update(coordinates=coordinates, C=z @ z.T, m=0 * z, v=0 * z, t=0, made=0)
+        beta = 0.95 ** (s["t"] - s["made"])
+        carry = coordinates @ s["coordinates"].T
+        C = s["C"] if first else beta * carry @ s["C"] @ carry.T + (1 - beta) * z @ z.T
+        if first or self.t <= self.refresh or self.t % self.refresh == 0:
+            places = torch.linspace(-1, 1, partner.size(1), dtype=partner.dtype).diag()
+            broken = C / C.trace() + 1e-3 * coordinates @ places @ coordinates.T
+            turn = torch.linalg.eigh(broken)[1].T.flip(0)
+            coordinates, frame, carry = (turn @ x for x in (coordinates, frame, carry))
+            C = turn @ C @ turn.T
+        m, v = carry @ s["m"], carry.square() @ s["v"]
+        s.update(coordinates=coordinates, frame=frame, C=C, m=m, v=v, made=s["t"])
+
+
+def gram_schmidt(rows: Tensor) -> Tensor:
+    """Orthonormal rows, one after the other (twice, which is enough)."""
+    found: list[Tensor] = []
+    for row in rows:
+        for _ in range(2):
+            for other in found:
+                row = row - (row @ other) * other
+        found.append(row / row.norm())
+    return torch.stack(found)
+
+
+def orthogonal(D: Tensor) -> Tensor:
+    """Singular values evened out by the optimizer's polynomial, the norm kept."""
+    U, sigma, Vt = torch.linalg.svd(D, full_matrices=False)
+    size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
+    coefficients = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
+    terms = zip(coefficients, (1, 3, 5, 7, 9), strict=True)
+    sigma = sum(coefficient * sigma**power for coefficient, power in terms)
+    return size * U @ (sigma / sigma.norm()).diag() @ Vt

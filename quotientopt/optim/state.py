@@ -1,0 +1,203 @@
+"""The state of QuotientAdam: what is saved, loaded and taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quotientopt._linalg import compute_dtype
+from quotientopt.optim.buckets import Bucket
+from quotientopt.optim.low_rank_pairs import LowRankPairs
+from quotientopt.optim.slices import Slice
+
+# Before the suffix of blocks of a fused parameter.
+KEYS = (
+    "step",
+    "exp_avg",
+    "exp_avg_sq",
+    "master",
+    "head_frame",
+    "head_covariance",
+    "residual_frame",
+    "residual_covariance",
+    "partner_coordinates",
+    "coordinates_made",
+)
+
+
+def refuse_foreign_state(
+    state: Mapping[Tensor, Mapping[str, Any]], name_of: Callable[[Tensor], str]
+) -> None:
+    """Refuse the state of another optimizer, of which something would be left unused.
+
+    Raises
+    ------
+    ValueError
+        Naming parameter and entry.
+    """
+    for parameter, own in state.items():
+        for key in own:
+            if key.partition(".")[0] not in KEYS:
+                raise ValueError(
+                    f"the saved state of {name_of(parameter)!r} has a {key!r}: it is not the state "
+                    "of a QuotientAdam or AdamW"
+                )
+
+
+def restore_precision(
+    state: MutableMapping[Tensor, dict[str, Any]],
+    param_groups: Sequence[Mapping[str, Any]],
+    loaded: Mapping[str, Any],
+    wide: Container[int],
+) -> None:
+    """Undo torch's cast of state to its parameter's dtype where float32 is needed.
+
+    All tensors are copied: torch keeps the given ones, which another optimizer may use on.
+
+    Parameters
+    ----------
+    state, param_groups
+        The optimizer's, as torch has loaded them; the state is changed.
+    loaded : mapping
+        The state dict that was given.
+    wide : container of int
+        ``id`` of the parameters whose state is kept in at least float32.
+    """
+    saved_order = [i for group in loaded["param_groups"] for i in group["params"]]
+    parameters = [p for group in param_groups for p in group["params"]]
+    for i, parameter in zip(saved_order, parameters, strict=True):
+        own = state.get(parameter, {})
+        for key, value in own.items():
+            if not isinstance(value, Tensor):
+                continue
+            given = loaded["state"][i][key] if id(parameter) in wide else value
+            dtype = compute_dtype(parameter.dtype) if given.dtype != value.dtype else None
+            own[key] = given.detach().to(value.device, dtype or given.dtype).clone()
+
+
+FRAME_KEYS = (
+    "head_frame",
+    "head_covariance",
+    "residual_frame",
+    "residual_covariance",
+    "partner_coordinates",
+)
+
+
+class Entry(NamedTuple):
+    """One tensor of the state: the slice it is filed under, its key, and the tensor."""
+
+    slice_: Slice
+    key: str
+    tensor: Tensor
+
+
+def adopt(
+    entries: Sequence[Entry],
+    buckets: Sequence[Bucket],
+    pairs: Sequence[LowRankPairs],
+    state: Mapping[Tensor, dict[str, Any]],
+) -> None:
+    """Fill new buckets and pairs with the state of their slices.
+
+    Slices of one side share a frame. One that was frozen for a while remembers an older frame
+    than its siblings; the frame of the slice with the most steps is taken, and the moments of the
+    others are carried over to it.
+
+    Raises
+    ------
+    ValueError
+        If a saved tensor has another shape: the state is not that of QuotientAdam with the same
+        options on the same model. Buckets and pairs are of no use then.
+    """
+    of_pairs = [entry for own in pairs for entry in own.entries()]
+    for slice_, key, tensor in [*entries, *of_pairs]:
+        own = state.get(slice_.parameter, {})
+        saved = own.get(key + slice_.suffix)
+        shape = None if saved is None else torch.as_tensor(saved).shape
+        lost = saved is None and key in FRAME_KEYS and "exp_avg" + slice_.suffix in own
+        if lost or shape not in (None, tensor.shape):
+            found = "is missing" if shape is None else f"has shape {tuple(shape)}"
+            raise ValueError(
+                f"the saved {key + slice_.suffix!r} of {slice_.name!r} {found}, "
+                f"expected {tuple(tensor.shape)}: it is not the state of a QuotientAdam with these "
+                "options on this model"
+            )
+    filed = {(id(slice_), key) for slice_, key, _ in [*entries, *of_pairs]}
+    for slice_ in {id(slice_): slice_ for slice_, _, _ in [*entries, *of_pairs]}.values():
+        own = state.get(slice_.parameter, {})
+        for key in FRAME_KEYS:
+            if key + slice_.suffix in own and (id(slice_), key) not in filed:
+                raise ValueError(
+                    f"the state of {slice_.name!r} has a {key!r}, which these options leave out; "
+                    "make a new optimizer to change frames"
+                )
+    # Ascending in steps: of those that share a frame, the slice with the most steps writes last.
+    for slice_, key, tensor in sorted(entries, key=lambda entry: steps_of(entry.slice_, state)):
+        saved = state.get(slice_.parameter, {}).get(key + slice_.suffix)
+        if saved is not None and (key not in FRAME_KEYS or bool(saved.any())):
+            tensor.copy_(saved)
+    for slice_, key, tensor in of_pairs:
+        if key in state.get(slice_.parameter, {}):
+            tensor.copy_(torch.as_tensor(state[slice_.parameter][key]))
+    for own_pairs in pairs:
+        own_pairs.adopted()
+    for bucket in buckets:
+        bucket.steps = [steps_of(slice_, state) for slice_ in bucket.slices]
+        if bucket.device_steps is not None:
+            bucket.device_steps.copy_(torch.tensor(bucket.steps))
+        if bucket.residual and bucket.shared is None:
+            bucket.oriented = [bool(frame.any()) for frame in bucket.state["residual_frame"]]
+        if bucket.shared is not None:
+            bucket.shared.oriented = bool(bucket.shared.frame.any())
+        for i, slice_ in enumerate(bucket.slices):
+            _carry_moments(bucket, i, state.get(slice_.parameter, {}))
+
+
+def refuse_framed_state(
+    parameters: Iterable[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    name_of: Callable[[Tensor], str],
+) -> None:
+    """Refuse to go on in plain coordinates with moments that are written in a frame.
+
+    Raises
+    ------
+    ValueError
+        If the state of a parameter without a slice has a frame; names both.
+    """
+    for parameter in parameters:
+        for key in state.get(parameter, {}):
+            if key.partition(".")[0] in FRAME_KEYS:
+                raise ValueError(
+                    f"the state of {name_of(parameter)!r} has a {key!r}, which these options leave "
+                    "out; make a new optimizer to change frames"
+                )
+
+
+def steps_of(slice_: Slice, state: Mapping[Tensor, dict[str, Any]]) -> int:
+    """Updates that a slice's parameter has seen."""
+    return int(state.get(slice_.parameter, {}).get("step", 0))
+
+
+def _carry_moments(bucket: Bucket, row: int, own: Mapping[str, Any]) -> None:
+    """Move one slice's moments from the frames saved with them to those of the bucket."""
+    suffix = bucket.slices[row].suffix
+    part = bucket.subset([row])
+    left = right = None
+    if bucket.heads is not None:
+        frame = part.of_heads(bucket.heads.frame).squeeze(1)
+        saved = own.get("head_frame" + suffix)
+        if saved is not None and bool(saved.any()) and not torch.equal(saved.to(frame), frame[0]):
+            left = torch.linalg.solve(saved.to(frame)[None], frame, left=False)
+    frames = part.residual_frames()
+    if frames is not None:
+        saved = own.get("residual_frame" + suffix)
+        if saved is not None and bool(saved.any()) and not torch.equal(saved.to(frames), frames[0]):
+            right = saved.to(frames).mT[None] @ frames
+    if left is not None or right is not None:
+        part.transport_(left, right)
+        bucket.absorb(part, [row])
