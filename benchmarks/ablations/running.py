@@ -207,7 +207,9 @@ def _task(data: str, model: str, batch: int, context: int) -> Task:
 def train_variant(trial: Trial, protocol: Protocol) -> Run:
     """Train the variant that `trial` names, as a comparison trains an optimizer."""
     variant = VARIANTS[trial.optimizer]
-    options = {"betas": BETAS, "weight_decay": protocol.weight_decay} | dict(variant.options)
+    # The record is of the polar step of version 0.1.0, which the patches alter.
+    options = {"betas": BETAS, "weight_decay": protocol.weight_decay, "polar": "step"}
+    options |= dict(variant.options)
 
     def build(model: nn.Module, rate: float, *_: Any) -> list[torch.optim.Optimizer]:
         symmetries = variant.symmetries and variant.symmetries(model)

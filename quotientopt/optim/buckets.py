@@ -18,6 +18,7 @@ from quotientopt.optim.update import (
     moments_,
     next_eigenframe,
     orthogonalise,
+    polar_direction,
     residual_eigenframe,
     rotate_,
     round_stochastically,
@@ -76,6 +77,9 @@ class Bucket:
         self.stream = stream_of(slices[0])
         self.steps = [0] * len(slices)
         shape = (len(slices), *slices[0].shape)
+        if heads is not None and heads.joint:
+            shape = (*shape[:2], 1, shape[2] * shape[3], shape[4])
+        self.shape = shape
         self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
         self.state = {"exp_avg": self._zeros(*shape), "exp_avg_sq": self._zeros(*shape)}
         if self.residual and shared is None:
@@ -151,7 +155,7 @@ class Bucket:
 
     def _stack(self, views: Sequence[Tensor]) -> Tensor:
         stacked = torch.stack(list(views)).to(self.dtype)
-        return stacked.unflatten(0, (len(self.slices), -1))
+        return stacked.view(len(self.slices), *self.shape[1:])
 
     def of_heads(self, stack: Tensor) -> Tensor:
         """Entries of a stack kept by the head frames, one per slice, ``(L, 1, heads, r, r)``."""
@@ -316,6 +320,9 @@ class Bucket:
             Q, ``(L, n, n)``.
         """
         back = None if frame is None else frame.mT
+        if self.orthogonalises and self.options["polar"] != "step":
+            whole = polar_direction(update.flatten(1, -2), back).view(update.shape)
+            return whole if left is None else left @ whole
         if left is not None:
             if self.orthogonalises:
                 left = left @ row_polar_factor(update)
@@ -334,6 +341,7 @@ class Bucket:
             lr = gate * lr
         blocks = len(self.slices[0].blocks)
         views = self.views()[rows.start * blocks : rows.stop * blocks]
+        update = update.reshape(-1, blocks, *self.slices[0].shape[1:])
         if views[0].dtype != self.dtype:
             self._add_and_round(rows, views, update.mul_(lr), 1 - lr * weight_decay)
             return
@@ -352,12 +360,12 @@ class Bucket:
         stored = torch.stack(views).view(update.shape)
         weights = stored.to(self.dtype)
         if "master" in self.state:
-            master = self.state["master"][rows]
+            master = self.state["master"][rows].view(update.shape)
             # Parameters that were written to in the meantime win over their master.
             weights = torch.where(master.to(stored.dtype) == stored, master, weights)
         weights = weights.mul_(decay).sub_(update)
         if "master" in self.state:
-            self.state["master"][rows] = weights
+            self.state["master"][rows] = weights.view(-1, *self.shape[1:])
         elif self.options["stochastic_rounding"]:
             weights = round_stochastically(weights, stored.dtype)
         torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))

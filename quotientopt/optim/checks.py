@@ -30,6 +30,7 @@ class RankError(StepRefusedError):
 
 
 RESIDUAL_FRAMES = ("per_matrix", "shared")
+ROW_FRAMES = ("per_head", "per_matrix")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
 
 
@@ -64,6 +65,11 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         if options[name] is not None and options[name] not in known:
             choices = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices} or None, got {options[name]!r}")
+    if options["row_frame"] not in ROW_FRAMES:
+        choices = " or ".join(map(repr, ROW_FRAMES))
+        raise ValueError(f"row_frame must be {choices}, got {options['row_frame']!r}")
+    if options["polar"] != "step" and not isinstance(options["polar"], bool):
+        raise ValueError(f"polar must be True, 'step' or False, got {options['polar']!r}")
     every = options["refresh_every"]
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"refresh_every must be a positive integer, got {every!r}")
@@ -72,7 +78,6 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         raise ValueError(f"max_grad_norm must be a positive number or None, got {limit!r}")
     for name in (
         "nesterov",
-        "polar",
         "lora_polar",
         "master_weights",
         "stochastic_rounding",

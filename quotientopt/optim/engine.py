@@ -82,14 +82,16 @@ class Engine:
         for slice_ in slices:
             if slice_.symmetry is not None:
                 kind = frame_kind(self.param_groups[slice_.group_index], slice_.symmetry) or ""
-                key = (kind, slice_.symmetry.group, slice_.symmetry.heads)
+                joint = self.param_groups[slice_.group_index]["row_frame"] == "per_matrix"
+                key = (kind, joint, slice_.symmetry.group, slice_.symmetry.heads)
                 grouped[*key, slice_.parameter.dtype, slice_.parameter.device].append(slice_)
         frames: dict[int, HeadFrames] = {}
-        for (kind, *_), members in grouped.items():
+        for (kind, joint, *_), members in grouped.items():
             parameter = members[0].parameter
             heads = HeadFrames(
                 list(dict.fromkeys(slice_.symmetry for slice_ in members if slice_.symmetry)),
                 kind,
+                joint=joint,
                 dtype=compute_dtype(parameter.dtype),
                 device=parameter.device,
             )
@@ -304,7 +306,7 @@ class Engine:
         """Turn to eigenframes, move the moments, and return gradients in the new frames."""
         turns = {}
         for heads in self.heads:
-            turn = heads.end_refresh(dressings[id(heads)])
+            turn = heads.end_refresh(dressings[id(heads)], changes[id(heads)])
             turns[id(heads)] = turn
             changes[id(heads)] = turn @ changes[id(heads)]
         for bucket, rows in active:

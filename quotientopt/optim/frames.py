@@ -18,8 +18,12 @@ from quotientopt.optim.dressing import (
     plane_partners,
 )
 from quotientopt.optim.slices import Slice
-from quotientopt.optim.update import ema_, next_eigenframe, residual_eigenframe
+from quotientopt.optim.update import break_ties, ema_, next_eigenframe, residual_eigenframe
 from quotientopt.symmetries import Block, HeadSymmetry
+
+# Both frames of a matrix come from its first gradient, which they would make diagonal: Adam would
+# divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
+ROW_TIES = 100.0
 
 
 class FreshDressing(NamedTuple):
@@ -46,7 +50,11 @@ class HeadFrames:
     Attributes
     ----------
     frame, covariance : Tensor
-        Shape ``(2S, heads, r, r)``.
+        Shape ``(2S, heads, r, r)``; of a ``joint`` frame ``(2S, 1, heads r, heads r)``.
+    joint : bool
+        Whether one eigenframe turns the rows of all heads together. The dressing field is block
+        diagonal then, and what it leaves of the group, rotations head by head, is among the
+        rotations that the eigenframe follows.
     partner : Tensor or None
         Partner rows of rotated planes, None for groups without planes.
     """
@@ -56,6 +64,7 @@ class HeadFrames:
         symmetries: Sequence[HeadSymmetry],
         kind: str,
         *,
+        joint: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -64,12 +73,16 @@ class HeadFrames:
         self.kind = kind
         self.group = self.symmetries[0].group
         rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
+        self.joint = joint and rank > 1 and self.turns
+        if self.joint:
+            rank, heads = rank * heads, 1
         shape = (2 * len(self.symmetries), heads, rank, rank)
         self.frame = torch.zeros(shape, dtype=dtype, device=device)
         self.covariance = torch.zeros(shape, dtype=dtype, device=device)
         partner = plane_partners(self.group, device)
-        planes = bool((partner != torch.arange(rank, device=device)).any())
-        self.partner = partner if planes else None
+        planes = bool((partner != torch.arange(len(partner), device=device)).any())
+        # A frame over all rows leaves no planes as they are, nor anything of their group.
+        self.partner = partner if planes and not self.joint else None
         # In float64 the Grams of ill-conditioned float32 factors keep their small directions.
         self.precision = torch.finfo(self.symmetries[0].blocks[0].parameter.dtype).eps
         self.gram_dtype = dtype if device.type == "mps" else torch.float64
@@ -91,7 +104,9 @@ class HeadFrames:
         for place, blocks in enumerate(sides):
             for block in blocks:
                 by_size[block.size].append((place, block))
-        grams = torch.zeros(self.frame.shape, dtype=self.gram_dtype, device=self.frame.device)
+        rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
+        shape = (len(sides), heads, rank, rank)
+        grams = torch.zeros(shape, dtype=self.gram_dtype, device=self.frame.device)
         for entries in by_size.values():
             stacked = torch.stack([block.view() for _, block in entries]).to(self.gram_dtype)
             places = torch.tensor([place for place, _ in entries], device=grams.device)
@@ -113,11 +128,19 @@ class HeadFrames:
         supplemented, substituted = self._supplement(grams)
         dressing = head_dressing(self.kind, self.group, *supplemented.chunk(2))
         contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
-        return FreshDressing(
+        fresh = FreshDressing(
             torch.cat([dressing.left, dressing.right]),
             contragredient,
             contragredient @ grams @ contragredient.mT,
             substituted,
+        )
+        if not self.joint:
+            return fresh
+        return FreshDressing(
+            block_diagonal(fresh.field),
+            block_diagonal(fresh.contragredient),
+            block_diagonal(fresh.weights_gram),
+            None if substituted is None else substituted.any(-1, keepdim=True),
         )
 
     def _supplement(self, grams: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -214,8 +237,12 @@ class HeadFrames:
         self.covariance.copy_(change @ self.covariance.to(field.dtype) @ change.mT)
         return change
 
-    def end_refresh(self, dressing: FreshDressing) -> Tensor:
-        """Turn the field into the eigenframe of the covariance, u = O · field; returns O."""
+    def end_refresh(self, dressing: FreshDressing, change: Tensor) -> Tensor:
+        """Turn the field into the eigenframe of the covariance, u = O · field; returns O.
+
+        A frame over all rows follows the covariance by orthogonal iteration from the last frame,
+        whose rows in the new field are those of ``change``, as :meth:`begin_refresh` returned it.
+        """
         field = dressing.field
         if not self.turns:
             self.frame.copy_(field)
@@ -227,7 +254,15 @@ class HeadFrames:
             # the other side's gradients do, and they turn alike.
             other = self.covariance.roll(len(self.symmetries), 0)
             weights_gram = torch.where(dressing.substituted[..., None, None], other, weights_gram)
-        turn = head_eigenframe(self.group, self.covariance, weights_gram)
+        if self.joint:
+            missing = (self.frame == 0).flatten(-2).all(-1)[..., None, None]
+            turn = next_eigenframe(self.covariance, change.to(self.covariance))
+            if bool(missing.any()):
+                first = torch.linalg.eigh(break_ties(self.covariance, weights_gram, times=ROW_TIES))
+                turn = torch.where(missing, first.eigenvectors.flip(-1), turn)
+            turn = turn.mT
+        else:
+            turn = head_eigenframe(self.group, self.covariance, weights_gram)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         turn = turn.to(field.dtype)
         self.frame.copy_(turn @ field)
@@ -241,8 +276,20 @@ class HeadFrames:
                 continue
             left, right = self.frame[place], self.frame[place + len(self.symmetries)]
             g = g.to(self.frame.device, torch.promote_types(g.dtype, self.gram_dtype))
-            left.copy_(left.to(g.dtype) @ self.group.inverse(g))
-            right.copy_(right.to(g.dtype) @ g.mT)
+            inverse, transpose = self.group.inverse(g), g.mT
+            if self.joint:
+                inverse, transpose = block_diagonal(inverse), block_diagonal(transpose)
+            left.copy_(left.to(g.dtype) @ inverse)
+            right.copy_(right.to(g.dtype) @ transpose)
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """The matrix with these blocks on its diagonal, ``(…, h, r, r) -> (…, 1, h r, h r)``."""
+    heads, rank = blocks.shape[-3:-1]
+    identity = torch.eye(heads, dtype=blocks.dtype, device=blocks.device)
+    # Entry (h, i), (k, j) is δ_hk blocks[h, i, j].
+    spread = blocks[..., :, :, None, :] * identity[:, None, :, None]
+    return spread.reshape(*blocks.shape[:-3], 1, heads * rank, heads * rank)
 
 
 class SharedResidualFrame:

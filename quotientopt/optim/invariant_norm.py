@@ -24,6 +24,7 @@ from quotientopt.optim.pairs import (
     stack_factors,
 )
 from quotientopt.optim.slices import find_slices
+from quotientopt.optim.symmetric_optimizer import full_precision
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,
@@ -36,6 +37,7 @@ _uncovered: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDict
 
 
 @torch.no_grad()
+@full_precision()
 def invariant_grad_norm(
     model_or_optimizer_or_params: nn.Module | Optimizer | Iterable[Any],
     symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,

@@ -21,7 +21,7 @@ from quotientopt.optim.pairs import refuse_scattered, refuse_unknown_geometry
 from quotientopt.optim.plain import BUFFER, sgd_step, sgd_step_of_block
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
-from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, loss_of
+from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
 
@@ -198,8 +198,13 @@ class QuotientSGD(SymmetricOptimizer):
         """
         loss = loss_of(closure)
         gradients = self._gradients()
-        if not gradients:
-            return loss
+        if gradients:
+            with full_precision():
+                self._step(gradients)
+        return loss
+
+    def _step(self, gradients: dict[Tensor, Tensor]) -> None:
+        """One step with the gradients of the parameters that have one."""
         if self._signature != self._current_signature():
             self._plan()
         named = ((self._framed[id(p)], g) for p, g in gradients.items() if id(p) in self._framed)
@@ -223,7 +228,6 @@ class QuotientSGD(SymmetricOptimizer):
                 )
         for group, parameters in zip(self.param_groups, self._plain, strict=True):
             sgd_step(group, [p for p in parameters if p.grad is not None], self.state)
-        return loss
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """The momentum of a parameter of a pair, zero where there is none yet."""
@@ -249,6 +253,7 @@ class QuotientSGD(SymmetricOptimizer):
         return buffer
 
     @torch.no_grad()
+    @full_precision()
     def move_state_(self, element: Mapping[str, Tensor]) -> None:
         """Move the momentum by a group element that acts on the parameters.
 

@@ -17,6 +17,15 @@ State = dict[str, Any]
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
+# Coefficients of σ, σ³, …: one step towards the polar factor, and the composition that reaches it.
+STEP = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
+COMPOSITION = (
+    (13.9100579, -132.7784935, 438.521347, -561.6110044, 243.8191253),
+    (4.823693, -10.7107304, 9.5069818, -3.3921442, 0.4162188),
+    (2.0247417, -1.4078937, 0.391107),
+)
+
+
 def svd_section(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """(g, g^{-T}) with equal diagonal Grams of (g^{-T} A, g B), head by head."""
     fields: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -29,7 +38,12 @@ def svd_section(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PlainQuotientAdam:
-    """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``."""
+    """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``.
+
+    Each step: the dressing ``section``, the average covariances ``C`` (rows of heads, not dressed)
+    and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. The
+    options are those of :class:`quotientopt.QuotientAdam`.
+    """
 
     def __init__(
         self,
@@ -42,13 +56,16 @@ class PlainQuotientAdam:
         refresh: int = 10,
         residual: bool = True,
         nesterov: bool = False,
-        polar: bool = False,
+        polar: bool | str = False,
+        row_frame: str = "per_head",
     ) -> None:
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
         self.params: list[Any] = [p for pair in pairs for p in pair] + list(matrices)
-        self.polar = polar
-        self.state = [{"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in self.params]
+        self.polar, self.joint = polar, row_frame == "per_matrix"
+        self.state: list[State] = [
+            {"m": torch.zeros(()), "v": torch.zeros(())} for _ in self.params
+        ]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -57,29 +74,40 @@ class PlainQuotientAdam:
         fresh = self.t == 1 or self.t % self.refresh == 0
         for i, pair in enumerate(self.pairs if fresh else ()):
             for side, field in enumerate(svd_section(*pair)):
-                self.state[2 * i + side]["section"] = field
+                self.state[2 * i + side]["section"] = self._of_rows(field)
         pooled = sum(self._weights_gram(p, s) for p, s in zip(self.params, self.state, strict=True))
         for p, s in zip(self.params, self.state, strict=True):
             dressed = p.grad
             if "section" in s:
-                s["C"] = self._average(s.get("C"), p.grad @ p.grad.mT)
-                dressed = s["section"] @ p.grad
+                rows = self._rows(p.grad)
+                s["C"] = self._average(s.get("C"), rows @ rows.mT)
+                dressed = s["section"] @ rows
             rows = dressed.reshape(-1, p.size(-1))
             s["R"] = self._average(s.get("R"), rows.T @ rows)
             if fresh:
                 self._turn(p, s, pooled)
             self._update(p, s)
 
+    def _of_rows(self, blocks: Tensor) -> Tensor:
+        """Matrices of the heads as one of all rows, where those share a frame."""
+        return torch.block_diag(*blocks)[None] if self.joint else blocks
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """A factor ``(heads, r, n)`` as ``(1, heads r, n)``, where all rows share a frame."""
+        return x.reshape(1, -1, x.size(-1)) if self.joint else x
+
     def _toward_polar(self, update: Tensor) -> Tensor:
-        """Singular values, of each head or of a matrix, evened out by the same polynomial."""
-        if update.ndim == 3:
+        """The update with its singular values made equal, or nearly, at the same norm."""
+        if not self.polar:
+            return update
+        if self.polar == "step" and update.ndim == 3:
             return torch.stack([self._toward_polar(head) for head in update])
-        U, sigma, Vt = torch.linalg.svd(update, full_matrices=False)
-        size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
-        coefficients = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
-        terms = zip(coefficients, (1, 3, 5, 7, 9), strict=True)
-        sigma = sum(coefficient * sigma**power for coefficient, power in terms)
-        return size * U @ (sigma / sigma.norm()).diag() @ Vt if self.polar else update
+        U, sigma, Vt = torch.linalg.svd(update.reshape(-1, update.size(-1)), full_matrices=False)
+        power, polynomials = (4, (STEP,)) if self.polar == "step" else (8, COMPOSITION)
+        size, sigma = sigma.norm(), sigma / sigma.pow(power).sum().pow(1 / power)
+        for coefficients in polynomials:
+            sigma = sum((c * sigma ** (2 * i + 1) for i, c in enumerate(coefficients)), 0 * sigma)
+        return (size * U @ (sigma / sigma.norm()).diag() @ Vt).reshape(update.shape)
 
     def _average(self, old: Tensor | None, new: Tensor) -> Tensor:
         if old is None:
@@ -87,43 +115,57 @@ class PlainQuotientAdam:
         return 0.9 * old + 0.1 * new if self.t % 2 == 0 else old
 
     @staticmethod
-    def _break_ties(covariance: Tensor, *weights_grams: Tensor) -> Tensor:
+    def _break_ties(covariance: Tensor, *weights_grams: Tensor, ties: float = 1e-3) -> Tensor:
         first, *others = (
             x / x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
             for x in (covariance, *weights_grams)
         )
-        return first + 1e-3 * sum(others)
+        return first + ties * sum(others)
 
-    @staticmethod
-    def _dressed(p: Tensor, s: State) -> Tensor:
-        return torch.linalg.inv(s["section"]).mT @ p if "section" in s else p
+    def _dressed(self, p: Tensor, s: State) -> Tensor:
+        return torch.linalg.inv(s["section"]).mT @ self._rows(p) if "section" in s else p
 
     def _weights_gram(self, p: Tensor, s: State) -> Tensor:
         rows = self._dressed(p, s).reshape(-1, p.size(-1))
         return rows.T @ rows
 
     def _turn(self, p: Tensor, s: State, pooled: Any) -> None:
-        weights = self._dressed(p, s)
         if "section" in s:
-            dressed = self._break_ties(
-                s["section"] @ s["C"] @ s["section"].mT, weights @ weights.mT
-            )
-            frame = torch.linalg.eigh(dressed)[1].mT @ s["section"]
-            if "frame" in s:
-                s["v"] = (frame @ torch.linalg.inv(s["frame"])).square() @ s["v"]
-            s["frame"] = frame
+            self._turn_rows(p, s)
         if self.residual:
             if "Q" not in s:
                 broken = self._break_ties(s["R"], self._weights_gram(p, s), pooled)
                 s["Q"] = torch.linalg.eigh(broken)[1]
                 return
-            R = s["R"] / s["R"].trace()
-            image = (R + 1e-3 / len(R) * torch.eye(len(R), dtype=R.dtype)) @ s["Q"]
-            image = image[:, (s["Q"] * image).sum(0).argsort(descending=True)]
-            Q, upper = torch.linalg.qr(image)
-            Q = Q * upper.diagonal().sign()
+            Q = self._iterate(s["R"], s["Q"])
             s["v"] = s["v"] @ (s["Q"].T @ Q).square()
             s["Q"] = Q
+
+    def _turn_rows(self, p: Tensor, s: State) -> None:
+        """The head frame u = O · section; the second moment moves along."""
+        section, weights = s["section"], self._dressed(p, s)
+        dressed = section @ s["C"] @ section.mT
+        change = section @ torch.linalg.inv(s["frame"]) if "frame" in s else None
+        if not self.joint:
+            turn = torch.linalg.eigh(self._break_ties(dressed, weights @ weights.mT))[1]
+        elif change is None:
+            # Of the weights head by head.
+            heads = weights.reshape(p.shape)
+            gram = torch.block_diag(*(heads @ heads.mT))[None]
+            turn = torch.linalg.eigh(self._break_ties(dressed, gram, ties=0.1))[1].flip(-1)
+        else:
+            turn = self._iterate(dressed[0], change[0])[None]
+        if change is not None:
+            s["v"] = (turn.mT @ change).square() @ s["v"]
+        s["frame"] = turn.mT @ section
+
+    @staticmethod
+    def _iterate(covariance: Tensor, frame: Tensor) -> Tensor:
+        """One step of orthogonal iteration, largest Rayleigh quotient first."""
+        image = covariance @ frame / covariance.trace()
+        order = (frame * image).sum(0).argsort(descending=True)
+        Q, upper = torch.linalg.qr((image + 1e-3 / len(frame) * frame)[:, order])
+        return Q * upper.diagonal().sign()
 
     def _update(self, p: Any, s: State) -> None:
         def into(x: Tensor) -> Tensor:
@@ -131,16 +173,17 @@ class PlainQuotientAdam:
             return x @ s["Q"] if "Q" in s else x
 
         (b1, b2), t = self.betas, self.t
-        s["m"] = b1 * s["m"] + (1 - b1) * p.grad
-        s["v"] = b2 * s["v"] + (1 - b2) * into(p.grad).square()
+        gradient = self._rows(p.grad) if "frame" in s else p.grad
+        s["m"] = b1 * s["m"] + (1 - b1) * gradient
+        s["v"] = b2 * s["v"] + (1 - b2) * into(gradient).square()
         m = into(s["m"]) / (1 - b1**t)
         if self.nesterov:
-            m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(p.grad) / (1 - b1**t)
+            m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(gradient) / (1 - b1**t)
         update = m / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
         update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
-        p.mul_(1 - self.lr * self.decay).sub_(self.lr * update)
+        p.mul_(1 - self.lr * self.decay).sub_(self.lr * update.reshape(p.shape))
 
 
 class PlainLowRankAdam:

@@ -256,6 +256,7 @@ def _with_suffixes(slices: Sequence[Slice]) -> list[Slice]:
 # Options on which slices, buckets and the tensors of the state depend.
 PLANNED = (
     "head_frame",
+    "row_frame",
     "residual_frame",
     "lora_frame",
     "foreach",

@@ -86,6 +86,18 @@ FRAME_KEYS = (
     "partner_coordinates",
 )
 
+# Of a framed parameter's state, what may be missing: made anew where it is.
+OPTIONAL_KEYS = ("master", "coordinates_made")
+
+
+def _problem_of(key: str, saved: Tensor) -> str | None:
+    """What is wrong with the values of a saved tensor, if anything is."""
+    if not bool(saved.isfinite().all()):
+        return "has NaN or infinite entries"
+    if key in ("exp_avg_sq", "step") and bool((saved < 0).any()):
+        return "has negative entries"
+    return None
+
 
 class Entry(NamedTuple):
     """One tensor of the state: the slice it is filed under, its key, and the tensor."""
@@ -118,7 +130,13 @@ def adopt(
         own = state.get(slice_.parameter, {})
         saved = own.get(key + slice_.suffix)
         shape = None if saved is None else torch.as_tensor(saved).shape
-        lost = saved is None and key in FRAME_KEYS and "exp_avg" + slice_.suffix in own
+        lost = saved is None and bool(own) and key not in OPTIONAL_KEYS
+        problem = None if saved is None else _problem_of(key, torch.as_tensor(saved))
+        if problem is not None:
+            raise ValueError(
+                f"the saved {key + slice_.suffix!r} of {slice_.name!r} {problem}: the state is "
+                "damaged"
+            )
         if lost or shape not in (None, tensor.shape):
             found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise ValueError(

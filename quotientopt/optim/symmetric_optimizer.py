@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,26 @@ from torch.optim import Optimizer
 from quotientopt.optim.checks import refuse_foreign_symmetries
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Arithmetic as the tensors' dtypes say, whatever the user's global switches are.
+
+    Under autocast, with TF32 or bfloat16 products of float32 matrices, or with a narrow default
+    dtype, frames of badly conditioned factors would be rounding noise. The switches are put back.
+    """
+    precision, default = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_float32_matmul_precision("highest")
+        if default.itemsize < 4:
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 class SymmetricOptimizer(Optimizer):
@@ -166,7 +187,8 @@ class SymmetricOptimizer(Optimizer):
         ]
         before = self.state, self.param_groups
         try:
-            super().load_state_dict(dict(state_dict))
+            with full_precision():
+                super().load_state_dict(dict(state_dict))
         except Exception:
             self.state, self.param_groups = before
             self._plan()

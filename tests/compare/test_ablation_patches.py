@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from ablations import patches, running, variants
 from ablations.hidden import with_hidden_blocks
 
-OPTIONS = {"lr": 8e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+OPTIONS = {"lr": 8e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "polar": "step"}
 
 
 def losses(patch=nullcontext, steps=24, **options):

@@ -52,11 +52,18 @@ def oracle_losses(model, **options):
 
 @pytest.mark.parametrize(
     ("residual", "nesterov", "polar"),
-    [(True, False, False), (True, True, False), (False, False, False), (True, True, True)],
+    [
+        (True, False, False),
+        (True, True, False),
+        (False, False, False),
+        (True, True, "step"),
+        (True, True, True),
+    ],
 )
-def test_equals_the_oracle_in_float64(residual, nesterov, polar):
+@pytest.mark.parametrize("row_frame", ["per_head", "per_matrix"])
+def test_equals_the_oracle_in_float64(residual, nesterov, polar, row_frame):
     model = small_model("gpt")
-    options = {"nesterov": nesterov, "polar": polar}
+    options = {"nesterov": nesterov, "polar": polar, "row_frame": row_frame}
     expected = oracle_losses(copy.deepcopy(model), residual=residual, **options)
     frame = "per_matrix" if residual else None
     for foreach in (None, True, False):

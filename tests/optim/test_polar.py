@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from quotientopt.optim.update import orthogonalise, row_polar_factor
+from quotientopt.optim.update import (
+    orthogonalise,
+    polar_direction,
+    polar_factor_of_gram,
+    row_polar_factor,
+)
 
 ZERO = torch.zeros(2, 3, 5)
 
@@ -63,3 +68,49 @@ def test_a_factor_on_the_rows_does_the_same():
 def test_zero_stays_zero():
     assert torch.equal(row_polar_factor(torch.zeros(2, 3, 5)) @ ZERO, ZERO)
     assert torch.equal(orthogonalise(torch.zeros(2, 4, 3), None), torch.zeros(2, 4, 3))
+
+
+def schatten(sigma):
+    """The bound that the composition takes singular values over."""
+    return sigma.pow(8).sum(-1, keepdim=True).pow(1 / 8)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 7), (2, 5, 12), (2, 12, 5), (1, 1, 6)])
+def test_the_composition_reaches_the_polar_factor(shape):
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(shape, generator=generator, dtype=torch.float64)
+    U, sigma, Vt = torch.linalg.svd(X, full_matrices=False)
+    # Down to a hundredth of the largest, and one beyond the range where there is room.
+    sigma = torch.logspace(0, -1.8, sigma.size(-1), dtype=torch.float64).expand_as(sigma)
+    X = U @ sigma.diag_embed() @ Vt
+    assert (sigma / schatten(sigma)).min() > 0.01
+    P = polar_factor_of_gram(X @ X.mT if shape[1] <= shape[2] else X.mT @ X)
+    scale = (sigma.pow(2).sum(-1).sqrt() / (sigma / schatten(sigma)).pow(2).sum(-1).sqrt())[0]
+    values = U.mT @ (P @ X if shape[1] <= shape[2] else X @ P) @ Vt.mT
+    errors = (values.diagonal(dim1=-2, dim2=-1) / scale - 1).abs()
+    assert errors.max() < 0.0301
+    result = polar_direction(X, None)
+    assert torch.allclose(torch.linalg.matrix_norm(result), torch.linalg.matrix_norm(X))
+    # Control: one step of the first version leaves them further apart.
+    if min(shape[1:]) > 1:
+        step = torch.linalg.svdvals(orthogonalise(X, None))
+        assert step.amax() / step.amin() > 2 * 1.0301 / 0.9699
+
+
+def test_the_composition_commutes_with_rotations_and_ignores_scales(matrix):
+    left, right = orthogonal(matrix.size(1), 1), orthogonal(matrix.size(2), 2)
+    result = polar_direction(matrix, None)
+    turned = polar_direction(left @ matrix @ right, None)
+    assert (turned - left @ result @ right).abs().max() < 1e-10
+    assert (
+        polar_direction(matrix, right.expand(len(matrix), -1, -1)) - result @ right
+    ).abs().max() < 1e-12
+    for scale in (1e-30, 1e30):
+        assert torch.allclose(polar_direction(scale * matrix, None), scale * result, rtol=1e-9)
+    shear = torch.eye(matrix.size(2), dtype=torch.float64)
+    shear[0, 1] = 1.0
+    assert (polar_direction(matrix @ shear, None) - result @ shear).abs().max() > 1e-2
+
+
+def test_the_composition_of_nothing_is_nothing():
+    assert torch.equal(polar_direction(ZERO, None), ZERO)

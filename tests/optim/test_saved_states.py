@@ -1,5 +1,6 @@
 """States saved by version 0.1.0 are taken over, and training continues as it did then."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,50 @@ def test_training_continues_from_a_state_of_the_first_version(case):
     assert deviation < 1e-10
     # Control: without the moments it is another curve.
     assert (continued(case, saved, with_state=False) - saved["losses"]).abs().max() > 1e-5
+
+
+def framed_and_saved():
+    model = small_model("gpt", layers=1, width=8, heads=2)
+    optimizer = qo.QuotientAdam(model, lr=8e-3)
+    train(model, optimizer, 2)
+    name = "blocks.0.attention.query.weight"
+    place = [own for own, _ in model.named_parameters()].index(name)
+    return model, optimizer, copy.deepcopy(optimizer.state_dict()), place
+
+
+def without(own, key):
+    del own[key]
+
+
+def spoiled(own, key, value):
+    own[key] = own[key].clone()
+    own[key].view(-1)[0] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "damage", "problem"),
+    [
+        ("exp_avg_sq", without, "is missing"),
+        ("exp_avg", without, "is missing"),
+        ("head_frame", without, "is missing"),
+        ("exp_avg_sq", lambda own, key: spoiled(own, key, -1.0), "negative"),
+        ("exp_avg", lambda own, key: spoiled(own, key, float("nan")), "NaN"),
+        (
+            "residual_covariance",
+            lambda own, key: spoiled(own, key, float("inf")),
+            "NaN or infinite",
+        ),
+    ],
+)
+def test_a_damaged_state_is_refused_before_anything_changes(key, damage, problem):
+    model, optimizer, saved, place = framed_and_saved()
+    before = {p: dict(own) for p, own in optimizer.state.items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    damage(saved["state"][place], key)
+    with pytest.raises(ValueError, match=f"{key}.*query.*{problem}"):
+        optimizer.load_state_dict(saved)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    for p, own in before.items():
+        assert own.keys() == optimizer.state[p].keys()
+        assert all(torch.equal(own[k], optimizer.state[p][k]) for k in own)
+    train(model, optimizer, 1)
