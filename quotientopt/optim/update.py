@@ -334,22 +334,23 @@ def polar_direction(matrix: Tensor, right: Tensor | None) -> Tensor:
     right : Tensor, optional
         Orthogonal, shape ``(L, columns, columns)``; folded into one product with P.
     """
+    tiny = torch.finfo(matrix.dtype).tiny
+    # After many gradients of zero D is so small that its Gram would be rounding.
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    unit = matrix / largest.clamp_min(tiny)
     if matrix.size(1) >= matrix.size(2):
-        factor = polar_factor_of_gram(matrix.mT @ matrix)
-        result = matrix @ (factor if right is None else factor @ right)
+        factor = polar_factor_of_gram(unit.mT @ unit)
+        result = unit @ (factor if right is None else factor @ right)
     else:
-        result = polar_factor_of_gram(matrix @ matrix.mT) @ matrix
+        result = polar_factor_of_gram(unit @ unit.mT) @ unit
         result = result if right is None else result @ right
-    return result.mul_(size_of_update(matrix) / _norm(result))
+    norm = torch.linalg.matrix_norm(result, keepdim=True).clamp_min(tiny)
+    return result.mul_(largest * size_of_update(unit) / norm)
 
 
 def size_of_update(direction: Tensor) -> Tensor:
     """Frobenius norm of a framed update: that of Adam's direction, ``(L, 1, 1)``."""
     return torch.linalg.matrix_norm(direction, keepdim=True)
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def orthogonalise(matrix: Tensor, right: Tensor | None) -> Tensor:

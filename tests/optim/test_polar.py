@@ -112,5 +112,11 @@ def test_the_composition_commutes_with_rotations_and_ignores_scales(matrix):
     assert (polar_direction(matrix @ shear, None) - result @ shear).abs().max() > 1e-2
 
 
+def test_the_composition_of_tiny_float32_matrices(matrix):
+    """Their Gram would underflow; a power of two changes no digit."""
+    expected = polar_direction(matrix.float(), None)
+    assert torch.equal(polar_direction(2.0**-100 * matrix.float(), None), 2.0**-100 * expected)
+
+
 def test_the_composition_of_nothing_is_nothing():
     assert torch.equal(polar_direction(ZERO, None), ZERO)
