@@ -71,6 +71,7 @@ class HeadFrames:
         self.symmetries = tuple(symmetries)
         self._places = {id(symmetry): place for place, symmetry in enumerate(symmetries)}
         self.kind = kind
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self.group = self.symmetries[0].group
         rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
         self.joint = joint and rank > 1 and self.turns
@@ -211,15 +212,22 @@ class HeadFrames:
             Zero where nothing may change.
         """
         total = torch.zeros_like(self.covariance)
-        total.index_add_(0, torch.tensor(places, device=total.device), samples)
+        total.index_add_(0, self._index(places), samples)
         touched = sorted(set(places))
         if len(touched) == len(total):
             ema_(self.covariance, total, beta, gate)
             return
-        index = torch.tensor(touched, device=total.device)
+        index = self._index(touched)
         part = self.covariance.index_select(0, index)
         ema_(part, total.index_select(0, index), beta, gate)
         self.covariance.index_copy_(0, index, part)
+
+    def _index(self, places: Sequence[int]) -> Tensor:
+        """Places on the device, copied there once: a recorded step may copy nothing."""
+        key = tuple(places)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(places, device=self.frame.device)
+        return self._indices[key]
 
     def begin_refresh(self, field: Tensor) -> Tensor:
         """Write the covariance in the coordinates of a fresh ``field``.
