@@ -29,9 +29,9 @@ from quotientopt.compare.trial import Trial
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "first edition": {"row_frame": "per_head", "polar": "step"},
-    "full polar, frames per head": {},
-    "full polar, frames per matrix": {"row_frame": "per_matrix"},
-    "full polar, no head frames": {"head_frame": None},
+    "full polar, frames per head": {"polar": True},
+    "full polar, frames per matrix": {"row_frame": "per_matrix", "polar": True},
+    "full polar, no head frames": {"head_frame": None, "polar": True},
 }
 RESULTS = Path(__file__).parent / "results" / "second-edition"
 

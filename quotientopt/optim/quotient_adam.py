@@ -84,7 +84,7 @@ class QuotientAdam(SymmetricOptimizer):
     polar : bool or "step"
         True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
         of a matrix together, by a composition of polynomials that ends within 3 %. "step": one
-        polynomial step towards it, head by head. Both commute with rotations, so that nothing is
+        polynomial step towards it, head by head (the default). Both commute with rotations, so that nothing is
         lost of the equivariance. False: Adam's direction as it is.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
@@ -155,7 +155,7 @@ class QuotientAdam(SymmetricOptimizer):
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
         nesterov: bool = True,
-        polar: bool | Literal["step"] = True,
+        polar: bool | Literal["step"] = "step",
         lora_frame: Literal["transported", "balanced", "orthonormal", "svd"] | None = "transported",
         lora_polar: bool = False,
         master_weights: bool = False,
