@@ -84,8 +84,8 @@ class QuotientAdam(SymmetricOptimizer):
     polar : bool or "step"
         True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
         of a matrix together, by a composition of polynomials that ends within 3 %. "step": one
-        polynomial step towards it, head by head (the default). Both commute with rotations, so that nothing is
-        lost of the equivariance. False: Adam's direction as it is.
+        polynomial step towards it, head by head (the default). Both commute with rotations, so that
+        nothing is lost of the equivariance. False: Adam's direction as it is.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
         coordinates of its partner, made at every step at first and every ``refresh_every`` later
