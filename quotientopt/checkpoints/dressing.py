@@ -23,6 +23,7 @@ from quotientopt.checkpoints.outputs import outputs_of
 from quotientopt.checkpoints.source import Checkpoint, find_checkpoint
 from quotientopt.checkpoints.writing import Destination, destination
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries.map import RESIDUAL
 from quotientopt.symmetries.verification import largest_deviation
 
 # Rounding errors of original and dressed weights differ, and the largest output is one number.
@@ -146,7 +147,8 @@ def _dressed_into(
         symmetries = find_symmetries(model)
         originals = _copies(model, symmetries, residual=residual)
         optimizer = saved_optimizer(checkpoint, loaded, symmetries)
-        dressing = dress_(model, section, symmetries=symmetries, residual=residual)
+        chosen = _of_heads(symmetries) if optimizer.movable else symmetries
+        dressing = dress_(model, section, symmetries=chosen, residual=residual)
     except ValueError as error:
         raise CheckpointError(_for_files(str(error))) from error
     changed = [name for name, mark in fingerprints(model).items() if mark != before[name]]
@@ -197,10 +199,17 @@ def _for_files(message: str) -> str:
     ).replace("residual=True", "--residual")
 
 
+def _of_heads(symmetries: SymmetryMap) -> SymmetryMap:
+    """Those along which the state of an optimizer moves: linear, of heads and of the stream."""
+    heads = [HeadSymmetry(s.left_blocks, s.right_blocks, s.group, s.name) for s in symmetries.heads]
+    return SymmetryMap(heads, symmetries.residual, residual_reason=symmetries.residual_reason)
+
+
 def _copies(model: nn.Module, symmetries: SymmetryMap, *, residual: bool) -> dict[str, Tensor]:
     """Copies of all parameters that dressing may change, by first name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moved = [block.parameter for symmetry in symmetries.heads for block in symmetry.blocks]
+    wanted = [name for name in symmetries.names if residual or name != RESIDUAL]
+    moved = [p for name in wanted for p in symmetries.parameters_of(name)]
     if residual and symmetries.residual is not None:
         moved += symmetries.residual.parameters.values()
     return {names[id(parameter)]: parameter.detach().clone() for parameter in moved}

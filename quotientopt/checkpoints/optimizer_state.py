@@ -22,6 +22,7 @@ from quotientopt.checkpoints.source import Checkpoint
 from quotientopt.checkpoints.weight_files import require_file
 from quotientopt.optim import QuotientAdam, QuotientSGD
 from quotientopt.symmetries import SymmetryMap
+from quotientopt.symmetries.map import TRANSLATION
 
 # As transformers' Trainer, accelerate and DeepSpeed name them.
 OPTIMIZER_STATE = re.compile(
@@ -54,8 +55,15 @@ class SavedOptimizer:
         except CheckpointError as error:
             self.left_out[path.name] = str(error)
 
+    @property
+    def movable(self) -> bool:
+        """Whether a state was read that an element of the heads' groups can move."""
+        return bool(self._read)
+
     def move_(self, element: Mapping[str, Tensor]) -> None:
         """Move the states by the element that has dressed the weights."""
+        # Gradients along translations vanish, and so do their moments.
+        element = {name: g for name, g in element.items() if not name.endswith(TRANSLATION)}
         for name, (saved, optimizer) in self._read.items():
             try:
                 optimizer.move_state_(element)
