@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
 from quotientopt.optim.update import break_ties
 from quotientopt.sections.factor import svd_element, triangular_element
 
@@ -65,7 +65,8 @@ def head_dressing(
         identity = torch.eye(group.r, dtype=left_gram.dtype, device=left_gram.device)
         identity = identity.expand_as(left_gram)
         return HeadDressing(identity, identity, identity, identity)
-    if isinstance(group, GL):
+    if isinstance(group, GL) or (isinstance(group, Scale) and group.r == 1):
+        # The sections of single rows have positive elements.
         return _linear_dressing(kind, left_gram, right_gram)
     if not isinstance(group, RotaryCommutant):
         raise TypeError(f"no head frames for the group {group}")

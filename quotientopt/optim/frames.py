@@ -99,8 +99,12 @@ class HeadFrames:
         return place + len(self.symmetries) if slice_.side == "right" else place
 
     def grams(self) -> Tensor:
-        """Gram matrices of all factors, shape ``(2S, heads, r, r)``."""
-        sides = [s.left_blocks for s in self.symmetries] + [s.right_blocks for s in self.symmetries]
+        """Gram matrices of all factors, shape ``(2S, heads, r, r)``.
+
+        Without biases that may be translated, or the dressing would see by how much.
+        """
+        sides = [s.left_blocks for s in self.symmetries]
+        sides += [seen_blocks(s) for s in self.symmetries]
         by_size: dict[tuple[int, ...], list[tuple[int, Block]]] = defaultdict(list)
         for place, blocks in enumerate(sides):
             for block in blocks:
@@ -335,3 +339,12 @@ class SharedResidualFrame:
         self.oriented = True
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)
+
+
+def seen_blocks(symmetry: HeadSymmetry) -> tuple[Block, ...]:
+    """The right blocks of a symmetry without biases that may be translated freely."""
+    translation = symmetry.translation
+    if translation is None:
+        return symmetry.right_blocks
+    moved = {id(block) for block in translation.blocks}
+    return tuple(block for block in symmetry.right_blocks if id(block) not in moved)

@@ -22,6 +22,7 @@ from quotientopt.optim.plain import adamw_step, keeps_wide
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
 from quotientopt.optim.state import refuse_foreign_state, refuse_framed_state, restore_precision
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
+from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
@@ -61,6 +62,10 @@ class QuotientAdam(SymmetricOptimizer):
     example_inputs : Tensor, tuple, list or mapping, optional
         A batch, with which the model is called once: what no class tells is then found and proved
         (see :func:`quotientopt.find_symmetries`).
+    hidden_units : bool
+        Dress the scales of hidden units as well (``symmetries.hidden_units``: gated and ReLU
+        layers), so that the trajectory does not see them. Meant for ``polar=True``, which
+        orthogonalises their matrices whole; the other settings treat every unit by itself.
     head_frame : {"balanced", "orthonormal", "svd"} or None
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
         of the dressed covariance. ``"orthonormal"``: each factor seen through orthonormal
@@ -149,6 +154,7 @@ class QuotientAdam(SymmetricOptimizer):
         *,
         symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
         example_inputs: Any = None,
+        hidden_units: bool = False,
         head_frame: Literal["balanced", "orthonormal", "svd"] | None = "balanced",
         row_frame: Literal["per_head", "per_matrix"] = "per_head",
         residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
@@ -187,16 +193,21 @@ class QuotientAdam(SymmetricOptimizer):
         self._engine: Engine | None = None
         self._slices = Slices()
         self._nonfinite = NonfiniteGate()
+        self._hidden_units = hidden_units
         super().__init__(model_or_params, defaults, symmetries, example_inputs)
 
     def _refuse_options(self, options: Mapping[str, Any]) -> None:
         refuse_bad_hyperparameters(options)
+
+    def _dressed(self, symmetries: SymmetryMap) -> SymmetryMap:
+        return symmetries.units_as_heads() if self._hidden_units else symmetries
 
     def _plan(self) -> None:
         """Cut the parameters into slices; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
         self._refuse_replaced()
         self._slices = self._find_slices()
+        self._absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         self._signature = signature_of(self.param_groups)
         self._engine = None
 
@@ -241,10 +252,14 @@ class QuotientAdam(SymmetricOptimizer):
         gradients = self._gradients()
         if gradients:
             with full_precision():
-                self._step(gradients)
+                held = begin(self._absorbed)
+                try:
+                    self._step(self._gradients(), held)
+                finally:
+                    put_back(held)
         return loss
 
-    def _step(self, gradients: dict[Tensor, Tensor]) -> None:
+    def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
         """One step with the gradients of the parameters that have one."""
         refuse_sparse(gradients, self._name)
         engine = self._current_engine()
@@ -276,6 +291,7 @@ class QuotientAdam(SymmetricOptimizer):
         engine.step_pairs(pairs, gate)
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
+        finish(held, self._absorbed, gate)
 
     @torch.no_grad()
     @full_precision()

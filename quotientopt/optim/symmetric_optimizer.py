@@ -101,6 +101,7 @@ class SymmetricOptimizer(Optimizer):
             )
         if not isinstance(symmetries, SymmetryMap):
             symmetries = SymmetryMap(symmetries or ())
+        symmetries = self._dressed(symmetries)
         self.symmetries = symmetries
         for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
             if block.name:
@@ -110,6 +111,10 @@ class SymmetricOptimizer(Optimizer):
         super().__init__(model_or_params, defaults)
         refuse_foreign_symmetries(self.param_groups, symmetries)
         self._plan()
+
+    def _dressed(self, symmetries: SymmetryMap) -> SymmetryMap:
+        """The symmetries whose pairs are dressed: those of heads, unless a subclass takes more."""
+        return symmetries
 
     def _refuse_options(self, options: Mapping[str, Any]) -> None:
         """Refuse unknown values of a param group's options."""

@@ -159,6 +159,21 @@ class SymmetryMap:
             found.append(Direction(ROTATIONS, RESIDUAL, count))
         return (*found, *further.directions)
 
+    def units_as_heads(self) -> SymmetryMap:
+        """The same symmetries with the hidden units among the heads."""
+        return SymmetryMap(
+            self.pairs,
+            self.residual,
+            residual_reason=self.residual_reason,
+            unrecognized=self.unrecognized,
+            gauge_free=self.gauge_free,
+            scales=self.scales,
+            not_exercised=self.not_exercised,
+            overlapping=self.overlapping,
+            left_alone=self.left_alone,
+            further=self.further,
+        )
+
     def head_blocks(self) -> list[HeadBlocks]:
         """Views ``(heads, r, n)`` of every query, key, value and output matrix of an attention.
 

@@ -215,3 +215,89 @@ def test_twins_of_library_models_found_without_their_adapters(name, monkeypatch)
     assert maps[0].heads
     assert curves[0][-1] < curves[0][0]
     assert (curves[0] - curves[1]).abs().max() < 1e-10
+
+
+def biased() -> list[nn.Module]:
+    plan = Plan(layout="fused", heads=4, shared=2, bias=True, positions="relative")
+    return [Stranger(plan).double(), families.FAMILIES["gpt2"].model().double()]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["stranger", "gpt2"])
+@pytest.mark.parametrize("polar", [False, "step", True])
+def test_twins_under_translations_of_biases(index, polar):
+    model = biased()[index]
+    twin = copy.deepcopy(model)
+    tokens = strange_tokens()
+    symmetries = qo.find_symmetries(twin, tokens)
+    generator = torch.Generator().manual_seed(2)
+    element = symmetries.random_element(cond=COND, generator=generator)
+    names = {symmetry.name for symmetry in symmetries.heads}
+    translations = {n: t for n, t in element.items() if n.endswith(".translation")}
+    assert len(translations) == 4
+    symmetries.act_({n: g for n, g in element.items() if n in names} | translations)
+
+    def losses(start: nn.Module, adamw: bool) -> Tensor:
+        model = copy.deepcopy(start)
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.03},
+        ]
+        if adamw:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=3e-3)
+        else:
+            optimizer = qo.QuotientAdam(
+                groups,
+                lr=3e-3,
+                polar=polar,
+                residual_frame=None,
+                symmetries=qo.find_symmetries(model, tokens),
+            )
+        found = []
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            output = model(tokens)
+            logits = output if isinstance(output, Tensor) else output.logits
+            loss = cross_entropy(logits.flatten(0, 1), (tokens * 7 % STRANGE).flatten())
+            loss.backward()
+            gradients = [p.grad.clone() for p in model.parameters()]
+            optimizer.step()
+            # The gradients that the user sees are their own.
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                assert torch.equal(parameter.grad, gradient)
+            found.append(loss.item())
+        return torch.tensor(found, dtype=torch.float64)
+
+    assert (losses(model, False) - losses(twin, False)).abs().max() < 1e-10
+    assert (losses(model, True) - losses(twin, True)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "relu"])
+def test_twins_under_scales_of_hidden_units(mlp):
+    model = Stranger(Plan(mlp=mlp, bias=True)).double()
+    twin = copy.deepcopy(model)
+    symmetries = qo.find_symmetries(twin, strange_tokens())
+    element = symmetries.random_element(cond=COND, generator=torch.Generator().manual_seed(2))
+    units = {s.name for s in symmetries.hidden_units}
+    assert len(units) == 2
+    symmetries.act_({n: g for n, g in element.items() if n in units})
+
+    def losses(start: nn.Module, hidden_units: bool) -> Tensor:
+        model = copy.deepcopy(start)
+        optimizer = qo.QuotientAdam(
+            model,
+            lr=3e-3,
+            polar=True,
+            hidden_units=hidden_units,
+            example_inputs=strange_tokens(),
+        )
+        found = []
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = model(strange_tokens()).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found, dtype=torch.float64)
+
+    assert (losses(model, True) - losses(twin, True)).abs().max() < 1e-10
+    assert (losses(model, False) - losses(twin, False)).abs().max() > 1e-4
