@@ -127,7 +127,9 @@ def align_(
         attentions: of those, on your word that there is no slope, bias or gain per head. Needs
         SciPy.
     example_inputs : Tensor, tuple or mapping, optional
-        Arguments of the model: its outputs on them, in float64, are compared before and after.
+        Arguments of the model: what no class tells is found from them
+        (:func:`quotientopt.find_symmetries`), and the outputs on them, in float64, are compared
+        before and after.
 
     Returns
     -------
@@ -151,7 +153,8 @@ def align_(
     network's units are matched by Ainsworth, Hayase & Srinivasa, *Git Re-Basin*, arXiv 2209.04836.
     """
     own, other = symmetries or (None, None)
-    own, other = symmetries_of(model, own), symmetries_of(reference, other)
+    own = symmetries_of(model, own, example_inputs)
+    other = symmetries_of(reference, other, example_inputs)
     require_pairs(model, own)
     refuse_different(model, reference, own, other)
     refuse_uneven(own)

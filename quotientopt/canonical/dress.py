@@ -110,7 +110,9 @@ def dress_(
         Rotate the residual stream too, to the principal axes of all matrices on it: for models
         with an exact O(d), or O(d − 1) where norms only centre.
     example_inputs : Tensor, tuple or mapping, optional
-        Arguments of the model: its outputs on them, in float64, are compared before and after. A
+        Arguments of the model: what no class tells is found from them
+        (:func:`quotientopt.find_symmetries`), and the outputs on them, in float64, are compared
+        before and after. A
         model may have been altered where nobody looks (:func:`quotientopt.find_symmetries` looks
         for hooks and patches).
 
@@ -140,7 +142,7 @@ def dress_(
         optimizer = getattr(optimizer, "optimizer", optimizer)
     if symmetries is None and optimizer is not None:
         symmetries = getattr(optimizer, "symmetries", None)
-    symmetries = symmetries_of(model, symmetries)
+    symmetries = symmetries_of(model, symmetries, example_inputs)
     if not residual:
         require_pairs(model, symmetries)
     if optimizer is not None:

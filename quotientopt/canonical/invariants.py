@@ -24,7 +24,6 @@ from quotientopt.canonical.reading import (
 from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.find import symmetries_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,9 +181,7 @@ def invariants(
     ValueError
         If a pair is not finite; it is named.
     """
-    if symmetries is None:
-        symmetries = symmetries_from(model, example_inputs)
-    symmetries = symmetries_of(model, symmetries)
+    symmetries = symmetries_of(model, symmetries, example_inputs)
     view = of_unit_length(symmetries)
     elements = elements_of(symmetries, "svd", view)
     shifts = effective_shifts(symmetries)

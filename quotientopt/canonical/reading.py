@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from quotientopt.symmetries import (
     ResidualStream,
     ScaleSymmetry,
     SymmetryMap,
-    find_symmetries,
+    symmetries_from,
 )
 
 BlockView = Callable[[Block], Tensor]
@@ -235,9 +236,13 @@ def query_groups(symmetry: HeadSymmetry) -> list[tuple[Block, ...]]:
 
 
 def symmetries_of(
-    model: nn.Module, symmetries: SymmetryMap | Sequence[HeadSymmetry] | None
+    model: nn.Module,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
+    example_inputs: Any = None,
 ) -> SymmetryMap:
     """The symmetries given, or found, once it is clear that they are those of the model.
+
+    With example inputs also those that no class tells.
 
     Raises
     ------
@@ -247,7 +252,7 @@ def symmetries_of(
         If a symmetry acts on a tensor that is no parameter of the model, or on a quantised one.
     """
     if symmetries is None:
-        return find_symmetries(model)
+        return symmetries_from(model, example_inputs)
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(symmetries, SymmetryMap):

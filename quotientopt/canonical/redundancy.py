@@ -11,7 +11,6 @@ from torch import nn
 from quotientopt.canonical.reading import symmetries_of
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.census import KINDS, ROTATIONS
-from quotientopt.symmetries.find import symmetries_from
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 REST = "outside the layers"
@@ -123,9 +122,7 @@ def redundancy(
     Redundancy
         Prints as a table. Discrete symmetries (orders of heads, signs) have dimension zero.
     """
-    if symmetries is None:
-        symmetries = symmetries_from(model, example_inputs)
-    symmetries = symmetries_of(model, symmetries)
+    symmetries = symmetries_of(model, symmetries, example_inputs)
     parameters: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         layer = layer_of(name)

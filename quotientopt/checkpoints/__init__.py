@@ -8,7 +8,7 @@ from quotientopt.checkpoints.dressing import Report, dress_checkpoint
 from quotientopt.checkpoints.errors import CheckpointError
 from quotientopt.checkpoints.example_inputs import example_inputs
 from quotientopt.checkpoints.loading import Loaded, load_checkpoint
-from quotientopt.checkpoints.outputs import verify_checkpoint
+from quotientopt.checkpoints.outputs import symmetries_of_checkpoint, verify_checkpoint
 from quotientopt.checkpoints.source import Checkpoint, find_checkpoint
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "example_inputs",
     "find_checkpoint",
     "load_checkpoint",
+    "symmetries_of_checkpoint",
     "verify_checkpoint",
 ]

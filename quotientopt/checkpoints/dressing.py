@@ -19,10 +19,10 @@ from quotientopt.checkpoints.errors import CheckpointError
 from quotientopt.checkpoints.loading import Loaded, load_checkpoint
 from quotientopt.checkpoints.matching import Place, fingerprints, places_of
 from quotientopt.checkpoints.optimizer_state import saved_optimizer
-from quotientopt.checkpoints.outputs import outputs_of
+from quotientopt.checkpoints.outputs import outputs_of, symmetries_of_checkpoint
 from quotientopt.checkpoints.source import Checkpoint, find_checkpoint
 from quotientopt.checkpoints.writing import Destination, destination
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
 from quotientopt.symmetries.verification import largest_deviation
 
@@ -144,7 +144,7 @@ def _dressed_into(
     model = loaded.model
     before, outputs = fingerprints(model), outputs_of(model)
     try:
-        symmetries = find_symmetries(model)
+        symmetries = symmetries_of_checkpoint(model)
         originals = _copies(model, symmetries, residual=residual)
         optimizer = saved_optimizer(checkpoint, loaded, symmetries)
         chosen = _of_heads(symmetries) if optimizer.movable else symmetries

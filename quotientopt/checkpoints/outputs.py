@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quotientopt.checkpoints.errors import CheckpointError, first_line
 from quotientopt.checkpoints.example_inputs import example_inputs
-from quotientopt.symmetries import SymmetryMap
+from quotientopt.symmetries import SymmetryMap, find_symmetries, gaps
 from quotientopt.symmetries.verification import floating_tensors
 
 
@@ -59,6 +59,24 @@ def outputs_of(model: nn.Module) -> dict[str, Tensor]:
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{name!r} of {type(model).__name__} is not finite")
     return found
+
+
+def symmetries_of_checkpoint(model: nn.Module) -> SymmetryMap:
+    """The symmetries by class; where something is not understood, from random inputs as well.
+
+    Parameters
+    ----------
+    model : Module
+        Of transformers. Where no inputs can be made for it, what the classes tell is all.
+    """
+    symmetries = find_symmetries(model)
+    if not gaps(model, symmetries):
+        return symmetries
+    try:
+        outputs_of(model)
+        return find_symmetries(model, **example_inputs(model))
+    except (CheckpointError, ValueError):
+        return symmetries
 
 
 def verify_checkpoint(model: nn.Module, symmetries: SymmetryMap) -> dict[str, float]:

@@ -71,7 +71,12 @@ def inspect(
 
     from quotientopt._files import write_atomically
     from quotientopt.canonical import plot_spectra, redundancy, spectra
-    from quotientopt.checkpoints import find_checkpoint, load_checkpoint, verify_checkpoint
+    from quotientopt.checkpoints import (
+        find_checkpoint,
+        load_checkpoint,
+        symmetries_of_checkpoint,
+        verify_checkpoint,
+    )
     from quotientopt.symmetries import find_symmetries
 
     quiet_transformers()
@@ -86,7 +91,7 @@ def inspect(
     checkpoint = find_checkpoint(path, config)
     loaded = load_checkpoint(checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     model = loaded.model
-    symmetries = find_symmetries(model)
+    symmetries = symmetries_of_checkpoint(model) if verify else find_symmetries(model)
     counts = redundancy(model, symmetries=symmetries)
     print(_heading(path, loaded, counts))
     print(f"\n{symmetries}\n\n{counts}")
