@@ -274,6 +274,11 @@ class _Taken:
             self._rows[key] |= set(rows.tolist())
         return True
 
+    def on_another_axis(self, rows: Rows) -> bool:
+        """Whether the same matrix belongs to a pair by its other axis."""
+        name, axis = rows.key
+        return any(own == name and at != axis and taken for (own, at), taken in self._rows.items())
+
     def free(self, rows: Rows) -> Tensor:
         """Numbers of the rows that are not taken."""
         taken = self._rows[rows.key]
@@ -484,6 +489,11 @@ def _several_readers(versions: Sequence[Rows], linked: set[Place]) -> Iterator[F
         for count in range(2, min(len(near), 4) + 1):
             for chosen in itertools.combinations(near, count):
                 left = tuple((rows, every) for rows in chosen)
+                # Row by row first: most choices fail there, and the whole is (r × r) large.
+                gap = right.charge - torch.stack([rows.charge for rows in chosen]).sum(0)
+                allowed = sum(rows.precision * rows.scale for rows in (*chosen, right))
+                if bool((gap.abs() > allowed).any()):
+                    continue
                 if largest_groups(left, (right, every), rotations=False):
                     yield FoundPair(left, (right, every), GL(len(right)))
 
@@ -610,7 +620,13 @@ def _scores_alone(
     """
     scopes: dict[str, list[Sequence[Rows]]] = defaultdict(list)
     for cut in cuts:
-        if cut[0].output and len(cut[0]) <= MANY_ROWS and len(taken.free(cut[0])):
+        # What a head puts out through is no query or key of another.
+        if (
+            cut[0].output
+            and len(cut[0]) <= MANY_ROWS
+            and not taken.on_another_axis(cut[0])
+            and len(taken.free(cut[0]))
+        ):
             owner = cut[0].name.rpartition(".")[0]
             alone = sum(c[0].output and c[0].name.rpartition(".")[0] == owner for c in cuts) == 1
             scopes[owner.rpartition(".")[0] if alone else owner].append(cut)
