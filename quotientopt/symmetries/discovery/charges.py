@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -64,6 +65,16 @@ class Part:
 
         noise = rows(gradients.noise[name]).sum(-1)
         return cls(name, parameter, column_axis, rows(values), rows(gradients.of[name]), noise)
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """``|W_i|``, shape ``(rows,)``."""
+        return torch.linalg.vector_norm(self.rows, dim=-1)
+
+    @functools.cached_property
+    def slopes(self) -> Tensor:
+        """``|∂W_i|``, the larger of the functions', shape ``(rows,)``."""
+        return torch.linalg.vector_norm(self.gradient, dim=-1).amax(0)
 
     def narrow(self, start: int, length: int) -> Part:
         """Some of the rows, one after the other."""
@@ -166,8 +177,7 @@ class Rows:
         """Bounds ``|W_i| |∂W_j|`` of the same products, ``(…, p, q)``."""
         total: Tensor | float = 0.0
         for part in self.parts:
-            lengths = torch.linalg.vector_norm(part.rows[first], dim=-1)
-            slopes = torch.linalg.vector_norm(part.gradient[:, second], dim=-1).amax(0)
+            lengths, slopes = part.lengths[first], part.slopes[second]
             total = total + lengths.unsqueeze(-1) * slopes.unsqueeze(-2)
         assert isinstance(total, Tensor)
         return total

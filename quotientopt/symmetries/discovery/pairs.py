@@ -34,6 +34,8 @@ Place = tuple[str, int | None]
 MOST = 0.75
 # Share of the rows of a matrix that must find partners before idle ones are believed to follow.
 SOME = 0.25
+# Sums that are looked at first, and rows of nearly the same charge that are compared with them.
+PROBES, NEIGHBOURS = 3, 6
 # Sums over query heads are looked for in matrices of at most so many rows.
 MANY_ROWS = 20_000
 # Share of its terms that the charge of a length has which a norm hides but for its epsilon.
@@ -200,6 +202,17 @@ class _Index:
                     own = (one[:, 0] == a) & (two[:, 0] == b)
                     found[a, b].append(torch.stack((one[own, 1], two[own, 1]), -1))
         return {key: torch.cat(parts) for key, parts in found.items()}
+
+    def contains(self, values: Tensor, tolerance: Tensor) -> Tensor:
+        """Whether some row has that charge, for every value."""
+        found = torch.zeros(len(values), dtype=torch.bool)
+        if not len(self.charge):
+            return found
+        start = torch.searchsorted(self._real, values.real.contiguous())
+        for shift in range(-NEIGHBOURS, NEIGHBOURS):
+            near = (start + shift).clamp(0, len(self.charge) - 1)
+            found |= (self.charge[near] - values).abs() <= tolerance + self.tolerance[near]
+        return found
 
     def lookup(self, values: Tensor, tolerance: Tensor) -> list[list[tuple[int, int]]]:
         """For every value the rows ``(version, row)`` of that charge."""
@@ -434,25 +447,35 @@ def _grouped_values(index: _Index, inputs: Sequence[Rows]) -> Iterator[FoundPair
             continue
         charge = torch.complex(left.charge[0], left.charge[1]).cpu()
         tolerance = (left.precision * left.scale).cpu()
-        found = None
-        # One sum alone is the scale of a matrix, which is part of larger groups.
-        for members in _divisors(n)[1:-1]:
-            for step in _divisors(n // members):
-                L = torch.arange(n).view(-1, members, step).mT.reshape(-1, members)
-                sums, allowed = charge[L].sum(-1), tolerance[L].sum(-1)
-                active = (sums.abs() > 10 * allowed).nonzero().squeeze(-1)
-                if len(active) < MOST * len(L):
-                    continue
-                probe = active[:: max(1, len(active) // 3)][:3]
-                if not all(index.lookup(sums[probe], allowed[probe])):
-                    continue
-                found = _grouped_pair(index, left, L, index.lookup(sums, allowed))
-                if found is not None:
-                    break
+        # Members of a sum lie `step` rows apart. One sum alone is the scale of a matrix, which is
+        # part of larger groups.
+        ways = [
+            (members, step) for members in _divisors(n)[1:-1] for step in _divisors(n // members)
+        ]
+        if not ways:
+            continue
+        # Three sums of each first, all of them in one look; idle ones say nothing.
+        probes = torch.tensor(
+            [[k // s * m * s + k % s, m, s] for m, s in ways for k in _probes(n // m)]
+        ).view(-1, 3)
+        sums = torch.stack([charge[i : i + m * s : s].sum() for i, m, s in probes.tolist()])
+        allowed = torch.stack([tolerance[i : i + m * s : s].sum() for i, m, s in probes.tolist()])
+        idle = sums.abs() <= 10 * allowed
+        promising = (idle | index.contains(sums, allowed)).view(-1, PROBES).all(-1)
+        for members, step in itertools.compress(ways, promising.tolist()):
+            L = torch.arange(n).view(-1, members, step).mT.reshape(-1, members)
+            sums, allowed = charge[L].sum(-1), tolerance[L].sum(-1)
+            if int((sums.abs() > 10 * allowed).sum()) < MOST * len(L):
+                continue
+            found = _grouped_pair(index, left, L, index.lookup(sums, allowed))
             if found is not None:
+                yield found
                 break
-        if found is not None:
-            yield found
+
+
+def _probes(count: int) -> list[int]:
+    """Numbers of the sums that are looked at first."""
+    return [0, count // 2, count - 1]
 
 
 def _grouped_pair(
