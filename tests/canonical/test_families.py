@@ -14,10 +14,14 @@ from tests.canonical.models import difference, twin_of
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, OutputsOnly, make_neutral_
 
-# Attentions with something per head outside the pairs: slopes (ALiBi), a table of biases.
-TOLD_APART = {"bloom", "t5"}
+# Attentions with something per head outside the pairs: slopes (ALiBi), a table of biases, sinks, a
+# rotated part of every query beside the pairs.
+TOLD_APART = {"bloom", "deepseek2", "deepseek3", "gpt-oss", "mpnet", "mpt", "t5"}
+# Orders of heads are a symmetry of these too, which their classes do not tell: Falcon's attention
+# may have slopes, CodeGen's is several, each in a part of one module.
+NOT_KNOWN_ALIKE = {"codegen", "falcon"}
 # Nothing is known of their query-key pairs, which have gains: only the value-output pair is there.
-HALF_KNOWN = {"qwen3"}
+HALF_KNOWN = {name for name, family in FAMILIES.items() if None in family.groups}
 
 
 def example(name, **settings):
@@ -95,14 +99,17 @@ def test_alignment(name):
     names = list(attentions(qo.find_symmetries(model).heads))
     alignment = align_(moved, model)
     assert deviation(run, twin, moved) < 1e-10
-    assert all(exchangeable(model, n) for n in names) is (name not in TOLD_APART)
+    left_alone = name in TOLD_APART | NOT_KNOWN_ALIKE
+    assert all(exchangeable(model, n) for n in names) is not left_alone
+    # Where heads are told apart, their order is no symmetry.
     if name in TOLD_APART:
-        # Here the order of heads is no symmetry, and is left alone.
         assert deviation(run, model, twin) > 1e-3
+    else:
+        assert deviation(run, model, twin) < 1e-10
+    if left_alone:
         assert alignment.unordered == tuple(names)
         assert difference(model, moved) > 1e-3
     else:
-        assert deviation(run, model, twin) < 1e-10
         assert alignment.unordered == ()
         assert difference(model, moved) < 1e-10
 
@@ -113,7 +120,10 @@ def test_half_known_attentions_keep_their_order(name):
     twin = twin_of(model, cond=100.0)
     moved = copy.deepcopy(twin)
     alignment = align_(moved, model)
-    assert alignment.unordered == tuple(attentions(qo.find_symmetries(model).heads))
+    pairs = attentions(qo.find_symmetries(model).heads)
+    half = tuple(n for n, pair in pairs.items() if not complete(pair))
+    assert half
+    assert alignment.unordered == half
     assert deviation(run, model, moved) < 1e-10
     assert difference(model, moved) < 1e-10
 
