@@ -87,8 +87,13 @@ class GenericPoint:
         point.copy_(parameter.detach())
         if parameter.requires_grad and parameter.numel():
             size = SPREAD * point.square().mean().sqrt().item() or LEAST_SPREAD
-            point.add_(self._normal(point), alpha=size)
+            point.add_(self._uniform(point), alpha=size)
         return point
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        """Numbers of mean zero and variance one; uniform ones are made much faster than normal."""
+        numbers = torch.rand(like.shape, generator=self.generator, dtype=torch.float32)
+        return numbers.to(like.device, torch.float64).sub_(0.5).mul_(12**0.5)
 
     def _normal(self, like: Tensor) -> Tensor:
         numbers = torch.randn(like.shape, generator=self.generator, dtype=torch.float64)
@@ -167,7 +172,7 @@ class GenericPoint:
         trace = ContractionTrace(self.parameters)
         found = self._gradients(self.parameters, cotangents, trace)
         # X(0) − 2 X(ε) + X(2ε): what is smooth cancels to ε², what is rounded does not.
-        direction = {name: value * self._normal(value) for name, value in self.parameters.items()}
+        direction = {name: value * self._uniform(value) for name, value in self.parameters.items()}
         second = {name: self.parameters[name] * gradient[0] for name, gradient in found.items()}
         for factor, times in ((-2.0, 1.0), (1.0, 2.0)):
             values = {
