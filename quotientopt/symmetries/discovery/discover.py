@@ -203,11 +203,12 @@ def _all_proved(
 def _proved(prover: Prover, symmetry: HeadSymmetry) -> HeadSymmetry | None:
     """The symmetry with the deviation of its proof as source; None if it fails, or its control."""
     if symmetry.of_units:
-        group = GL(1) if prover.signs(symmetry) <= prover.proved else Scale(1)
-        symmetry = _with(symmetry, group=group)
+        symmetry = _with(symmetry, group=Scale(1))
     deviation = prover.deviation(symmetry)
     if deviation > prover.proved or prover.control(symmetry) <= prover.moved:
         return None
+    if symmetry.of_units and prover.signs(symmetry) <= prover.proved:
+        symmetry = _with(symmetry, group=GL(1))
     if symmetry.translation is not None:
         moved = prover.translation(symmetry)
         balanced = symmetry.translation.sink is None

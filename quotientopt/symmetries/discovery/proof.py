@@ -52,6 +52,9 @@ class Prover:
         self._whole = reference
         self._calls: dict[str, Call] = {}
         self._references: dict[str, Outputs | None] = {"": reference}
+        # By name of a symmetry, the module whose outputs its element has left alone.
+        self._places: dict[str, str] = {}
+        self._last = ""
 
     def prepare(self, symmetries: Iterable[HeadSymmetry | ScaleSymmetry]) -> None:
         """Record the arguments of all modules that the proofs may run, in one run of the whole."""
@@ -63,7 +66,12 @@ class Prover:
         element = symmetry.random_element(COND, generator=self.generator)
         if isinstance(symmetry.group, (O, RotaryPhases)):
             element = _reflected(symmetry.group, element)
-        return self._compare(symmetry, _elements(symmetry, element))
+        self._places.pop(symmetry.name, None)
+        found = self._compare(symmetry, _elements(symmetry, element))
+        if found <= self.proved:
+            # Controls run there too: what does not move a module does not move the model.
+            self._places[symmetry.name] = self._last
+        return found
 
     def control(self, symmetry: HeadSymmetry | ScaleSymmetry) -> float:
         """The least change under a larger group: one factor moved alone, or both by GL(r)."""
@@ -105,7 +113,7 @@ class Prover:
                 sink.view(values[sink.name]).sub_(
                     torch.einsum("hrd,hr->d", view, t.to(view.device))
                 )
-        return self._deviation(_outwards(symmetry), values)
+        return self._deviation(_outwards(symmetry) if balanced else [self._last], values)
 
     def together(self, symmetries: Iterable[HeadSymmetry | ScaleSymmetry]) -> float:
         """The change of the whole's outputs when all act at once."""
@@ -122,7 +130,12 @@ class Prover:
     ) -> float:
         values: Values = {}
         self._act(symmetry.blocks, elements, values)
-        return self._deviation(_outwards(symmetry), values)
+        return self._deviation(self._paths(symmetry), values)
+
+    def _paths(self, symmetry: HeadSymmetry | ScaleSymmetry) -> list[str]:
+        """The modules to run: where the proof has held, else all from the innermost outwards."""
+        place = self._places.get(symmetry.name)
+        return _outwards(symmetry) if place is None else [place]
 
     def _act(self, blocks: Iterable[Block], elements: Mapping[int, Tensor], values: Values) -> None:
         for block in blocks:
@@ -158,6 +171,7 @@ class Prover:
                     path, self._calls.get(path), {**self.point.parameters, **values}
                 )
             deviation = largest_deviation(outputs, reference)
+            self._last = path
             if deviation <= self.proved:
                 break
         return deviation
