@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ MOST_VALUES = 50_000_000
 
 
 def example_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of a call: random tokens, pixels or audio features, as the model takes.
+    """Keyword arguments of a call: random tokens, pixels, patches or sounds, as the model takes.
 
     Encoder-decoders get tokens for their decoder as well.
 
@@ -46,7 +47,9 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
         wanted.add("pixel_values")
     if "input_ids" in wanted:
         inputs["input_ids"] = _tokens(config.get_text_config(), TOKENS, generator)
-    if "pixel_values" in wanted:
+    if "pixel_values" in wanted and "image_grid_thw" in accepted:
+        inputs |= _illustrated(config, inputs["input_ids"], accepted, generator)
+    elif "pixel_values" in wanted:
         inputs["pixel_values"] = _pixels(getattr(config, "vision_config", config), generator)
         if "input_ids" in accepted and _has(config, "text_config"):
             inputs["input_ids"] = _tokens(config.text_config, TOKENS, generator)
@@ -55,6 +58,8 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Any]:
             raise _unknown(model, wanted)
         frames = 2 * config.max_source_positions
         inputs["input_features"] = _values((1, config.num_mel_bins, frames), generator)
+    if "input_values" in wanted and _has(config, "conv_kernel") and _has(config, "conv_stride"):
+        inputs["input_values"] = _values((1, _samples(config)), generator)
     if not wanted <= inputs.keys():
         raise _unknown(model, wanted)
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
@@ -102,6 +107,36 @@ def _pixels(config: Any, generator: torch.Generator) -> Tensor:
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return _values((1, config.num_channels, height, width), generator)
+
+
+def _illustrated(
+    config: Any, ids: Tensor, accepted: Container[str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A text with one image, given by its patches: ``2s × 2s``, of which s × s are a token."""
+    vision, side = config.vision_config, 2 * config.vision_config.spatial_merge_size
+    channels = vision.in_channels if _has(vision, "in_channels") else vision.in_chans
+    size = channels * vision.temporal_patch_size * vision.patch_size**2
+    special = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+    # Their configuration of texts does not know these.
+    words = ids[~torch.isin(ids, torch.tensor(special))]
+    image = [config.vision_start_token_id] + 4 * [config.image_token_id]
+    ids = torch.cat((torch.tensor(image, dtype=ids.dtype), words))[None]
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": _values((side * side, size), generator),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+    }
+    if "mm_token_type_ids" in accepted:
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+    return inputs
+
+
+def _samples(config: Any) -> int:
+    """Samples of a wave of which the convolutions make as many vectors as a text has tokens."""
+    length = TOKENS
+    for kernel, stride in zip(config.conv_kernel[::-1], config.conv_stride[::-1], strict=True):
+        length = (length - 1) * stride + kernel
+    return length
 
 
 def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -154,7 +154,10 @@ class ByClass(Generic[T]):
 
 def _role(name: str) -> str:
     """The last word of a class name: Attention, MLP, Norm."""
-    words = re.findall(r"[A-Z]+$|[A-Z][a-z0-9_]*", name.rpartition(".")[2])
+    name = name.rpartition(".")[2]
+    if name.endswith("MLP"):  # behind other capitals too: CLIPMLP, ViTMLP
+        return "MLP"
+    words = re.findall(r"[A-Z]+$|[A-Z][a-z0-9_]*", name)
     return words[-1] if words else name
 
 

@@ -44,7 +44,8 @@ def deviation(run, one, two):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dressing(name):
     model, run = example(name)
-    twin = twin_of(model, cond=100.0)
+    # Norms without gains leave a symmetry of the stream, which is not dressed here.
+    twin = twin_of(model, cond=100.0, residual=False)
     for section in ("svd", "balanced", "orthonormal", "triangular"):
         dressed = copy.deepcopy(twin)
         dress_(dressed, section)
@@ -64,6 +65,7 @@ def test_two_gauges_and_another_model(name):
     twin = twin_of(model, cond=100.0)
     found = distance(model, twin)
     assert max(found.values()) < 1e-10
+    twin = twin_of(model, cond=100.0, residual=False)
     ours, theirs = invariants(model), invariants(twin)
     for key, one in ours.items():
         assert torch.allclose(one.dense(), theirs[key].dense(), atol=1e-9)
