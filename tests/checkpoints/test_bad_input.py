@@ -148,20 +148,20 @@ def test_quantised_values_without_a_word_in_the_configuration(source, tmp_path, 
     refused(tmp_path, *command("inspect", source), match=("k_proj.weight", "I8", "quantised"))
 
 
-def test_an_architecture_without_known_symmetries(tmp_path, refused, capfd):
-    settings = {**FAMILIES["llama"].settings}
+def test_an_architecture_that_no_class_tells_is_found_from_inputs(tmp_path, capfd):
     package = transformers()
-    model = package.Olmo2ForCausalLM(package.Olmo2Config(**settings))
+    model = package.NemotronForCausalLM(package.NemotronConfig(**FAMILIES["llama"].settings))
     model.save_pretrained(tmp_path / "source")
-    refused(
-        tmp_path,
-        *command("dress", tmp_path / "source"),
-        match=("no head symmetry of Olmo2ForCausalLM", "model.layers.0.self_attn"),
-    )
     assert main(["inspect", str(tmp_path / "source")]) == 0
+    output = capfd.readouterr().out
+    assert "model.layers.0.self_attn.vo" in output
+    assert "found, proved to" in output
+    assert "all exact" in output
+    assert main(["inspect", str(tmp_path / "source"), "--no-verify"]) == 0
     output = capfd.readouterr().out
     assert "not understood, left to plain Adam: model.layers.0.self_attn" in output
     assert "not verified" in output
+    assert main([str(word) for word in command("dress", tmp_path / "source")]) == 0
 
 
 def test_a_pair_that_is_not_all_there(source, tmp_path, refused):
