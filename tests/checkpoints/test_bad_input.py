@@ -151,12 +151,12 @@ def test_quantised_values_without_a_word_in_the_configuration(source, tmp_path, 
 def test_an_architecture_without_known_symmetries(tmp_path, refused, capfd):
     settings = {**FAMILIES["llama"].settings}
     package = transformers()
-    model = package.Olmo2ForCausalLM(package.Olmo2Config(**settings))
+    model = package.DiffLlamaForCausalLM(package.DiffLlamaConfig(**settings))
     model.save_pretrained(tmp_path / "source")
     refused(
         tmp_path,
         *command("dress", tmp_path / "source"),
-        match=("no head symmetry of Olmo2ForCausalLM", "model.layers.0.self_attn"),
+        match=("no head symmetry of DiffLlamaForCausalLM", "model.layers.0.self_attn"),
     )
     assert main(["inspect", str(tmp_path / "source")]) == 0
     output = capfd.readouterr().out
