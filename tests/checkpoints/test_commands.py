@@ -41,7 +41,8 @@ def test_inspect(source, tmp_path, capsys):
     output = capsys.readouterr().out
     model = load(source).requires_grad_(False)
     symmetries = qo.find_symmetries(model)
-    for part in ("LlamaForCausalLM", str(symmetries), str(qo.redundancy(model)), "4 symmetries"):
+    # Two pairs of heads, a translation and hidden units in each of two layers.
+    for part in ("LlamaForCausalLM", str(symmetries), str(qo.redundancy(model)), "8 symmetries"):
         assert part in output
     assert "all exact" in output
     found = json.loads(record.read_text())
@@ -171,7 +172,9 @@ def test_weights_under_other_names(source, tmp_path):
     expected = logits(load(source))
     report = dress_checkpoint(source, tmp_path / "out")
     assert set(report.changed) == {
-        f"layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qkvo"
+        f"layers.{layer}.{part}_proj.weight"
+        for layer in (0, 1)
+        for part in (*(f"self_attn.{p}" for p in "qkvo"), "mlp.up", "mlp.down")
     }
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
     assert (logits(load(tmp_path / "out")) - expected).abs().max() < 1e-4
@@ -191,8 +194,11 @@ def test_equal_values_are_told_apart_by_names(tmp_path):
     report = dress_checkpoint(equal_biases(tmp_path), tmp_path / "out")
     assert sum(name.endswith("self.key.bias") for name in report.changed) == 2
     written = load_file(tmp_path / "out" / "model.safetensors")
-    first, second = (f"bert.encoder.layer.{i}.attention.self.key.bias" for i in (0, 1))
-    assert not torch.equal(written[first], written[second])
+    first, second = (f"bert.encoder.layer.{i}.attention.self.key" for i in (0, 1))
+    # The biases are translated away.
+    assert not written[first + ".bias"].any()
+    assert not written[second + ".bias"].any()
+    assert not torch.equal(written[first + ".weight"], written[second + ".weight"])
 
 
 def test_equal_values_are_told_apart_by_their_neighbours(tmp_path):
