@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import quotientopt as qo
-from tests.optim.training import random_gains_, small_model, train, twin_of
+from tests.optim.training import (
+    random_gains_,
+    random_heads_and_rotation,
+    small_model,
+    train,
+    twin_of,
+)
 
 STEPS = 30
 COND = 1000.0
@@ -158,7 +164,7 @@ def test_moments_are_equivariant_too(clip):
     moved.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     not_moved = copy.deepcopy((twin, moved))
     generator = torch.Generator().manual_seed(3)
-    element = moved.symmetries.random_element(cond=COND, generator=generator)
+    element = random_heads_and_rotation(moved.symmetries, cond=COND, generator=generator)
     moved.symmetries.act_(element)
     moved.move_state_(element)
     not_moved[1].symmetries.act_(element)
@@ -172,7 +178,9 @@ def test_moments_move_for_planes_and_shared_frames():
     optimizer = quotient_adam(model, residual_frame="shared", nesterov=True)
     train(model, optimizer, 7)
     twin, moved = copy.deepcopy((model, optimizer))
-    element = moved.symmetries.random_element(cond=COND, generator=torch.Generator().manual_seed(3))
+    element = random_heads_and_rotation(
+        moved.symmetries, cond=COND, generator=torch.Generator().manual_seed(3)
+    )
     moved.symmetries.act_(element)
     moved.move_state_(element)
     losses = train(model, optimizer, STEPS, seed=5)
@@ -184,7 +192,7 @@ def test_state_of_plain_adam_is_not_moved():
     optimizer = quotient_adam(model, residual_frame=None)
     train(model, optimizer, 2)
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    element = optimizer.symmetries.random_element()
+    element = random_heads_and_rotation(optimizer.symmetries)
     with pytest.raises(ValueError, match=r"cannot move .*'residual'.*plain"):
         optimizer.move_state_(element)
     with pytest.raises(ValueError, match="no symmetry called 'nobody'"):
