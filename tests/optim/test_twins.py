@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import quotientopt as qo
 from tests.optim.training import (
@@ -201,6 +202,34 @@ def test_state_of_plain_adam_is_not_moved():
     for key, state in before.items():
         for name, value in state.items():
             assert torch.equal(value, after[key][name])
+
+
+def test_moving_accepts_translations_and_refuses_undressed_units():
+    """Translations leave the state, which holds derivatives at fixed effective bias, as it is."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=11, activation_function="relu"
+    )
+    model = GPT2LMHeadModel(config).double()
+    optimizer = qo.QuotientAdam(model, lr=3e-3)
+    ids = torch.arange(8)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    element = optimizer.symmetries.random_element()
+    translations = {name: t for name, t in element.items() if name.endswith(".translation")}
+    units = optimizer.symmetries.hidden_units[0].name
+    assert len(translations) == 2
+    optimizer.move_state_(translations)
+    name, t = next(iter(translations.items()))
+    with pytest.raises(ValueError, match="finite translation of shape"):
+        optimizer.move_state_({name: t[:1]})
+    with pytest.raises(ValueError, match=r"cannot move .*units.*hidden_units=True"):
+        optimizer.move_state_(translations | {units: element[units]})
+    after = optimizer.state_dict()["state"]
+    for key, state in before.items():
+        for entry, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[key][entry]))
 
 
 def test_clipping_is_invariant():
