@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from quotientopt.optim.dressing import HEAD_FRAMES
 from quotientopt.optim.pairs import PAIR_METRICS
 from quotientopt.optim.slices import SIDES, TRANSPORTED, Slices
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 
 class StepRefusedError(ValueError):
@@ -202,13 +202,41 @@ def refuse_unmovable(
                 for block in blocks
                 if (name, side) not in covered and id(block.parameter) in plain | framed
             ]
+        elif (translated := _translated(name, symmetries)) is not None:
+            # Derivatives at a fixed effective bias, which the state holds, do not see it.
+            translated.check_translation(element[name])
         else:
-            raise ValueError(f"no symmetry called {name!r}; known: {sorted(known)}")
+            _refuse_lawless(name, symmetries)
         if blocked:
             raise ValueError(
                 f"cannot move the optimizer's state by {name!r}: that of {blocked[0]!r} is plain "
                 "Adam's and depends on the gauge; use a head_frame and a residual_frame"
             )
+
+
+def _translated(name: str, symmetries: SymmetryMap) -> HeadSymmetry | None:
+    """The symmetry whose biases the part of an element of that name translates."""
+    return next(
+        (
+            symmetry
+            for symmetry in symmetries.heads
+            if symmetry.translation is not None and symmetry.name + TRANSLATION == name
+        ),
+        None,
+    )
+
+
+def _refuse_lawless(name: str, symmetries: SymmetryMap) -> NoReturn:
+    """Refuse a name that is unknown, or acts on parameters with plain state alone."""
+    if name in symmetries.names:
+        first = next(symmetry for symmetry in symmetries.linear if symmetry.name == name)
+        raise ValueError(
+            f"cannot move the optimizer's state by {name!r}: that of {first.blocks[0].name!r} is "
+            "plain and depends on the gauge; leave the name out of the element, or dress hidden "
+            "units with QuotientAdam(hidden_units=True)"
+        )
+    known = sorted(symmetry.name for symmetry in symmetries.heads)
+    raise ValueError(f"no symmetry called {name!r}; known: {known}")
 
 
 def refuse_foreign_symmetries(
@@ -375,8 +403,17 @@ def refuse_foreign_element(element: Mapping[str, Tensor], symmetries: SymmetryMa
             symmetries.residual.check_element(g)
         elif name in known:
             known[name].check_element(g)
+        elif (translated := _translated(name, symmetries)) is not None:
+            translated.check_translation(g)
+            sink = translated.translation.sink if translated.translation is not None else None
+            if sink is not None:
+                raise ValueError(
+                    f"cannot move the momentum by {name!r}: that of the output matrices is taken "
+                    f"at fixed {sink.name!r} and depends on the gauge; leave the name out of the "
+                    "element, or use QuotientAdam"
+                )
         else:
-            raise ValueError(f"no symmetry called {name!r}; known: {sorted(known)}")
+            _refuse_lawless(name, symmetries)
 
 
 def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:

@@ -11,7 +11,15 @@ from quotientopt.groups import O
 from quotientopt.optim.pairs import PAIR_METRICS, horizontal_component, measure
 from quotientopt.optim.quotient_sgd import QuotientSGD
 from tests.optim.test_sgd_geometry import CASES, invariant_function, pair
-from tests.optim.training import batches, loss_of, random_gains_, small_model, train, twin_of
+from tests.optim.training import (
+    batches,
+    loss_of,
+    random_gains_,
+    random_heads_and_rotation,
+    small_model,
+    train,
+    twin_of,
+)
 
 STEPS = 30
 CONDS = [1.0, 10.0, 100.0, 1000.0]
@@ -211,8 +219,8 @@ def test_moving_parameters_and_momentum_leaves_the_trajectory(name):
     run(model, optimizer, 13)
     twin, moved = copy.deepcopy((model, optimizer))
     forgetful = copy.deepcopy((model, optimizer))
-    element = moved.symmetries.random_element(
-        cond=1000.0, generator=torch.Generator().manual_seed(3)
+    element = random_heads_and_rotation(
+        moved.symmetries, cond=1000.0, generator=torch.Generator().manual_seed(3)
     )
     for own in (moved, forgetful[1]):
         own.symmetries.act_(element)
@@ -228,7 +236,7 @@ def test_moving_refuses_what_does_not_act():
     train(model, optimizer, 2)
     before = copy.deepcopy(optimizer.state_dict()["state"])
     name = optimizer.symmetries.heads[0].name
-    fitting = optimizer.symmetries.random_element()[name]
+    fitting = random_heads_and_rotation(optimizer.symmetries)[name]
     with pytest.raises(ValueError, match="no symmetry called 'nobody'"):
         optimizer.move_state_({name: fitting, "nobody": torch.eye(8)})
     with pytest.raises(ValueError, match="singular"):

@@ -4,9 +4,16 @@ import copy
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import quotientopt as qo
-from tests.optim.training import random_gains_, small_model, train, twin_of
+from tests.optim.training import (
+    random_gains_,
+    random_heads_and_rotation,
+    small_model,
+    train,
+    twin_of,
+)
 
 STEPS = 30
 COND = 1000.0
@@ -158,7 +165,7 @@ def test_moments_are_equivariant_too(clip):
     moved.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     not_moved = copy.deepcopy((twin, moved))
     generator = torch.Generator().manual_seed(3)
-    element = moved.symmetries.random_element(cond=COND, generator=generator)
+    element = random_heads_and_rotation(moved.symmetries, cond=COND, generator=generator)
     moved.symmetries.act_(element)
     moved.move_state_(element)
     not_moved[1].symmetries.act_(element)
@@ -172,7 +179,9 @@ def test_moments_move_for_planes_and_shared_frames():
     optimizer = quotient_adam(model, residual_frame="shared", nesterov=True)
     train(model, optimizer, 7)
     twin, moved = copy.deepcopy((model, optimizer))
-    element = moved.symmetries.random_element(cond=COND, generator=torch.Generator().manual_seed(3))
+    element = random_heads_and_rotation(
+        moved.symmetries, cond=COND, generator=torch.Generator().manual_seed(3)
+    )
     moved.symmetries.act_(element)
     moved.move_state_(element)
     losses = train(model, optimizer, STEPS, seed=5)
@@ -184,7 +193,7 @@ def test_state_of_plain_adam_is_not_moved():
     optimizer = quotient_adam(model, residual_frame=None)
     train(model, optimizer, 2)
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    element = optimizer.symmetries.random_element()
+    element = random_heads_and_rotation(optimizer.symmetries)
     with pytest.raises(ValueError, match=r"cannot move .*'residual'.*plain"):
         optimizer.move_state_(element)
     with pytest.raises(ValueError, match="no symmetry called 'nobody'"):
@@ -193,6 +202,34 @@ def test_state_of_plain_adam_is_not_moved():
     for key, state in before.items():
         for name, value in state.items():
             assert torch.equal(value, after[key][name])
+
+
+def test_moving_accepts_translations_and_refuses_undressed_units():
+    """Translations leave the state, which holds derivatives at fixed effective bias, as it is."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=11, activation_function="relu"
+    )
+    model = GPT2LMHeadModel(config).double()
+    optimizer = qo.QuotientAdam(model, lr=3e-3)
+    ids = torch.arange(8)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    element = optimizer.symmetries.random_element()
+    translations = {name: t for name, t in element.items() if name.endswith(".translation")}
+    units = optimizer.symmetries.hidden_units[0].name
+    assert len(translations) == 2
+    optimizer.move_state_(translations)
+    name, t = next(iter(translations.items()))
+    with pytest.raises(ValueError, match="finite translation of shape"):
+        optimizer.move_state_({name: t[:1]})
+    with pytest.raises(ValueError, match=r"cannot move .*units.*hidden_units=True"):
+        optimizer.move_state_(translations | {units: element[units]})
+    after = optimizer.state_dict()["state"]
+    for key, state in before.items():
+        for entry, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[key][entry]))
 
 
 def test_clipping_is_invariant():

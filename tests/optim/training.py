@@ -58,12 +58,19 @@ def train(model, optimizer, steps, seed=1):
     return torch.tensor(losses, dtype=torch.float64)
 
 
+def random_heads_and_rotation(symmetries, *, cond=10.0, generator=None):
+    """The linear parts of a random element that act on heads and the residual stream."""
+    element = symmetries.random_element(cond=cond, generator=generator)
+    names = {*(symmetry.name for symmetry in symmetries.heads), "residual"}
+    return {name: g for name, g in element.items() if name in names}
+
+
 def twin_of(model, *, cond, seed=2, only=None):
     """A copy of the model moved by a random element of its structure group, and that element."""
     twin = copy.deepcopy(model)
     symmetries = qo.find_symmetries(twin)
     generator = torch.Generator().manual_seed(seed)
-    element = symmetries.random_element(cond=cond, generator=generator)
+    element = random_heads_and_rotation(symmetries, cond=cond, generator=generator)
     if only is not None:
         element = {name: g for name, g in element.items() if only(name)}
     symmetries.act_(element)
