@@ -29,6 +29,7 @@ from quotientopt.compare.environment import describe_environment
 from quotientopt.compare.record import write_atomically
 from quotientopt.symmetries import HeadSymmetry
 from quotientopt.symmetries.discovery import discover
+from quotientopt.symmetries.discovery.discover import COPIES
 
 OUT = Path(__file__).parent / "results" / "discovery.json"
 NAMES = ("all-MiniLM-L6-v2", "SmolLM2-135M-Instruct")
@@ -63,7 +64,7 @@ def measure(name: str, way: str) -> dict[str, Any]:
     layer = largest_layer(model)
     known = qo.find_symmetries(model)
     # Enough for one layer and no more.
-    budget = None if way == "whole" else 6 * 8 * layer
+    budget = None if way == "whole" else COPIES * 8 * layer
     settle()
     before, start, processor = resident(), time.perf_counter(), time.process_time()
     found = discover(model, (), inputs, budget=budget)

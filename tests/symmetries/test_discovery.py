@@ -19,6 +19,7 @@ import quotientopt as qo
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
 from quotientopt.symmetries import Block, HeadSymmetry
 from quotientopt.symmetries.discovery import discover
+from quotientopt.symmetries.discovery.discover import COPIES
 from tests.symmetries import architectures, families
 from tests.symmetries.strangers import TOKENS, VOCABULARY, Mixer, Plan, Stranger, tokens
 
@@ -303,7 +304,7 @@ def test_module_by_module_finds_the_same_in_less_memory():
     model = Stranger(Plan(positions="interleaved", shared=2, bias=True, mlp="swiglu"), layers=3)
     whole = discover(model, (tokens(),), {})
     layer = sum(p.numel() for p in model.steps[0].parameters())
-    parts = discover(model, (tokens(),), {}, budget=6 * 8 * layer)
+    parts = discover(model, (tokens(),), {}, budget=COPIES * 8 * layer)
     for kind in ("heads", "hidden_units"):
         one, two = getattr(whole, kind), getattr(parts, kind)
         assert places(one) == places(two)
@@ -314,7 +315,7 @@ def test_module_by_module_finds_the_same_in_less_memory():
     assert parts.stream.width == 20
     assert set(parts.stream.axes) == {n for n in whole.stream.axes if "bias" not in n}
     assert parts.not_examined == ["places"]
-    with pytest.raises(ValueError, match="needs 6 float64 copies of its largest part"):
+    with pytest.raises(ValueError, match="needs 9 float64 copies of its largest part"):
         discover(model, (tokens(),), {}, budget=100)
 
 
