@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import signal
 import sys
 import warnings
@@ -152,7 +153,11 @@ def _judge(verdict: Verdict, model: nn.Module, inputs: dict[str, Tensor]) -> Non
     verdict.left_alone = tuple(dict.fromkeys(symmetries.left_alone.values()))
     with KeepFloat64():
         result = symmetries.verify(model, cond=30.0, **inputs)
-    verdict.worst = max(result.values(), default=0.0)
+    # NaN: the outputs do not depend on what it acts on, as on a vision tower without an image.
+    felt = [value for value in result.values() if not math.isnan(value)]
+    if result and not felt:
+        verdict.problem = "the outputs depend on nothing that the symmetries act on"
+    verdict.worst = max(felt, default=0.0)
 
 
 def _model(kind: str) -> nn.Module:
