@@ -42,7 +42,7 @@ def adamw_step(
     if scale is not None:
         gradients = [gradient * scale.to(gradient) for gradient in gradients]
     working = [
-        _working_copy(parameter, state[parameter]) if keeps_wide(group, parameter) else parameter
+        working_copy(parameter, state[parameter]) if keeps_wide(group, parameter) else parameter
         for parameter in parameters
     ]
     gradients = [grad.to(copy.dtype) for grad, copy in zip(gradients, working, strict=True)]
@@ -100,7 +100,7 @@ def keeps_wide(group: Mapping[str, Any], parameter: Tensor) -> bool:
     return bool(wanted) and compute_dtype(parameter.dtype) != parameter.dtype
 
 
-def _working_copy(parameter: Tensor, own: Mapping[str, Any]) -> Tensor:
+def working_copy(parameter: Tensor, own: Mapping[str, Any]) -> Tensor:
     """The parameter's master; where it was written to in the meantime, or has none, itself."""
     wide = parameter.detach().to(compute_dtype(parameter.dtype))
     if "master" not in own:

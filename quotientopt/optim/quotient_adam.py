@@ -291,7 +291,7 @@ class QuotientAdam(SymmetricOptimizer):
         engine.step_pairs(pairs, gate)
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
-        finish(held, self._absorbed, gate)
+        finish(held, self._absorbed, gate, self.state)
 
     @torch.no_grad()
     @full_precision()

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide
+from quotientopt.optim.plain import keeps_wide, working_copy
+from quotientopt.optim.update import round_stochastically
 from quotientopt.symmetries import Block, HeadSymmetry
 
 
@@ -71,16 +73,32 @@ def finish(
     held: Sequence[Held],
     absorbed: Sequence[tuple[HeadSymmetry, Mapping[str, Any]]],
     gate: Tensor | None,
+    state: Mapping[Tensor, dict[str, Any]],
 ) -> None:
-    """Let the output biases take what the values' biases put out differently now."""
+    """Let the output biases, and their masters, take what the values' biases put out now."""
     groups = {id(symmetry): group for symmetry, group in absorbed}
     for symmetry, before, _ in held:
         group = groups[id(symmetry)]
         _, sink = _blocks(symmetry)
         kept = 1 - group["lr"] * group["weight_decay"]
         change = before * kept - _put_out(symmetry)
-        view = sink.view()
-        view.add_((change if gate is None else change * gate).to(view.dtype))
+        if gate is not None:
+            change = change * gate
+        parameter = sink.parameter
+        if not keeps_wide(group, parameter):
+            view = sink.view()
+            view.add_(change.to(view.dtype))
+            continue
+        own = state.get(parameter, {})
+        master = own.get("master")
+        if master is not None and master.shape != parameter.shape:
+            own = {}  # A dressed bias: its bucket sees that the parameter was written to.
+        copy = working_copy(parameter, own)
+        sink.view(copy).add_(change)
+        if "master" in own:
+            own["master"].copy_(copy)
+        stochastic = group["stochastic_rounding"]
+        parameter.copy_(round_stochastically(copy, parameter.dtype) if stochastic else copy)
 
 
 def put_back(held: Sequence[Held]) -> None:

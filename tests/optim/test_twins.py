@@ -232,6 +232,33 @@ def test_moving_accepts_translations_and_refuses_undressed_units():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[key][entry]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_of_output_biases_take_the_compensation(dtype):
+    """Steps below the rounding of a narrow bias add up in its master."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=11)
+    model = GPT2LMHeadModel(config).eval()
+    attention = model.transformer.h[0].attn
+    with torch.no_grad():
+        for bias in (attention.c_attn.bias, attention.c_proj.bias):
+            bias.normal_()
+    model = model.to(dtype)
+    optimizer = qo.QuotientAdam(model, lr=1e-5, master_weights=True)
+    bias = attention.c_proj.bias
+    outputs, ids = [], torch.arange(8)[None]
+    for _ in range(30):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        master = optimizer.state[bias]["master"]
+        assert torch.equal(master.to(dtype), bias)
+        outputs.append(
+            master + attention.c_proj.weight.float().mT @ attention.c_attn.bias[32:].float()
+        )
+    moved = torch.stack(outputs).diff(dim=0).abs().max()
+    assert 0 < moved < 1.2e-5
+
+
 def test_clipping_is_invariant():
     """The dressed norm does not see the gauge; the Euclidean norm does."""
     model = small_model("gpt")
