@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,21 @@ from torch import nn
 from quotientopt.groups import GL, Scale, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.assemble import scale_of, symmetries_of
-from quotientopt.symmetries.discovery.charges import LIMIT, rows_of
-from quotientopt.symmetries.discovery.pairs import FoundPair, common_module, find_pairs
+from quotientopt.symmetries.discovery.charges import LIMIT, Rows, rows_of
+from quotientopt.symmetries.discovery.linked_rows import (
+    Index,
+    grouped_values,
+    linked_pairs,
+    several_readers,
+)
+from quotientopt.symmetries.discovery.pairs import FoundPair, Taken, common_module, within
 from quotientopt.symmetries.discovery.point import Call, GenericPoint, Gradients, calls_of
 from quotientopt.symmetries.discovery.proof import Prover
+from quotientopt.symmetries.discovery.queries_keys import (
+    queries_and_keys,
+    scores_alone,
+    shared_rotary_keys,
+)
 from quotientopt.symmetries.discovery.stream import FoundStream, analysed, find_stream
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.registry import looks_like_attention, qualified
@@ -109,7 +120,7 @@ def discover(
             else:
                 found.not_exercised.append(path)
         inside = [
-            name for name, _ in model.named_parameters() if any(_within(name, p) for p in pieces)
+            name for name, _ in model.named_parameters() if any(within(name, p) for p in pieces)
         ]
         found.not_examined = [n for n, _ in model.named_parameters() if n not in inside]
         found.stream = find_stream(
@@ -135,7 +146,7 @@ def _examine(
     pairs = [
         pair
         for pair in find_pairs(cuts, _numbers(module), suspects)
-        if not any(_within(path, _scope(pair)) for path in still)
+        if not any(within(path, _scope(pair)) for path in still)
     ]
     noise = max(
         (rows.precision for cut in cuts for rows in cut if rows.precision < LIMIT), default=0.0
@@ -172,6 +183,51 @@ def _examine(
         for scale in good_scales
     ]
     found.not_exercised += [qualified(prefix, path) for path in idle]
+
+
+def find_pairs(
+    cuts: Sequence[Sequence[Rows]], ranks: Collection[int] = (), attentions: Collection[str] = ()
+) -> list[FoundPair]:
+    """All factor pairs; none shares rows with another.
+
+    Parameters
+    ----------
+    cuts : sequence of sequence of Rows
+        As from :func:`~quotientopt.symmetries.discovery.charges.rows_of`.
+    ranks : collection of int
+        Sizes that heads may have, where charges alone cannot tell.
+    attentions : collection of str
+        Paths of modules that look like attention, where fused matrices are cut in more ways.
+    """
+    versions = [rows for cut in cuts for rows in cut]
+    rank = {id(rows): number for cut in cuts for number, rows in enumerate(cut)}
+    index = Index(versions)
+    linear = list(linked_pairs(index, rank))
+    taken = Taken()
+    values = [pair for pair in linear if not pair.scores and pair.rank > 1]
+    linked = {pair.left[0][0].key for pair in linear} | {pair.right[0].key for pair in linear}
+    values += grouped_values(index, [v for v in versions if not v.output and v.key not in linked])
+    values += several_readers(versions, linked | {pair.right[0].key for pair in values})
+    kept = [p for p in sorted(values, key=_size) if p.rank > 1 and taken.add(p)]
+    # Queries and keys by the layout of the values, and as single rows show them: the larger group.
+    scores = [pair for pair in linear if pair.scores]
+    for pair in kept:
+        scores += queries_and_keys(pair, cuts, taken)
+    kept += [pair for pair in sorted(scores, key=_size) if taken.add(pair)]
+    for pair in [pair for pair in kept if pair.scores]:
+        kept += [found for found in shared_rotary_keys(pair, cuts, taken) if taken.add(found)]
+    units = [pair for pair in (*linear, *values) if pair.rank == 1]
+    kept += [pair for pair in sorted(units, key=_size) if taken.add(pair)]
+    sizes = {*ranks, *(pair.rank for pair in kept)}
+    alone = list(scores_alone(cuts, taken, sizes, attentions))
+    # Of equal groups the first: a stable sort keeps the order in which sizes were tried.
+    alone.sort(key=lambda pair: -pair.heads * pair.group.dim)
+    return [*kept, *(pair for pair in alone if taken.add(pair))]
+
+
+def _size(pair: FoundPair) -> tuple[int, int]:
+    """Largest group first; of equal ones the one in more heads."""
+    return -pair.heads * pair.group.dim, -pair.heads
 
 
 def _numbers(module: nn.Module) -> set[int]:
@@ -275,11 +331,11 @@ class _Names:
             kind = "qk"
             # Called after the attention, also where queries and keys are one matrix inside it.
             around = [_scope(p) for p in pairs if not p.scores and p.rank > 1]
-            scope = max((s for s in around if _within(scope, s)), key=len, default=scope)
+            scope = max((s for s in around if within(scope, s)), key=len, default=scope)
         elif pair.rank == 1 and pair.heads > 1:
             kind = "units"
         elif _in_heads(pair) or any(
-            other.scores and other.heads == 1 and _within(_scope(other), scope) for other in pairs
+            other.scores and other.heads == 1 and within(_scope(other), scope) for other in pairs
         ):
             kind = "vo"
         else:
@@ -336,17 +392,13 @@ def _idle(module: nn.Module, gradients: Gradients) -> list[str]:
     found: list[str] = []
     for path, part in module.named_modules():
         own = [qualified(path, name) for name, _ in part.named_parameters()]
-        if own and all(name in idle for name in own) and not any(_within(path, p) for p in found):
+        if own and all(name in idle for name in own) and not any(within(path, p) for p in found):
             found.append(path)
     return found
 
 
 def _parameters(module: nn.Module, path: str) -> Iterator[nn.Parameter]:
     return module.get_submodule(path).parameters()
-
-
-def _within(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _pieces(module: nn.Module, path: str, budget: int) -> Iterator[str]:
