@@ -210,7 +210,7 @@ def test_layers_over_a_quantised_base_are_known_by_name():
         def forward(self, x):
             return self.lora_B["default"](self.lora_A["default"](x))
 
-    Linear4bit.__module__ = "peft.tuners.lora.bnb"
+    Linear4bit.__module__ = Linear4bit.forward.__module__ = "peft.tuners.lora.bnb"
     Linear4bit.__qualname__ = "Linear4bit"
     pairs = find_trained_pairs(nn.Sequential(Linear4bit())).heads
     assert [(pair.name, pair.rank, pair.columns) for pair in pairs] == [
