@@ -317,12 +317,12 @@ def test_the_census_is_the_null_space(name, monkeypatch):
     assert null(model) == sum(kinds.values()) + missing
 
 
-def test_hidden_units_are_found_from_a_batch():
-    """Without a map made by hand: from the class heads and norms, from the batch hidden units."""
+def test_hidden_units_are_found_with_and_without_a_batch():
+    """Without a map made by hand: the class tells heads, norms and hidden units."""
     model = random(llama(True))
     batch = {"input_ids": tokens(7)}
     assert redundancy(model, example_inputs=batch).kinds == LLAMA
-    assert "scales of hidden units" not in redundancy(model).kinds
+    assert redundancy(model).kinds == LLAMA
     found = qo.invariants(model, example_inputs=batch)
     assert any(invariant.left.shape[:2] == (16, 1) for invariant in found.values())
 

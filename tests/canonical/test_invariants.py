@@ -15,7 +15,7 @@ def test_two_gauges_have_one_invariant(name):
     model, _ = example(name)
     twin = twin_of(model, residual=False)
     ours, theirs = invariants(model), invariants(twin)
-    assert list(ours) == [symmetry.name for symmetry in qo.find_symmetries(model).heads]
+    assert list(ours) == [symmetry.name for symmetry in qo.find_symmetries(model).pairs]
     for key, one in ours.items():
         two = theirs[key]
         for tensor in ("left", "right", "singular_values"):
@@ -36,14 +36,15 @@ def test_dense_is_the_product_with_biases():
     layer = model.transformer.h[0].attn.c_attn
     augmented = torch.cat((layer.weight, layer.bias[None])).mT.detach()
     query, key, _ = augmented.unflatten(0, (3, 3, 8)).unbind(0)
-    assert found.dense().shape == (3, 25, 25)
+    key = key[..., :-1]  # The softmax does not see the bias of keys.
+    assert found.dense().shape == (3, 25, 24)
     assert torch.allclose(found.dense(), query.mT @ key, atol=1e-12)
     values = torch.linalg.svdvals(query.mT @ key)[:, :8]
     assert torch.allclose(found.singular_values, values, atol=1e-12)
     for factor in (found.left, found.right):
         assert torch.allclose(factor @ factor.mT, torch.diag_embed(values), atol=1e-11)
     assert repr(found) == (
-        "FactoredInvariant('transformer.h.0.attn.qk', GL(8), query heads=3, n=25, m=25)"
+        "FactoredInvariant('transformer.h.0.attn.qk', GL(8), query heads=3, n=25, m=24)"
     )
 
 

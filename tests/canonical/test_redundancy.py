@@ -37,8 +37,8 @@ def test_layers():
     assert f"{block.dimension:,}" in text
     assert text.splitlines()[-1] == "6.51% of the parameters are gauge"
     llama = redundancy(small_llama())
-    # Gains of two norms, which the matrices behind them can take up; then O(d) is exact.
-    assert llama.layers["blocks.1"].redundant == 2 * (8 + 64) + 2 * 32
+    # Hidden units, and gains of two norms, which the matrices behind them take up: O(d) is exact.
+    assert llama.layers["blocks.1"].redundant == 2 * (8 + 64) + 96 + 2 * 32
     assert llama.residual == 32 * 31 // 2
     tied = redundancy(small_gpt2())
     assert tied.layers["outside the layers"].parameters == (50 + 16) * 24 + 2 * 24
