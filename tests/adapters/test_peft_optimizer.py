@@ -212,6 +212,7 @@ def test_layers_over_a_quantised_base_are_known_by_name():
 
     Linear4bit.__module__ = Linear4bit.forward.__module__ = "peft.tuners.lora.bnb"
     Linear4bit.__qualname__ = "Linear4bit"
+    Linear4bit.forward.__qualname__ = "Linear4bit.forward"
     pairs = find_trained_pairs(nn.Sequential(Linear4bit())).heads
     assert [(pair.name, pair.rank, pair.columns) for pair in pairs] == [
         ("0.lora.default", 2, (5, 6))
