@@ -209,6 +209,11 @@ class InvariantPoints(nn.Module):
             In the chart, or if a pair is rank-deficient. Nothing is changed then.
         """
         self._require_pair("to_section_")
+        for name, (A, B) in self._read().pairs(self.shape).items():
+            try:
+                self._require_full_rank(name, A, B)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         redress_(self, self.section if section is None else section, optimizer)
 
     def chart_condition(self) -> dict[str, Tensor]:
@@ -298,6 +303,7 @@ class InvariantPoints(nn.Module):
                     )
                     pairs[name] = (charts[name].left, B)
                 else:
+                    self._require_full_rank(name, A, B)
                     manifold = self.manifolds()[name]
                     pairs[name] = manifold.section((wide(A), wide(B)), self.section)[0]
             except ValueError as error:
@@ -308,6 +314,10 @@ class InvariantPoints(nn.Module):
             layer.free.copy_(chart.free)
             layer.columns.copy_(chart.columns)
             layer.scale.copy_(chart.scale)
+
+    def _require_full_rank(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Refuse pairs that are no points of fixed rank: the SVD section knows lower ranks too."""
+        self.manifolds()[name].section((wide(A), wide(B)), "balanced")
 
     def _write(self, pairs: Mapping[str, Pair], output_bias: Tensor | None = None) -> None:
         matrices = Matrices.of_pairs(pairs, self.shape, output_bias)

@@ -197,22 +197,23 @@ def test_a_quantised_base_is_no_obstacle():
     assert all(p is not layer.weight for p in optimizer.param_groups[0]["params"])
 
 
+class Linear4bit(nn.Module):
+    """Built like peft's, which needs bitsandbytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.r, self.lora_variant = {"default": 2}, {}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 5, bias=False)})
+
+    def forward(self, x):
+        return self.lora_B["default"](self.lora_A["default"](x))
+
+
+Linear4bit.__module__ = "peft.tuners.lora.bnb"
+
+
 def test_layers_over_a_quantised_base_are_known_by_name():
-    class Linear4bit(nn.Module):
-        """Built like peft's, which needs bitsandbytes."""
-
-        def __init__(self):
-            super().__init__()
-            self.r, self.lora_variant = {"default": 2}, {}
-            self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 2, bias=False)})
-            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 5, bias=False)})
-
-        def forward(self, x):
-            return self.lora_B["default"](self.lora_A["default"](x))
-
-    Linear4bit.__module__ = Linear4bit.forward.__module__ = "peft.tuners.lora.bnb"
-    Linear4bit.__qualname__ = "Linear4bit"
-    Linear4bit.forward.__qualname__ = "Linear4bit.forward"
     pairs = find_trained_pairs(nn.Sequential(Linear4bit())).heads
     assert [(pair.name, pair.rank, pair.columns) for pair in pairs] == [
         ("0.lora.default", 2, (5, 6))

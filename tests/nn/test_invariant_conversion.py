@@ -73,6 +73,17 @@ def test_sources_that_are_refused(build, error, message, parametrization):
         assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7))
 
 
+def test_no_section_for_pairs_that_lost_their_rank():
+    module = InvariantAttention.from_attention(Attention(WIDTH, HEADS, 2))
+    with torch.no_grad():
+        module.value.weight[3] = module.value.weight[4]
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="vo: right factor B is rank-deficient"):
+        module.to_section_()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
