@@ -71,14 +71,14 @@ def test_a_symmetry_that_is_not_exact(source, capsys, monkeypatch):
     """Exit status 1, and the number stands in the output."""
     found = qo.find_symmetries
 
-    def wrong(model):
+    def wrong(model, **inputs):
         heads = [
             qo.HeadSymmetry(s.left_blocks, s.right_blocks, qo.groups.GL(s.rank), s.name)
             for s in found(model).heads
         ]
         return qo.SymmetryMap(heads)
 
-    monkeypatch.setattr("quotientopt.symmetries.find_symmetries", wrong)
+    monkeypatch.setattr("quotientopt.checkpoints.outputs.find_symmetries", wrong)
     assert main(["inspect", str(source)]) == inspect_command.NOT_EXACT == 1
     assert "2 NOT EXACT" in capsys.readouterr().out
 
