@@ -73,7 +73,7 @@ def test_plots():
 def test_plots_say_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'quotientopt\[compare\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'matplotlib>=3.8'"):
         checks.check_projection(MANIFOLD).plot()
 
 
