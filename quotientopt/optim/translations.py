@@ -54,7 +54,9 @@ def begin(absorbed: Sequence[tuple[HeadSymmetry, Mapping[str, Any]]]) -> list[He
     for symmetry, _ in absorbed:
         bias, sink = _blocks(symmetry)
         own = sink.parameter.grad
-        if own is None:
+        gradients = [own, *(block.parameter.grad for block in symmetry.left_blocks)]
+        # Sparse ones are left as they are, for the step to refuse by name.
+        if own is None or any(g is not None and g.layout != torch.strided for g in gradients):
             continue
         replaced: dict[Tensor, Tensor] = {}
         for block in symmetry.left_blocks:
