@@ -77,8 +77,9 @@ class Family:
     title : str
         Name in the documentation's table.
     class_name : str
-    settings : dict
-        Of the configuration.
+    configuration : dict
+        Settings of the configuration; ``settings`` is a copy, since configurations of transformers
+        change the dictionaries they are given.
     inputs : callable
         Makes the keyword arguments of a call.
     attentions : int
@@ -100,7 +101,7 @@ class Family:
 
     title: str
     class_name: str
-    settings: dict[str, Any]
+    configuration: dict[str, Any]
     inputs: Callable[[], dict[str, Tensor]] = text
     attentions: int = 2
     groups: tuple[str | None, ...] = ("GL(8)", "GL(8)")
@@ -109,6 +110,10 @@ class Family:
     folds: bool = False
     tied: bool = True
     width: int = WIDTH
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return copy.deepcopy(self.configuration)
 
     @property
     def claimed(self) -> list[str]:
