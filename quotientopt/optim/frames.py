@@ -98,8 +98,8 @@ class HeadFrames:
         place = self._places[id(slice_.symmetry)]
         return place + len(self.symmetries) if slice_.side == "right" else place
 
-    def grams(self) -> Tensor:
-        """Gram matrices of all factors, shape ``(2S, heads, r, r)``.
+    def grams(self, contragredient: Tensor | None = None) -> Tensor:
+        """Gram matrices of all factors, shape ``(2S, heads, r, r)``; dressed ones where given how.
 
         Without biases that may be translated, or the dressing would see by how much.
         """
@@ -115,6 +115,8 @@ class HeadFrames:
         for entries in by_size.values():
             stacked = torch.stack([block.view() for _, block in entries]).to(self.gram_dtype)
             places = torch.tensor([place for place, _ in entries], device=grams.device)
+            if contragredient is not None:
+                stacked = contragredient.index_select(0, places) @ stacked
             grams.index_add_(0, places, stacked @ stacked.mT)
         return grams
 
@@ -123,6 +125,8 @@ class HeadFrames:
 
         Where one factor of a head is rank-deficient (zero at the start, say), its partner's
         orthonormal coordinates serve for both: its Gram is taken to be the partner's inverse.
+        Otherwise the dressed factors are dressed once more: Grams of factors of condition κ leave
+        a field right to ε κ² only, and the second one, close to the identity, to ε.
 
         Raises
         ------
@@ -131,14 +135,16 @@ class HeadFrames:
         """
         grams = self.grams()
         supplemented, substituted = self._supplement(grams)
-        dressing = head_dressing(self.kind, self.group, *supplemented.chunk(2))
-        contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
-        fresh = FreshDressing(
-            torch.cat([dressing.left, dressing.right]),
-            contragredient,
-            contragredient @ grams @ contragredient.mT,
-            substituted,
-        )
+        field, contragredient = self._fields(supplemented)
+        dressed = contragredient @ grams @ contragredient.mT
+        # The coordinates of "orthonormal" are not those of one group element.
+        one_element = self.kind != "orthonormal" and not holds_rotations_only(self.group)
+        if substituted is None and one_element:
+            grams = self.grams(contragredient)
+            again, again_contragredient = self._fields(grams)
+            field, contragredient = again @ field, again_contragredient @ contragredient
+            dressed = again_contragredient @ grams @ again_contragredient.mT
+        fresh = FreshDressing(field, contragredient, dressed, substituted)
         if not self.joint:
             return fresh
         return FreshDressing(
@@ -146,6 +152,14 @@ class HeadFrames:
             block_diagonal(fresh.contragredient),
             block_diagonal(fresh.weights_gram),
             None if substituted is None else substituted.any(-1, keepdim=True),
+        )
+
+    def _fields(self, grams: Tensor) -> tuple[Tensor, Tensor]:
+        """Dressing fields of both sides and their inverse transposes, each ``(2S, heads, r, r)``."""
+        dressing = head_dressing(self.kind, self.group, *grams.chunk(2))
+        return (
+            torch.cat([dressing.left, dressing.right]),
+            torch.cat([dressing.left_contragredient, dressing.right_contragredient]),
         )
 
     def _supplement(self, grams: Tensor) -> tuple[Tensor, Tensor | None]:

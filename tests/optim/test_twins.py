@@ -98,7 +98,7 @@ def test_twins_in_frames_over_all_heads(build):
     assert "residual" in element
     assert (
         deviation(model, twin, lambda m: quotient_adam(m, row_frame="per_matrix", polar=True))
-        < 1e-9
+        < 1e-10
     )
     assert deviation(model, twin, adamw) > 1e-4
 
