@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from quotientopt.compare.environment import describe_environment
-from quotientopt.optim.update import COMPOSITION, orthogonalise, polar_direction
+from quotientopt.optim.update import (
+    COMPOSITION,
+    NARROW_COMPOSITION,
+    bfloat16_product,
+    orthogonalise,
+    polar_direction,
+)
 
 LOWER = 0.01
 DEGREES = (9, 9, 5)
+# For narrow products: small coefficients, and room for rounding.
+NARROW_DEGREES, NARROW_MARGIN = (5, 5, 5, 5), 0.02
 SHAPES = ((128, 128), (384, 384), (768, 768), (128, 512))
 # Of arXiv 2505.16932, for singular values over 1.01 times the Frobenius norm.
 POLAR_EXPRESS = (
@@ -50,13 +59,18 @@ def minimax(low: float, high: float, degree: int) -> tuple[list[float], float]:
     return list(found.x[:-1] / high**powers), float(found.x[-1])
 
 
-def composition() -> tuple[list[list[float]], float]:
-    """The polynomials of `DEGREES` for singular values down to `LOWER`, and the final error."""
+def composition(
+    degrees: Sequence[int] = DEGREES, margin: float = 0.0
+) -> tuple[list[list[float]], float]:
+    """Polynomials of these degrees for singular values down to `LOWER`, and the final error.
+
+    Each expects those of the one before to be off by ``margin`` more than they are.
+    """
     low, high, found, error = LOWER, 1.0, [], 1.0
-    for degree in DEGREES:
+    for degree in degrees:
         coefficients, error = minimax(low, high, degree)
         found.append(coefficients)
-        low, high = 1 - error, 1 + error
+        low, high = 1 - error - margin, 1 + error + margin
     return found, error
 
 
@@ -69,9 +83,13 @@ def main() -> int:
     """Print and write the coefficients, their error and the cosines."""
     coefficients, error = composition()
     print("coefficients", [[round(c, 7) for c in own] for own in coefficients], "error", error)
+    narrow, narrow_error = composition(NARROW_DEGREES, NARROW_MARGIN)
+    print("narrow", [[round(c, 7) for c in own] for own in narrow], "error", narrow_error)
     held = max(
         abs(a - b)
-        for own, theirs in zip(coefficients, COMPOSITION, strict=True)
+        for own, theirs in zip(
+            (*coefficients, *narrow), (*COMPOSITION, *NARROW_COMPOSITION), strict=True
+        )
         for a, b in zip(own, theirs, strict=True)
     )
     print("largest difference from those of the optimizer", held)
@@ -87,6 +105,7 @@ def main() -> int:
             "shape": shape,
             "step of 0.1.0": cosine(orthogonalise(matrix, None), U @ Vt),
             "composition": cosine(polar_direction(matrix, None), U @ Vt),
+            "in bfloat16": cosine(polar_direction(matrix, None, bfloat16_product), U @ Vt),
             "polar express": cosine(U @ express.diag_embed() @ Vt, U @ Vt),
         }
         rows.append(row)
@@ -97,6 +116,8 @@ def main() -> int:
         "lower": LOWER,
         "coefficients": coefficients,
         "error": error,
+        "narrow coefficients": narrow,
+        "narrow error": narrow_error,
         "cosines, seed 0": rows,
     }
     RESULT.write_text(json.dumps(record, indent=1) + "\n")

@@ -12,6 +12,7 @@ from quotientopt._linalg import compute_dtype
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
 from quotientopt.optim.slices import Slice
 from quotientopt.optim.update import (
+    Product,
     direction,
     ema_,
     gated,
@@ -19,6 +20,7 @@ from quotientopt.optim.update import (
     next_eigenframe,
     orthogonalise,
     polar_direction,
+    products_at,
     residual_eigenframe,
     rotate_,
     round_stochastically,
@@ -26,8 +28,9 @@ from quotientopt.optim.update import (
     two_sided,
 )
 
-# Elements of one chunk of an update on a CPU, whose six arrays then fit into a second-level cache.
-CHUNK = 65536
+# Elements of one chunk of an update on a CPU: few products of small matrices at a time cost calls,
+# many cost cache.
+CHUNK = 262144
 
 
 def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:
@@ -267,12 +270,14 @@ class Bucket:
             self.device_steps.add_(1 if gate is None else gate)
         frames = self.residual_frames()
         heads = None if self.heads is None else self.of_heads(self.heads.frame).mT
-        for rows in self._chunks():
-            frame = None if frames is None else frames[rows]
-            framed = two_sided(None, dressed[rows], frame)
-            update = self._direction(rows, framed, group, gate)
-            update = self._turn_back(update, None if heads is None else heads[rows], frame)
-            self._add_to_parameters(rows, update, group, gate)
+        with products_at(group["precision"], self.dtype, self.device) as multiply:
+            for rows in self._chunks():
+                frame = None if frames is None else frames[rows]
+                left = None if heads is None else heads[rows]
+                framed = two_sided(None, dressed[rows], frame, multiply)
+                update = self._direction(rows, framed, group, gate)
+                update = self._turn_back(update, left, frame, multiply)
+                self._add_to_parameters(rows, update, group, gate)
 
     def _chunks(self) -> list[slice]:
         count = size = len(self.slices)
@@ -304,11 +309,12 @@ class Bucket:
             nesterov=group["nesterov"] and self.framed,
         )
 
-    def _turn_back(self, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
+    def _turn_back(
+        self, update: Tensor, left: Tensor | None, frame: Tensor | None, multiply: Product
+    ) -> Tensor:
         """Turn an update back from its frames, its singular values made nearly equal.
 
-        Those of each head by itself, which trains as well as the whole matrix and takes r×r
-        products in place of n×n; of a matrix without heads all together.
+        Those of the whole matrix, or with ``polar="step"`` of each head by itself.
 
         Parameters
         ----------
@@ -318,18 +324,20 @@ class Bucket:
             uᵀ of the head frames, ``(L, 1, heads, r, r)``.
         frame : Tensor, optional
             Q, ``(L, n, n)``.
+        multiply : callable
+            The product of rotations and polar steps.
         """
         back = None if frame is None else frame.mT
         if self.orthogonalises and self.options["polar"] != "step":
-            whole = polar_direction(update.flatten(1, -2), back).view(update.shape)
-            return whole if left is None else left @ whole
+            whole = polar_direction(update.flatten(1, -2), back, multiply).view(update.shape)
+            return whole if left is None else multiply(left, whole)
         if left is not None:
             if self.orthogonalises:
-                left = left @ row_polar_factor(update)
-            return two_sided(None, left @ update, back)
+                left = multiply(left, row_polar_factor(update))
+            return two_sided(None, multiply(left, update), back, multiply)
         if not self.orthogonalises:
-            return two_sided(None, update, back)
-        return orthogonalise(update.flatten(1, -2), back).view(update.shape)
+            return two_sided(None, update, back, multiply)
+        return orthogonalise(update.flatten(1, -2), back, multiply).view(update.shape)
 
     def _add_to_parameters(
         self, rows: slice, update: Tensor, group: Mapping[str, Any], gate: Tensor | None
@@ -339,19 +347,20 @@ class Bucket:
             lr = lr.reshape(())
         if gate is not None:
             lr = gate * lr
+        rate = lr * group["update_scale"] if self.slices[0].takes_scale else lr
         blocks = len(self.slices[0].blocks)
         views = self.views()[rows.start * blocks : rows.stop * blocks]
         update = update.reshape(-1, blocks, *self.slices[0].shape[1:])
         if views[0].dtype != self.dtype:
-            self._add_and_round(rows, views, update.mul_(lr), 1 - lr * weight_decay)
+            self._add_and_round(rows, views, update.mul_(rate), 1 - lr * weight_decay)
             return
         torch._foreach_mul_(views, 1 - lr * weight_decay)
         updates = list(update.flatten(0, 1).unbind())
-        if isinstance(lr, Tensor):
-            torch._foreach_mul_(updates, lr)
+        if isinstance(rate, Tensor):
+            torch._foreach_mul_(updates, rate)
             torch._foreach_sub_(views, updates)
         else:
-            torch._foreach_add_(views, updates, alpha=-lr)
+            torch._foreach_add_(views, updates, alpha=-rate)
 
     def _add_and_round(
         self, rows: slice, views: list[Tensor], update: Tensor, decay: float | Tensor

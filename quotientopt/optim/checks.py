@@ -13,6 +13,7 @@ from quotientopt._linalg import wide_dtype
 from quotientopt.optim.dressing import HEAD_FRAMES
 from quotientopt.optim.pairs import PAIR_METRICS
 from quotientopt.optim.slices import SIDES, TRANSPORTED, Slices
+from quotientopt.optim.update import PRECISIONS
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
@@ -70,6 +71,12 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         raise ValueError(f"row_frame must be {choices}, got {options['row_frame']!r}")
     if options["polar"] != "step" and not isinstance(options["polar"], bool):
         raise ValueError(f"polar must be True, 'step' or False, got {options['polar']!r}")
+    if options["precision"] not in PRECISIONS:
+        choices = " or ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be {choices}, got {options['precision']!r}")
+    scale = options["update_scale"]
+    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ValueError(f"update_scale must be a positive number, got {scale!r}")
     every = options["refresh_every"]
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"refresh_every must be a positive integer, got {every!r}")

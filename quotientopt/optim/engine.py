@@ -59,6 +59,7 @@ class Engine:
                 id(heads),
                 slice_.shape,
                 slice_.residual,
+                slice_.takes_scale,
                 slice_.parameter.dtype,
                 slice_.parameter.device,
                 len(grouped) if options["foreach"] is False else None,

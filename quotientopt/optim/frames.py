@@ -155,7 +155,7 @@ class HeadFrames:
         )
 
     def _fields(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """Dressing fields of both sides and their inverse transposes, each ``(2S, heads, r, r)``."""
+        """Dressing fields of both sides, and their inverse transposes, ``(2S, heads, r, r)``."""
         dressing = head_dressing(self.kind, self.group, *grams.chunk(2))
         return (
             torch.cat([dressing.left, dressing.right]),

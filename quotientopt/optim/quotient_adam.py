@@ -36,7 +36,10 @@ class QuotientAdam(SymmetricOptimizer):
     frame:
 
     .. math:: m \leftarrow β_1 m + (1-β_1)\, u∂Q, \quad v \leftarrow β_2 v + (1-β_2) (u∂Q)^2,
-       \quad W \leftarrow (1 - ηλ) W - η\, u^T \frac{\hat m}{\sqrt{\hat v} + ε} Q^T.
+       \quad D = \frac{\hat m}{\sqrt{\hat v} + ε},
+       \quad W \leftarrow (1 - ηλ) W - ηs\, u^T p(D) Q^T,
+
+    p(D) the polar factor of D at the size of D and s = ``update_scale``.
 
     Head frames u = O g₀ come from a section g₀ of the pair and the eigenvectors O of the dressed
     gradient covariance; residual frames Q from the eigenvectors of the covariance of dressed
@@ -50,7 +53,7 @@ class QuotientAdam(SymmetricOptimizer):
         A model, whose symmetries are found by :func:`quotientopt.find_symmetries`; or tensors,
         named tensors or param-group dicts, with ``symmetries`` from the caller.
     lr : float or Tensor
-        Learning rate.
+        Learning rate, on AdamW's scale.
     betas : tuple of float
         Decay of the moments.
     eps : float
@@ -71,11 +74,10 @@ class QuotientAdam(SymmetricOptimizer):
         of the dressed covariance. ``"orthonormal"``: each factor seen through orthonormal
         coordinates of its partner, likewise turned. ``"svd"``: the singular vectors of AᵀB alone,
         not turned. Under a group of rotations all three are eigenframes.
-    row_frame : {"per_head", "per_matrix"}
-        What the eigenframe of a head frame turns: each head's rows by themselves, or those of all
-        heads of a matrix together, which frames the matrix on both sides as SOAP does. The latter
-        follows the covariance by orthogonal iteration; its eigenvalues lie closer, so that rounding
-        is amplified about ten times as much.
+    row_frame : {"per_matrix", "per_head"}
+        What the eigenframe of a head frame turns: the rows of all heads of a matrix together, which
+        frames the matrix on both sides as SOAP does and follows the covariance by orthogonal
+        iteration; or each head's rows by themselves, by eigen-decompositions of r × r matrices.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     refresh_every : int
@@ -89,8 +91,18 @@ class QuotientAdam(SymmetricOptimizer):
     polar : bool or "step"
         True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
         of a matrix together, by a composition of polynomials that ends within 3 %. "step": one
-        polynomial step towards it, head by head (the default). Both commute with rotations, so that
-        nothing is lost of the equivariance. False: Adam's direction as it is.
+        polynomial step towards it, head by head, as in version 0.1.0. Both commute with rotations,
+        so that nothing is lost of the equivariance. False: Adam's direction as it is.
+    update_scale : float
+        Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F; weight
+        decay stays ηλ. Its singular values being nearly equal, its spectral norm is several
+        times smaller than that of AdamW's update: with four, AdamW's learning rate is right
+        (``benchmarks/learning_rates.py``). Biases, LoRA pairs and parameters without frames have
+        Adam's size.
+    precision : {"highest", "high", "fast"}
+        Of the products of rotations and polar steps in float32: as they are, in TF32 on CUDA
+        devices, or of factors rounded to bfloat16. Grams, sections, frames and LoRA pairs keep the
+        whole precision, whatever autocast and torch's switches say; twins part by the rounding.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
         coordinates of its partner, made at every step at first and every ``refresh_every`` later
@@ -156,12 +168,14 @@ class QuotientAdam(SymmetricOptimizer):
         example_inputs: Any = None,
         hidden_units: bool = False,
         head_frame: Literal["balanced", "orthonormal", "svd"] | None = "balanced",
-        row_frame: Literal["per_head", "per_matrix"] = "per_head",
+        row_frame: Literal["per_matrix", "per_head"] = "per_matrix",
         residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
         nesterov: bool = True,
-        polar: bool | Literal["step"] = "step",
+        polar: bool | Literal["step"] = True,
+        update_scale: float = 4.0,
+        precision: Literal["highest", "high", "fast"] = "highest",
         lora_frame: Literal["transported", "balanced", "orthonormal", "svd"] | None = "transported",
         lora_polar: bool = False,
         master_weights: bool = False,
@@ -182,6 +196,8 @@ class QuotientAdam(SymmetricOptimizer):
             "max_grad_norm": max_grad_norm,
             "nesterov": nesterov,
             "polar": polar,
+            "update_scale": update_scale,
+            "precision": precision,
             "lora_frame": lora_frame,
             "lora_polar": lora_polar,
             "master_weights": master_weights,
@@ -363,4 +379,5 @@ class QuotientAdam(SymmetricOptimizer):
                 # Of version 0.1.0, whose state goes on in the frames it is written in.
                 group["row_frame"] = "per_head"
                 group["polar"] = "step" if group["polar"] else False
+                group["update_scale"], group["precision"] = 1.0, "highest"
         super().__setstate__(state)

@@ -37,6 +37,13 @@ def svd_section(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(fields[0]), torch.stack(fields[1])
 
 
+def dressing(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The section's (g, g^{-T}), taken twice: the second time repairs what the first rounded."""
+    g, contragredient = svd_section(A, B)
+    again, again_contragredient = svd_section(contragredient @ A, g @ B)
+    return again @ g, again_contragredient @ contragredient
+
+
 class PlainQuotientAdam:
     """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``.
 
@@ -58,7 +65,9 @@ class PlainQuotientAdam:
         nesterov: bool = False,
         polar: bool | str = False,
         row_frame: str = "per_head",
+        update_scale: float = 4.0,
     ) -> None:
+        self.scale = update_scale
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
         self.params: list[Any] = [p for pair in pairs for p in pair] + list(matrices)
@@ -73,7 +82,7 @@ class PlainQuotientAdam:
         self.t += 1
         fresh = self.t == 1 or self.t % self.refresh == 0
         for i, pair in enumerate(self.pairs if fresh else ()):
-            for side, field in enumerate(svd_section(*pair)):
+            for side, field in enumerate(dressing(*pair)):
                 self.state[2 * i + side]["section"] = self._of_rows(field)
         pooled = sum(self._weights_gram(p, s) for p, s in zip(self.params, self.state, strict=True))
         for p, s in zip(self.params, self.state, strict=True):
@@ -183,7 +192,8 @@ class PlainQuotientAdam:
         update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
-        p.mul_(1 - self.lr * self.decay).sub_(self.lr * update.reshape(p.shape))
+        rate = self.lr * self.scale if "Q" in s or "frame" in s else self.lr
+        p.mul_(1 - self.lr * self.decay).sub_(rate * update.reshape(p.shape))
 
 
 class PlainLowRankAdam:

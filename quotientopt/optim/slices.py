@@ -57,6 +57,13 @@ class Slice:
         """``(M, heads, r, n)``."""
         return (len(self.blocks), *self.blocks[0].size)
 
+    @property
+    def takes_scale(self) -> bool:
+        """Whether its updates are ``update_scale`` times Adam's: matrices in frames, but LoRA's."""
+        framed = self.residual or self.symmetry is not None
+        lora = self.symmetry is not None and is_lora_pair(self.symmetry)
+        return framed and not lora and self.shape[-1] > 1
+
 
 @dataclass(eq=False)
 class Slices:

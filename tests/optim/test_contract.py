@@ -80,16 +80,19 @@ def test_copies_continue_alike(carry):
     assert torch.equal(train(model, optimizer, 7, seed=4), train(other, restored, 7, seed=4))
 
 
-def test_state_holds_tensors_only_and_is_filed_under_parameters():
+@pytest.mark.parametrize(
+    ("row_frame", "heads", "rows"), [("per_head", 4, 8), ("per_matrix", 1, 32)]
+)
+def test_state_holds_tensors_only_and_is_filed_under_parameters(row_frame, heads, rows):
     model = small_model("llama", key_value_heads=4)
-    optimizer = quotient_adam(model)
+    optimizer = quotient_adam(model, row_frame=row_frame)
     train(model, optimizer, 1)
     assert set(optimizer.state) == set(model.parameters())
     for state in optimizer.state.values():
         assert all(isinstance(value, torch.Tensor) for value in state.values())
     query = optimizer.state[model.blocks[0].attention.query.weight]
-    assert query["exp_avg"].shape == (1, 4, 8, 32)
-    assert query["head_frame"].shape == (4, 8, 8)
+    assert query["exp_avg"].shape == (1, heads, rows, 32)
+    assert query["head_frame"].shape == (heads, rows, rows)
     assert query["residual_frame"].shape == (32, 32)
 
 

@@ -32,7 +32,7 @@ def needs_gpu(test):
 
 
 def quotient_adam(model, **options):
-    options = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1} | options
+    options = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1} | options
     return qo.QuotientAdam(model, **options)
 
 

@@ -24,7 +24,8 @@ def heads_only(name):
 
 
 def quotient_adam(model, **options):
-    return qo.QuotientAdam(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, **options)
+    options = {"lr": 7.5e-4, "weight_decay": 0.4} | options
+    return qo.QuotientAdam(model, betas=(0.9, 0.95), **options)
 
 
 def adamw(model):
@@ -243,7 +244,7 @@ def test_masters_of_output_biases_take_the_compensation(dtype):
         for bias in (attention.c_attn.bias, attention.c_proj.bias):
             bias.normal_()
     model = model.to(dtype)
-    optimizer = qo.QuotientAdam(model, lr=1e-5, master_weights=True)
+    optimizer = qo.QuotientAdam(model, lr=1e-5, update_scale=1.0, master_weights=True)
     bias = attention.c_proj.bias
     outputs, ids = [], torch.arange(8)[None]
     for _ in range(30):
