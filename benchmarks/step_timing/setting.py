@@ -21,12 +21,21 @@ class Shape(NamedTuple):
     context: int
 
 
-SHAPES = {"gpt": Shape(4, 128, 4, 256, 128), "gpt2-small": Shape(12, 768, 12, 50257, 1024)}
+SHAPES = {
+    "gpt": Shape(4, 128, 4, 256, 128),
+    "gpt-256": Shape(4, 256, 8, 256, 128),
+    "gpt-512": Shape(4, 512, 16, 256, 128),
+    "gpt2-small": Shape(12, 768, 12, 50257, 1024),
+}
 # Sequences per micro-batch, and tokens of the iterations that are timed.
 SIZES = {
     ("gpt", "cpu"): (16, 2048),
+    ("gpt-256", "cpu"): (16, 2048),
+    ("gpt-512", "cpu"): (16, 2048),
     ("gpt2-small", "cpu"): (1, 1024),
     ("gpt", "cuda"): (256, TOKENS),
+    ("gpt-256", "cuda"): (256, TOKENS),
+    ("gpt-512", "cuda"): (256, TOKENS),
     ("gpt2-small", "cuda"): (8, TOKENS),
 }
 
