@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import png, run_experiment
+from experiment import BANDS, note, png, run_experiment
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -219,6 +219,7 @@ def plot(record: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("validation loss (nats per byte)")
     panels[len(panels) // 2].legend(frameon=False, fontsize=9)
+    note(figure, BANDS)
     return png(figure)
 
 

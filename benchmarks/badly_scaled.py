@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import png, run_experiment
+from experiment import QUOTIENT_SGD, SGD, note, png, run_experiment
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -334,7 +334,7 @@ def plot(record: dict[str, Any]) -> bytes:
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3)
-    styles = {"SGD": ("#000000", "o-"), "QuotientSGD": ("#D55E00", "s-")}
+    styles = {"SGD": (SGD, "o-"), "QuotientSGD": (QUOTIENT_SGD, "s-")}
     rows = record["least_squares"]
     for axes, kind in zip(panels[:2], ("scale", "condition"), strict=True):
         for name, (color, style) in styles.items():
@@ -367,6 +367,7 @@ def plot(record: dict[str, Any]) -> bytes:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
+    note(figure, "points: means over the seeds; bars: from the lowest to the highest seed")
     return png(figure)
 
 

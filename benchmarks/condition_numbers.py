@@ -373,6 +373,8 @@ def measure() -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """One line per start and circuit."""
     lines = [
+        "# Condition numbers of the gauge",
+        "",
         "| weights | what was done | pairs | condition: median | 90 % | largest | above 100 "
         "| sizes ‖A‖/‖B‖ |",
         "|---|---|---|---|---|---|---|---|",

@@ -16,6 +16,15 @@ import torch
 from quotientopt.compare.environment import describe_environment
 from quotientopt.compare.record import write_atomically
 
+# Okabe and Ito's palette. An optimizer has one colour in all pictures, here and in the comparison.
+ADAM, QUOTIENT_ADAM, SGD, QUOTIENT_SGD, FLOW = "#000000", "#D55E00", "#E69F00", "#56B4E9", "#0072B2"
+BANDS = "lines: means over the seeds; bands: from the lowest to the highest seed"
+
+
+def note(figure: Any, text: str) -> None:
+    """A line below all panels: what bands and marks are."""
+    figure.supxlabel(text, fontsize=8, color="0.35")
+
 
 def png(figure: Any) -> bytes:
     """A matplotlib figure as a PNG, without a display."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import png, run_experiment
+from experiment import ADAM, FLOW, QUOTIENT_ADAM, SGD, note, png, run_experiment
 from torch import Tensor, nn
 
 import quotientopt as qo
@@ -40,10 +40,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "QuotientAdam": lambda model, rate: qo.QuotientAdam(model, lr=rate, weight_decay=0),
 }
 COLORS = {
-    "gradient flow": "#000000",
-    "SGD": "#0072B2",
-    "Adam": "#D55E00",
-    "QuotientAdam": "#009E73",
+    "gradient flow": FLOW,
+    "SGD": SGD,
+    "Adam": ADAM,
+    "QuotientAdam": QUOTIENT_ADAM,
 }
 
 
@@ -241,7 +241,7 @@ def plot(record: dict[str, Any]) -> bytes:
             style = "-" if name == "gradient flow" else "--"
             charges.plot(progress(run), line, style, color=COLORS[name], linewidth=1, label=label)
     charges.set_title("diagonal entries of AAᵀ − BBᵀ, both heads and pairs")
-    charges.set_xlabel("share of the run")
+    charges.set(xlabel="share of the run", ylabel="entry of the charge C")
     flow = entry["flow"]
     drift.semilogy(progress(flow)[1:], flow["drift"][1:], color=COLORS["gradient flow"])
     drift.annotate("gradient flow", (1, 3 * flow["drift"][-1]), ha="right")
@@ -256,7 +256,7 @@ def plot(record: dict[str, Any]) -> bytes:
                 label=label,
             )
     drift.set_title("drift of the charges, relative")
-    drift.set_xlabel("share of the run")
+    drift.set(xlabel="share of the run", ylabel="‖C − C₀‖ / (‖AAᵀ‖ + ‖BBᵀ‖)")
     for name in OPTIMIZERS:
         runs = entry["runs"][name]
         for part, style, values in (
@@ -267,19 +267,22 @@ def plot(record: dict[str, Any]) -> bytes:
             label = f"{name}, {part}: rate^{power:.2f}"
             powers.loglog(rates, values, f"o{style}", color=COLORS[name], label=label, ms=4)
     powers.set_title("drift against the rate")
-    powers.set_xlabel("rate")
+    powers.set(xlabel="learning rate", ylabel="‖C − C₀‖ / (‖AAᵀ‖ + ‖BBᵀ‖)")
     powers.set_ylim(1e-9, None)
+    powers.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    powers.minorticks_off()
     for name in OPTIMIZERS:
         run = entry["runs"][name][-1]
         pairs = zip(run["vertical_length"], run["horizontal_length"], strict=True)
         share = [v / (v + h) for v, h in pairs]
         gauge.plot(progress(run), share, color=COLORS[name], label=f"{name}, rate {run['rate']:g}")
     gauge.set_title("vertical length over vertical + horizontal length so far")
-    gauge.set_xlabel("share of the run")
+    gauge.set(xlabel="share of the run", ylabel="vertical share of the length")
     gauge.set_ylim(-0.02, None)
     for axes in (charges, drift, powers, gauge):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
+    note(figure, "first of the seeds; fainter lines have lower rates")
     return png(figure)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import png, run_experiment
+from experiment import ADAM, QUOTIENT_ADAM, QUOTIENT_SGD, note, png, run_experiment
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,7 +46,7 @@ RATES = {
     "projected flow (QuotientSGD)": (3e-3, 1e-2, 3e-2),
     "QuotientAdam": (1.6e-2, 3.2e-2, 6.4e-2),
 }
-COLORS = ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
+COLORS = (ADAM, "#0072B2", "#009E73", QUOTIENT_SGD, QUOTIENT_ADAM)
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
@@ -239,6 +239,7 @@ def plot(record: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9)
+    note(figure, "one line for each seed")
     return png(figure)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import png, run_experiment
+from experiment import BANDS, note, png, run_experiment
 from torch import Tensor, nn
 
 from quotientopt._linalg import random_orthogonal
@@ -264,6 +264,7 @@ def plot(record: dict[str, Any]) -> bytes:
     axes.set_ylabel("root mean square error of the energy")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    note(figure, BANDS)
     return png(figure)
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiment import png
+from experiment import BANDS, note, png
 
 from quotientopt.compare.report import setting
 
@@ -171,6 +171,8 @@ def plot(record: Mapping[str, Any]) -> bytes:
     panels[0].set_ylabel("validation loss (nats per byte)")
     panels[0].set_ylim(*_limits(runs))
     panels[-1].legend(title="cond(g)", frameon=False)
+    if len({run["seed"] for run in runs}) > 1:
+        note(figure, BANDS)
     return png(figure)
 
 

@@ -30,20 +30,24 @@ SHOWN = 0.5
 WIDTHS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 
-def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
-    """Validation loss against steps, one panel per rank: mean over seeds at the best rate."""
+def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes | None:
+    """Validation loss against steps, one panel per rank: mean over seeds at the best rate.
+
+    Nothing where all curves are single points: those are data, which the tables have.
+    """
+    ranks = [rank for rank in ranks if any(len(row.curve) > 1 for row in rank.rows)]
+    if not ranks:
+        return None
     figure, panels = _panels(len(ranks), 8.0)
     for axes, rank in zip(panels, ranks, strict=True):
-        drawn = [row for row in rank.rows if row.curve]
+        drawn = [row for row in rank.rows if len(row.curve) > 1]
         for row in drawn:
             color, style = STYLES[row.optimizer]
             steps, losses = [p[0] for p in row.curve], [p[2] for p in row.curve]
             seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
             name = CONTENDERS[row.optimizer].label
             label = f"{name} ({row.rate:.2g}, {seeds}): {losses[-1]:.3f}"
-            # One validation is a point, of which a line shows nothing.
-            marker = "o" if len(steps) == 1 else ""
-            axes.plot(steps, losses, color=color, linestyle=style, marker=marker, label=label)
+            axes.plot(steps, losses, color=color, linestyle=style, label=label)
         if drawn:
             lowest = min(p[2] for row in drawn for p in row.curve)
             # What every curve has reached after a quarter of the steps.
@@ -59,8 +63,14 @@ def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
     return png(figure)
 
 
-def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes:
-    """Final loss against learning rate per rank, and the width of the good range over ranks."""
+def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes | None:
+    """Final loss against learning rate per rank, and the width of the good range over ranks.
+
+    Nothing where every optimizer has a single rate.
+    """
+    ranks = [rank for rank in ranks if any(len(row.losses) > 1 for row in rank.rows)]
+    if not ranks:
+        return None
     figure, panels = _panels(len(ranks) + 1, 4.2)
     lines: dict[str, list[tuple[int, float, bool]]] = {}
     for axes, rank in zip(panels, ranks, strict=False):

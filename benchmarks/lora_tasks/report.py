@@ -91,8 +91,9 @@ def write_report(folder: Path, recipe: Recipe) -> str:
         "fewer steps": [asdict(row) for row in shorter],
     }
     write_atomically(folder / "lora.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / "curves.png", draw_curves(ranks, recipe))
-    write_atomically(folder / "learning-rates.png", draw_rates(ranks, recipe))
+    for name, draw in (("curves.png", draw_curves), ("learning-rates.png", draw_rates)):
+        if (picture := draw(ranks, recipe)) is not None:
+            write_atomically(folder / name, picture)
     return text
 
 

@@ -21,6 +21,7 @@ from quotientopt.flow import projected_gradient_flow
 
 FOLDER = Path(__file__).parent
 BLACK, BLUE, GREEN, ORANGE = "#000000", "#0072B2", "#009E73", "#D55E00"
+YELLOW = "#E69F00"
 PLANE = qo.manifolds.FactorQuotient(1, 1, 1)
 TARGET = 1.0
 LINES = (("-", 6), ("--", 2.5), (":", 1.2))
@@ -114,8 +115,8 @@ def flow_and_charges() -> Any:
     plane.set(xlim=(0, 2.4), ylim=(0, 2.4), xlabel="a", ylabel="b")
     plane.legend(loc="upper right", fontsize=8)
     runs = {
-        "SGD, rate 0.1": (lambda p: torch.optim.SGD(p, lr=0.1), GREEN, "-."),
-        "SGD, rate 0.01": (lambda p: torch.optim.SGD(p, lr=0.01), GREEN, ":"),
+        "SGD, rate 0.1": (lambda p: torch.optim.SGD(p, lr=0.1), YELLOW, "-."),
+        "SGD, rate 0.01": (lambda p: torch.optim.SGD(p, lr=0.01), YELLOW, ":"),
         "Adam, rate 0.01": (lambda p: torch.optim.Adam(p, lr=0.01), BLACK, "--"),
     }
     result = projected_gradient_flow(PLANE, loss, (0, 8), x0=point(2.0, 0.2), rtol=1e-9, atol=1e-11)

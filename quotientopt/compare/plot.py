@@ -57,7 +57,10 @@ def plot(record: Record, path: Path) -> None:
     panels[0].set_ylim(*_limits(rows))
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{protocol.model} on {Path(protocol.data).name}, each at its best setting")
+    title = f"{protocol.model} on {Path(protocol.data).name}, each at its best setting"
+    if any(row.seeds > 1 for row in rows):
+        title += "; lines: means over seeds, bands: their range"
+    figure.suptitle(title, fontsize=11)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     write_atomically(path, image.getvalue())

@@ -50,15 +50,15 @@ def projected_gradient_flow(
 
     What the flow conserves depends on the metric (``charges`` of the result, per head):
 
-    ==================== ===========================================================================
-    metric               conserved
-    ==================== ===========================================================================
-    ``"euclidean"``      the Noether charge ``A Aᵀ − B Bᵀ``, projected to the symmetric part of the
-                         Lie algebra: all of it for GL(r), ``|a|² − |b|²`` of every rotary plane;
-                         nothing for compact groups
-    ``"preconditioned"`` ``log det(A Aᵀ) − log det(B Bᵀ)``; ``log |a|² − log |b|²`` of every plane;
+    ===================== ==========================================================================
+    metric                conserved
+    ===================== ==========================================================================
+    ``"euclidean"``       the Noether charge ``A Aᵀ − B Bᵀ``, projected to the symmetric part of the
+                          Lie algebra: all of it for GL(r), ``|a|² − |b|²`` of every rotary plane;
+                          nothing for compact groups
+    ``"preconditioned"``  ``log det(A Aᵀ) − log det(B Bᵀ)``; ``log |a|² − log |b|²`` of every plane;
     ``"right-invariant"`` nothing for compact groups
-    ==================== ===========================================================================
+    ===================== ==========================================================================
 
     The Euclidean metric is that of the weights as they are, the flow that small steps of gradient
     descent follow; it depends on the gauge. The flows of the two other metrics, those of
