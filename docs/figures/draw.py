@@ -72,7 +72,7 @@ def orbits_and_sections() -> Any:
         start = numbers(x)
         end = [s + length * v for s, v in zip(start, numbers(u), strict=True)]
         axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 2})
-        away = (-70, -4) if color == GREEN else (-60, 8)
+        away = (-66, -4) if color == GREEN else (-112, -22)
         axes.annotate(text, end, away, textcoords="offset points", color=color)
     axes.plot(*numbers(x), "o", color=BLACK, ms=6)
     axes.annotate("x", numbers(x), (-12, -10), textcoords="offset points")
