@@ -285,7 +285,7 @@ def gram_schmidt(rows: Tensor) -> Tensor:
 
 
 def orthogonal(D: Tensor) -> Tensor:
-    """Singular values evened out by the optimizer's polynomial, the norm kept."""
+    """Singular values brought closer together by the optimizer's polynomial, the norm kept."""
     U, sigma, Vt = torch.linalg.svd(D, full_matrices=False)
     size, sigma = sigma.norm(), sigma / sigma.pow(4).sum().pow(0.25)
     coefficients = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
