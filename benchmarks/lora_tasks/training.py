@@ -16,6 +16,7 @@ from lora_tasks.contenders import CONTENDERS, optimizers_of
 from lora_tasks.model import Adapted
 from lora_tasks.protocol import LoraProtocol
 from lora_tasks.tasks import CLASSES, Task
+from quotientopt._progress import progress
 from quotientopt.compare.train import DivergedError, state_bytes
 from quotientopt.compare.trial import Run, Seconds, Timing, Trial
 from quotientopt.optim import StepRefusedError
@@ -92,7 +93,7 @@ def train(trial: Trial, protocol: LoraProtocol, task: Task) -> Run:
     steps: list[Step] = []
     curve: list[list[float]] = []
     seconds, finite = 0.0, True
-    while finite and training.steps < protocol.steps:
+    for _ in progress(range(protocol.steps), str(trial)):
         try:
             step = training.step()
         except (DivergedError, StepRefusedError, torch.linalg.LinAlgError):
@@ -103,8 +104,9 @@ def train(trial: Trial, protocol: LoraProtocol, task: Task) -> Run:
         if protocol.evaluates_after(training.steps - 1):
             loss = training.validate(held_out)
             finite = math.isfinite(loss)
-            if finite:
-                curve.append([training.steps, seconds, loss])
+            if not finite:
+                break
+            curve.append([training.steps, seconds, loss])
     trained = [p for p in training.model.parameters() if p.requires_grad]
     return Run(
         trial=trial,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quotientopt._progress import progress
 from quotientopt.checkpoints.errors import CheckpointError
 from quotientopt.checkpoints.source import Checkpoint
 from quotientopt.checkpoints.weight_files import Stored
@@ -118,7 +119,7 @@ def _candidates(
     for (shape, _), dtype in wanted.items():
         dtypes[shape].add(dtype)
     found: dict[Fingerprint, list[Place]] = defaultdict(list)
-    for number, file in enumerate(checkpoint.files):
+    for number, file in enumerate(progress(checkpoint.files, "finding parameters in files")):
         entries = file.entries()
         for name, tensor in file.tensors():
             if entries[name].dtype is None:

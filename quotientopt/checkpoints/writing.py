@@ -21,6 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quotientopt._files import LockedError, locked
+from quotientopt._progress import progress
 from quotientopt.checkpoints.errors import CheckpointError
 from quotientopt.checkpoints.optimizer_state import OPTIMIZER_STATE
 from quotientopt.checkpoints.source import ADAPTER, CONFIG, Checkpoint
@@ -134,7 +135,7 @@ class Destination:
             return self._new
         self._new.mkdir()
         files = {f.path: (f, values.get(i, {})) for i, f in enumerate(self._checkpoint.files)}
-        for place, path in self._sources:
+        for place, path in progress(self._sources, "writing files"):
             if place.parts[0] in without:
                 continue
             copy = self._new / place

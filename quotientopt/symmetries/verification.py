@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from quotientopt._progress import progress
+
 if TYPE_CHECKING:
     from quotientopt.symmetries.map import SymmetryMap
 
@@ -86,7 +88,8 @@ def deviations(
                     "measured on this input"
                 )
         moved: Sequence[Tensor] = ()
-        for name, element in symmetries.random_element(cond, generator=generator).items():
+        elements = symmetries.random_element(cond, generator=generator)
+        for name, element in progress(elements.items(), "verifying symmetries"):
             restore(moved)
             moved = symmetries.parameters_of(name)
             before = [tensor.detach().clone() for tensor in moved]

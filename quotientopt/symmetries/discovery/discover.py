@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quotientopt._progress import progress
 from quotientopt.groups import GL, Scale, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.assemble import scale_of, symmetries_of
@@ -114,7 +115,7 @@ def discover(
         _examine(model, "", call, generator, found)
     else:
         calls = calls_of(model, pieces, lambda: _run_as_it_is(model, call))
-        for path in pieces:
+        for path in progress(pieces, "examining modules"):
             if path in calls:
                 _examine(model.get_submodule(path), path, calls[path], generator, found)
             else:
@@ -161,7 +162,7 @@ def _examine(
     scales = list(_scales(pairs, names))
     prover.prepare([*(s for _, members in candidates for s in members), *scales])
     proved: list[HeadSymmetry] = []
-    for pair, members in candidates:
+    for pair, members in progress(candidates, "proving pairs"):
         good = _all_proved(prover, members, pair.others)
         if members and not good and pair.rank > 1 and not pair.scores and len(pair.left) == 1:
             # A ReLU's units that were all active at once look like one linear map.
