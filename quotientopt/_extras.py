@@ -4,11 +4,11 @@
 REQUIREMENTS = {
     "geoopt": "geoopt>=0.5.1",
     "matplotlib": "matplotlib>=3.8",
-    "peft": "peft>=0.17",
+    "peft": "peft>=0.18",
     "pymanopt": "pymanopt>=2.2",
     "pytorch_optimizer": "pytorch_optimizer>=3.5",
     "scipy": "scipy>=1.10",
-    "transformers": "transformers>=4.56",
+    "transformers": "transformers>=5.0",
 }
 
 

@@ -1,7 +1,7 @@
 """The interface of a quotient manifold represented by its total space."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -185,6 +185,31 @@ class QuotientManifold(ABC, Generic[PointT]):
     @abstractmethod
     def distance(self, x: PointT, y: PointT) -> Tensor:
         """A distance between the orbits of `x` and `y`, of shape `batch_shape`."""
+
+    @overload
+    def section(
+        self,
+        x: PointT,
+        kind: str,
+        *,
+        return_gap: Literal[False] = ...,
+        warn_below: float | None = ...,
+    ) -> tuple[PointT, Tensor]: ...
+
+    @overload
+    def section(
+        self,
+        x: PointT,
+        kind: str,
+        *,
+        return_gap: Literal[True],
+        warn_below: float | None = ...,
+    ) -> tuple[PointT, Tensor, Tensor]: ...
+
+    @overload
+    def section(
+        self, x: PointT, kind: str, *, return_gap: bool, warn_below: float | None = ...
+    ) -> Any: ...
 
     @abstractmethod
     def section(

@@ -1,7 +1,7 @@
 """The quotient of factor pairs by a structure group: attention circuits and low-rank adapters."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -314,6 +314,31 @@ class FactorQuotient(QuotientManifold[Pair]):
         """
         pair, other = self._wide_pair("x", x), self._wide_pair("y", y)
         return self._orbits.distance(pair, other).to(x[0].dtype)
+
+    @overload
+    def section(
+        self,
+        x: Pair,
+        kind: str = ...,
+        *,
+        return_gap: Literal[False] = ...,
+        warn_below: float | None = ...,
+    ) -> tuple[Pair, Tensor]: ...
+
+    @overload
+    def section(
+        self,
+        x: Pair,
+        kind: str = ...,
+        *,
+        return_gap: Literal[True],
+        warn_below: float | None = ...,
+    ) -> tuple[Pair, Tensor, Tensor]: ...
+
+    @overload
+    def section(
+        self, x: Pair, kind: str = ..., *, return_gap: bool, warn_below: float | None = ...
+    ) -> Any: ...
 
     def section(
         self,

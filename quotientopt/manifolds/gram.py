@@ -1,7 +1,7 @@
 """The quotient of full-rank token matrices by O(d): Gram matrices, Bures–Wasserstein metric."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -299,6 +299,31 @@ class GramQuotient(QuotientManifold[Tensor]):
         size = torch.linalg.matrix_norm(X.detach()) + torch.linalg.matrix_norm(Y.detach())
         floor = 8 * self.d * torch.finfo(size.dtype).eps * size
         return safe_root(difference.square().sum(dim=(-2, -1)), floor).to(x.dtype)
+
+    @overload
+    def section(
+        self,
+        x: Tensor,
+        kind: str = ...,
+        *,
+        return_gap: Literal[False] = ...,
+        warn_below: float | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def section(
+        self,
+        x: Tensor,
+        kind: str = ...,
+        *,
+        return_gap: Literal[True],
+        warn_below: float | None = ...,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def section(
+        self, x: Tensor, kind: str = ..., *, return_gap: bool, warn_below: float | None = ...
+    ) -> Any: ...
 
     def section(
         self,

@@ -215,9 +215,9 @@ class KeepFloat64(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if getattr(function, "__name__", "") in ("_grouped_mm", "grouped_mm"):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if args and _is_double(args[0]):
+            if name in ("_grouped_mm", "grouped_mm"):
                 return _grouped_product(*args, **kwargs)
             if function is Tensor.float:
                 return args[0]
@@ -226,7 +226,17 @@ class KeepFloat64(TorchFunctionMode):
                 key: torch.float64 if value is torch.float32 else value
                 for key, value in kwargs.items()
             }
+        if name in _PRODUCTS and any(_is_double(arg) for arg in args):
+            # Positions become float32, where frequencies have stayed float64.
+            args = tuple(arg.double() if isinstance(arg, Tensor) else arg for arg in args)
         return function(*args, **kwargs)
+
+
+def _is_double(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
+
+
+_PRODUCTS = ("matmul", "__matmul__")
 
 
 def _grouped_product(

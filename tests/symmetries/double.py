@@ -27,4 +27,6 @@ class KeepFloat64(TorchFunctionMode):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
+            if getattr(function, "__name__", "") in ("matmul", "__matmul__"):
+                args = tuple(arg.double() for arg in args)
         return function(*args, **kwargs)
