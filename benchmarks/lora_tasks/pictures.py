@@ -66,12 +66,13 @@ def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes | None:
 def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes | None:
     """Final loss against learning rate per rank, and the width of the good range over ranks.
 
-    Nothing where every optimizer has a single rate.
+    Nothing where every optimizer has a single rate; no widths over a single rank.
     """
     ranks = [rank for rank in ranks if any(len(row.losses) > 1 for row in rank.rows)]
     if not ranks:
         return None
-    figure, panels = _panels(len(ranks) + 1, 4.2)
+    several = len(ranks) > 1
+    figure, panels = _panels(len(ranks) + several, 4.2 if several else 7.0)
     lines: dict[str, list[tuple[int, float, bool]]] = {}
     for axes, rank in zip(panels, ranks, strict=False):
         lowest = min((row.final.value for row in rank.rows if row.final), default=0.0)
@@ -88,6 +89,10 @@ def draw_rates(ranks: Sequence[Rank], recipe: Recipe) -> bytes | None:
         axes.set_ylim(lowest - 0.05, lowest + SHOWN)
         axes.set_title(f"rank {rank.rank}: final loss, {seeds_of(rank.rows)}", fontsize=10)
         axes.grid(alpha=0.25)
+    figure.suptitle(recipe.title, fontsize=10)
+    if not several:
+        panels[0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return png(figure)
     last = panels[-1]
     for name, points in lines.items():
         color, style = STYLES[name]
