@@ -61,7 +61,10 @@ def check_dimension(
             raise TypeError(f"{subject.manifold!r} has no dim: pass expected=")
         expected = int(dim) * math.prod(getattr(subject.manifold, "batch_shape", ()))
     if expected > LARGEST:
-        raise ValueError(f"dimension {expected} is above {LARGEST}: check a smaller manifold")
+        raise ValueError(
+            f"dimension {expected} is above {LARGEST}, as many tangent vectors would be needed: check "
+            "a smaller manifold of the same kind, with fewer rows, columns or heads"
+        )
     tangents = torch.stack([flatten(subject.random_tangent()) for _ in range(expected + 1)])
     values = torch.linalg.svdvals(tangents / tangents.norm(dim=-1, keepdim=True))
     measured = int((values > subject.tolerance * values[0]).sum())
