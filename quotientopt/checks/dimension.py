@@ -62,8 +62,8 @@ def check_dimension(
         expected = int(dim) * math.prod(getattr(subject.manifold, "batch_shape", ()))
     if expected > LARGEST:
         raise ValueError(
-            f"dimension {expected} is above {LARGEST}, as many tangent vectors would be needed: check "
-            "a smaller manifold of the same kind, with fewer rows, columns or heads"
+            f"dimension {expected} is above {LARGEST}, and as many tangent vectors would be needed: "
+            "check a smaller manifold of the same kind, with fewer rows, columns or heads"
         )
     tangents = torch.stack([flatten(subject.random_tangent()) for _ in range(expected + 1)])
     values = torch.linalg.svdvals(tangents / tangents.norm(dim=-1, keepdim=True))
