@@ -309,6 +309,6 @@ def _nothing_known(model: nn.Module, symmetries: SymmetryMap) -> ValueError:
     unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
     return ValueError(
         f"no head symmetry of {kind} is known (not understood: {unknown}); "
-        "pass symmetries=find_symmetries(model, batch), which finds them from gradients, or register "
-        "an adapter"
+        "pass symmetries=find_symmetries(model, batch), which finds them from gradients, or "
+        "register an adapter"
     )

@@ -62,7 +62,7 @@ def check_dimension(
         expected = int(dim) * math.prod(getattr(subject.manifold, "batch_shape", ()))
     if expected > LARGEST:
         raise ValueError(
-            f"dimension {expected} is above {LARGEST}, and as many tangent vectors would be needed: "
+            f"dimension {expected} is above {LARGEST}, and as many tangent vectors are needed: "
             "check a smaller manifold of the same kind, with fewer rows, columns or heads"
         )
     tangents = torch.stack([flatten(subject.random_tangent()) for _ in range(expected + 1)])
