@@ -424,13 +424,10 @@ def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]
     ValueError
         Naming the parameter.
     """
-    for key, value in state.items():
-        if key != "momentum_buffer":
+    for value in state.values():
+        if value is not None and torch.as_tensor(value).shape != parameter.shape:
             raise ValueError(
-                f"the saved state of {name!r} has a {key!r}: it is not the state of a QuotientSGD"
-            )
-        if isinstance(value, Tensor) and value.shape != parameter.shape:
-            raise ValueError(
-                f"the saved momentum of {name!r} has shape {tuple(value.shape)}, expected "
-                f"{tuple(parameter.shape)}: it is not the state of a QuotientSGD on this model"
+                f"the saved momentum of {name!r} has shape {tuple(torch.as_tensor(value).shape)}, "
+                f"expected {tuple(parameter.shape)}: it is not the state of a QuotientSGD on this "
+                "model"
             )

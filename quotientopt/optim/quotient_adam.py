@@ -19,8 +19,9 @@ from quotientopt.optim.checks import (
 )
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.plain import adamw_step, keeps_wide
+from quotientopt.optim.saved import refuse_unfit
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
-from quotientopt.optim.state import refuse_foreign_state, refuse_framed_state, restore_precision
+from quotientopt.optim.state import KEYS, PLAIN_KEYS, refuse_framed_state, restore_precision
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.optim.update import clip_scale
@@ -143,6 +144,8 @@ class QuotientAdam(SymmetricOptimizer):
     """
 
     _torch_name = "torch.optim.AdamW"
+    _marks = ("head_frame", "betas")
+    _keys = KEYS
 
     def __init__(
         self,
@@ -342,12 +345,17 @@ class QuotientAdam(SymmetricOptimizer):
             self._engine_of(slices).move_(element)
             self._engine = None
 
+    def _takes_states_of_torch(self) -> bool:
+        return True  # framed parameters miss their frames there
+
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Undo torch's cast of the state of slices and of wide copies, and take it over."""
         for group in self.param_groups:
             self._refuse_options(group)
-        refuse_foreign_state(self.state, self._name)
         slices = self._find_slices(also=self.state)
+        plain = [parameter for own in slices.plain for parameter in own]
+        refuse_framed_state(plain, self.state, self._name)
+        refuse_unfit(plain, self.state, PLAIN_KEYS, self._name, optional=("master",))
         wide = {id(slice_.parameter) for slice_ in (*slices.framed, *slices.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}

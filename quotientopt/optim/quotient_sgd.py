@@ -101,6 +101,8 @@ class QuotientSGD(SymmetricOptimizer):
     """
 
     _torch_name = "torch.optim.SGD"
+    _marks = ("metric", "momentum")
+    _keys = (BUFFER,)
 
     def __init__(
         self,
@@ -293,6 +295,9 @@ class QuotientSGD(SymmetricOptimizer):
                 rows = buffer.movedim(axis, -1)
                 rotation = element[RESIDUAL].to(rows.device, torch.float64)
                 rows.copy_(rows.to(torch.float64) @ rotation.mT)
+
+    def _takes_states_of_torch(self) -> bool:
+        return not self._framed
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Check loaded state, and undo torch's cast of it to the parameter's dtype for pairs.

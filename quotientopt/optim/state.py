@@ -11,6 +11,7 @@ from torch import Tensor
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.low_rank_pairs import LowRankPairs
+from quotientopt.optim.saved import problem_of
 from quotientopt.optim.slices import Slice
 
 # Before the suffix of blocks of a fused parameter.
@@ -28,23 +29,7 @@ KEYS = (
 )
 
 
-def refuse_foreign_state(
-    state: Mapping[Tensor, Mapping[str, Any]], name_of: Callable[[Tensor], str]
-) -> None:
-    """Refuse the state of another optimizer, of which something would be left unused.
-
-    Raises
-    ------
-    ValueError
-        Naming parameter and entry.
-    """
-    for parameter, own in state.items():
-        for key in own:
-            if key.partition(".")[0] not in KEYS:
-                raise ValueError(
-                    f"the saved state of {name_of(parameter)!r} has a {key!r}: it is not the state "
-                    "of a QuotientAdam or AdamW"
-                )
+PLAIN_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def restore_precision(
@@ -90,15 +75,6 @@ FRAME_KEYS = (
 OPTIONAL_KEYS = ("master", "coordinates_made")
 
 
-def _problem_of(key: str, saved: Tensor) -> str | None:
-    """What is wrong with the values of a saved tensor, if anything is."""
-    if not bool(saved.isfinite().all()):
-        return "has NaN or infinite entries"
-    if key in ("exp_avg_sq", "step") and bool((saved < 0).any()):
-        return "has negative entries"
-    return None
-
-
 class Entry(NamedTuple):
     """One tensor of the state: the slice it is filed under, its key, and the tensor."""
 
@@ -129,14 +105,14 @@ def adopt(
     for slice_, key, tensor in [*entries, *of_pairs]:
         own = state.get(slice_.parameter, {})
         saved = own.get(key + slice_.suffix)
-        shape = None if saved is None else torch.as_tensor(saved).shape
         lost = saved is None and bool(own) and key not in OPTIONAL_KEYS
-        problem = None if saved is None else _problem_of(key, torch.as_tensor(saved))
+        problem = None if saved is None else problem_of(key, saved)
         if problem is not None:
             raise ValueError(
                 f"the saved {key + slice_.suffix!r} of {slice_.name!r} {problem}: the state is "
                 "damaged"
             )
+        shape = None if saved is None else torch.as_tensor(saved).shape
         if lost or shape not in (None, tensor.shape):
             found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise ValueError(
