@@ -21,7 +21,13 @@ from quotientopt.optim.engine import Engine
 from quotientopt.optim.plain import adamw_step, keeps_wide
 from quotientopt.optim.saved import refuse_unfit
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
-from quotientopt.optim.state import KEYS, PLAIN_KEYS, refuse_framed_state, restore_precision
+from quotientopt.optim.state import (
+    KEYS,
+    PLAIN_KEYS,
+    refuse_framed_state,
+    refuse_singular_frames,
+    restore_precision,
+)
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.optim.update import clip_scale
@@ -356,6 +362,7 @@ class QuotientAdam(SymmetricOptimizer):
         plain = [parameter for own in slices.plain for parameter in own]
         refuse_framed_state(plain, self.state, self._name)
         refuse_unfit(plain, self.state, PLAIN_KEYS, self._name, optional=("master",))
+        refuse_singular_frames(slices.framed, self.state)
         wide = {id(slice_.parameter) for slice_ in (*slices.framed, *slices.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}

@@ -6,6 +6,7 @@ shapes of framed state, is checked where it is taken over: :func:`quotientopt.op
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -131,18 +132,20 @@ def _order_of(groups: Groups, names: Names) -> list[tuple[int, list[int]]]:
     if _is_distributed(groups) or not any(name for own in given for name in own):
         return as_given
     own, saved = bare_names(names), bare_names(given)
+    known = all(name is not None for part in (*own, *saved) for name in part)
     if [len(part) for part in own] == [len(part) for part in saved]:
         pairs = zip(chain.from_iterable(own), chain.from_iterable(saved), strict=True)
-        strangers = [(a, b) for a, b in pairs if a is not None and b is not None and a != b]
+        same = operator.eq if known else _agree
+        strangers = [(a, b) for a, b in pairs if a and b and not same(a, b)]
         if not strangers:
             return as_given
-        if any(name is None for part in (*own, *saved) for name in part):
+        if not known:
             raise ValueError(
                 f"parameter {strangers[0][0]!r} stands where the saved state has "
                 f"{strangers[0][1]!r}, and not all parameters have names to match them by; make "
                 "the optimizer from the model, or from named parameters"
             )
-    if any(name is None for part in (*own, *saved) for name in part):
+    if not known:
         return as_given  # of other sizes: torch refuses it
     _refuse_other_names(own, saved)
     order = []
@@ -167,6 +170,11 @@ def _order_of(groups: Groups, names: Names) -> list[tuple[int, list[int]]]:
     return order
 
 
+def _agree(first: str, second: str) -> bool:
+    """Whether two names are the same but for modules around one of them."""
+    return f".{first}".endswith(f".{second}") or f".{second}".endswith(f".{first}")
+
+
 def _refuse_other_names(own: Names, saved: Names) -> None:
     """Refuse a state that lacks a parameter, or has another one."""
     mine, theirs = [list(chain.from_iterable(names)) for names in (own, saved)]
@@ -188,29 +196,20 @@ def _refuse_other_names(own: Names, saved: Names) -> None:
 
 
 def bare_names(names: Names) -> Names:
-    """Names without what wrappers put into them, and without modules around all of them."""
-    split = [
-        [[part for part in (name or "").split(".") if part not in WRAPPERS] for name in own]
-        for own in names
-    ]
-    known = [
-        parts
-        for own, given in zip(split, names, strict=True)
-        for parts, name in zip(own, given, strict=True)
-        if name is not None
-    ]
+    """Names without what wrappers put into them, and, if all are known, modules around them all."""
+    split = [[_parts(name) for name in own] for own in names]
+    every = list(chain.from_iterable(split))
     shared = 0
-    while known and all(
-        len(parts) > shared + 1 and parts[shared] == known[0][shared] for parts in known
+    while every and all(
+        len(parts) > shared + 1 and parts[shared] == every[0][shared] for parts in every
     ):
         shared += 1
-    return [
-        [
-            None if name is None else ".".join(parts[shared:])
-            for parts, name in zip(own, given, strict=True)
-        ]
-        for own, given in zip(split, names, strict=True)
-    ]
+    return [[".".join(parts[shared:]) or None for parts in own] for own in split]
+
+
+def _parts(name: str | None) -> list[str]:
+    """The modules in a name; none where it is not known."""
+    return [] if name is None else [part for part in name.split(".") if part not in WRAPPERS]
 
 
 def refuse_foreign_keys(
