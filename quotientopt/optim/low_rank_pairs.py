@@ -156,7 +156,7 @@ class LowRankPairs:
         Raises
         ------
         RankError
-            If both factors of a pair are zero, or one is not finite.
+            If both factors of a pair are zero and never were trained, or one is not finite.
         """
         gradients = [
             None if slice_ is None else slice_.parameter.grad for slice_ in self.own_slices
@@ -235,6 +235,8 @@ class LowRankPairs:
                 frame = torch.where(blocked[:, None, None], spanned.frame, frame)
                 defined = torch.where(blocked, spanned.defined, defined)
                 lost = blocked & ~defined & ~defined.index_select(0, self.partner)
+                # A pair that was trained and is zero now has gradients of zero, and waits.
+                lost = lost & (self.counts + self.counts.index_select(0, self.partner) == 0)
                 if bool(lost.any()):
                     self._refuse(lost, "is zero, as is its partner")
             frame = torch.where(defined[:, None, None], frame, 0)

@@ -140,6 +140,21 @@ def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> Pa
     return PairGrams(group, left_gram, right_gram, left_root, right_root, deficient)
 
 
+def without_metric(geometry: PairGrams, heads: Tensor) -> PairGrams:
+    """The same with the Euclidean metric for some heads, ``(…)``: all their matrices are one."""
+    identity = torch.eye(
+        geometry.left_root.size(-1),
+        dtype=geometry.left_root.dtype,
+        device=geometry.left_root.device,
+    )
+    left_gram, right_gram, left_root, right_root = (
+        torch.where(heads[..., None, None], identity, matrix) for matrix in geometry[1:5]
+    )
+    return geometry._replace(
+        left_gram=left_gram, right_gram=right_gram, left_root=left_root, right_root=right_root
+    )
+
+
 def _factorize(group: StructureGroup, X: Tensor, precision: float) -> tuple[Tensor, Tensor, Tensor]:
     """X Xᵀ, the Cholesky factor of ρ(X Xᵀ), and whether X is rank-deficient or not finite."""
     rows = wide(X)
