@@ -254,9 +254,13 @@ def refuse_foreign_symmetries(
         )
 
 
+# Options of the whole optimizer, in every param group.
+WHOLE = ("max_grad_norm", "refresh_every", "capturable")
+
+
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse options that differ between groups but belong to the whole optimizer."""
-    for name in ("max_grad_norm", "refresh_every", "capturable"):
+    for name in WHOLE:
         values = {group[name] for group in param_groups}
         if len(values) > 1:
             raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")

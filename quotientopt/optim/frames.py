@@ -25,6 +25,9 @@ from quotientopt.symmetries import Block, HeadSymmetry
 # divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
 ROW_TIES = 100.0
 
+# Of frames, when others wrote to a factor: the stretch beyond which they are made anew at once.
+STRAYED = 2.0
+
 
 class FreshDressing(NamedTuple):
     """Dressing of all factors of some head frames, each ``(2S, heads, r, r)``.
@@ -260,6 +263,33 @@ class HeadFrames:
         if key not in self._indices:
             self._indices[key] = torch.tensor(places, device=self.frame.device)
         return self._indices[key]
+
+    def strays(self, field: Tensor) -> Tensor:
+        """Whether the frames in use fit the parameters no more, from a fresh ``field``.
+
+        The field is a rotation of the frame in coordinates where the frame is one; beyond a factor
+        of `STRAYED` a step along some direction is that much too long or too short. No group
+        element that moves both changes it.
+        """
+        old, new = (self._metric(frame.to(field.dtype)) for frame in (self.frame, field))
+        missing = (old == 0).flatten(-2).all(-1)[..., None, None]
+        identity = torch.eye(old.size(-1), dtype=old.dtype, device=old.device)
+        root, _ = torch.linalg.cholesky_ex(torch.where(missing, identity, old))
+        half = torch.linalg.solve_triangular(root, new, upper=False)
+        ratio = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        sound = ratio.isfinite().flatten(-2).all(-1)[..., None, None]
+        stretch = torch.linalg.eigvalsh(torch.where(sound & ~missing, ratio, identity))
+        outside = (stretch > STRAYED**2) | (stretch < STRAYED**-2)
+        return outside.any() | ~(sound | missing).all()
+
+    def _metric(self, frame: Tensor) -> Tensor:
+        """uᵀu of every head, ``(2S, heads, r, r)``; no rotation of the frame changes it."""
+        metric = frame.mT @ frame
+        if not self.joint:
+            return metric
+        heads, rank = self.symmetries[0].heads, self.symmetries[0].rank
+        blocks = metric[:, 0].unflatten(-1, (heads, rank)).unflatten(-3, (heads, rank))
+        return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
     def begin_refresh(self, field: Tensor) -> Tensor:
         """Write the covariance in the coordinates of a fresh ``field``.

@@ -32,6 +32,9 @@ from quotientopt.optim.slices import SIDES, Slice
 from quotientopt.symmetries import HeadSymmetry
 
 COVARIANCE_BETA = 0.95
+# Of orthonormal coordinates, when others wrote to a factor: the change, against their own size,
+# beyond which they are made anew at once. Ten steps of training change them by a tenth.
+STRAYED = 0.5
 
 
 class LowRankPairs:
@@ -109,6 +112,8 @@ class LowRankPairs:
         # does not wait for the device in every step.
         self._framed = torch.zeros(len(factors), dtype=torch.bool, device=self.device)
         self._given: list[bool] = []
+        self._look = False
+        self._sample: Tensor | None = None
         self._has_gradient = torch.tensor(self._given)
         frozen = [self.own_slices[j] is None for j in partners]
         self._frozen_partner = torch.tensor(frozen, device=self.device)
@@ -145,8 +150,15 @@ class LowRankPairs:
         self.schedule.made = [(int(own), int(other)) for own, other in self.made.tolist()]
         self.schedule.framed = self._framed.tolist()
 
-    def prepare(self, capturing: bool = False) -> Prepared | None:
+    def prepare(self, capturing: bool = False, *, look: bool = False) -> Prepared | None:
         """Coordinates of the factors as they are now and dressed gradients; changes nothing.
+
+        Parameters
+        ----------
+        capturing : bool
+            Whether the step is recorded.
+        look : bool
+            Whether to compare a sample of the factors with the last step's, on the host.
 
         Returns
         -------
@@ -168,7 +180,15 @@ class LowRankPairs:
         has_gradient = self._mask(given)
         on_host = self.device.type == "cpu"
         frame, framed, remade = self.frame, self._framed, None
-        due = self.schedule.due(given)
+        self.schedule.refresh_every = self.options["refresh_every"]
+        self._look = look and self.device.type == "cpu"
+        if (
+            self._look
+            and self._sample is not None
+            and not torch.equal(self._sampled(), self._sample)
+        ):
+            self.schedule.ask()
+        due = self.schedule.due(given, None if capturing else lambda own: self._moved(own, weights))
         if capturing or any(due.made):
             remade = self._remake(weights, due, has_gradient, capturing)
             frame = remade.frame
@@ -184,6 +204,28 @@ class LowRankPairs:
         counted = active.tolist() if on_host else given
         whole = on_host and all(counted) and (remade is None or all(due.made))
         return Prepared(weights, remade, given, active, counted, dressed, whole)
+
+    def _sampled(self) -> Tensor:
+        """The first column of every factor."""
+        return torch.cat([column for stack in self.stacks for column in stack.columns()])
+
+    def _moved(self, written: list[bool], weights: Sequence[Tensor]) -> list[bool]:
+        """Factors, of those written to, that are far from the coordinates in use; the host looks.
+
+        What came back to its old values, as weights swapped for their average do, leaves the path
+        as it is.
+        """
+        of_partner = self.frame.index_select(0, self.partner)
+        squares = [
+            (frame @ own - stack.coordinates).square().sum((-2, -1))
+            for stack, own, frame in (
+                (stack, own, of_partner[stack.rows])
+                for stack, own in zip(self.stacks, weights, strict=True)
+            )
+        ]
+        near = torch.cat(squares) <= STRAYED**2 * self.rank
+        near = near & self._framed.index_select(0, self.partner)
+        return [own and not kept for own, kept in zip(written, near.tolist(), strict=True)]
 
     def _mask(self, given: list[bool]) -> Tensor:
         """Which sides have a gradient, on the device."""
@@ -291,6 +333,7 @@ class LowRankPairs:
                 group,
             )
         self.schedule.mark()
+        self._sample = self._sampled() if self._look else None
 
     def _carry(
         self, prepared: Prepared, remade: Remade, mask: Tensor, gate: Tensor | None

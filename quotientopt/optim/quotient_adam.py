@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt.optim.checks import (
+    WHOLE,
     NonfiniteGate,
     norms_of,
     refuse_bad_hyperparameters,
@@ -202,6 +203,7 @@ class QuotientAdam(SymmetricOptimizer):
         self._engine: Engine | None = None
         self._slices = Slices()
         self._nonfinite = NonfiniteGate()
+        self._checked_options: list[list[Any]] = []
         self._hidden_units = hidden_units
         super().__init__(model_or_params, defaults, symmetries, example_inputs)
 
@@ -223,6 +225,15 @@ class QuotientAdam(SymmetricOptimizer):
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
         return find_slices(planned_groups(self.param_groups, also), self.symmetries, self._names)
+
+    def _check_changed_options(self) -> None:
+        """Refuse what options may not be; param groups are open to all."""
+        options = [[group[name] for name in WHOLE] for group in self.param_groups]
+        if options != self._checked_options:
+            for group in self.param_groups:
+                self._refuse_options(group)
+            refuse_mixed_groups(self.param_groups)
+            self._checked_options = options
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""
@@ -271,14 +282,18 @@ class QuotientAdam(SymmetricOptimizer):
     def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
         """One step with the gradients of the parameters that have one."""
         refuse_sparse(gradients, self._name)
+        self._check_changed_options()
         engine = self._current_engine()
         active = engine.active()
         dressings = None
         capturing = engine.is_recorded(active)
-        if active and not capturing and engine.refresh_due(active):
-            self._nonfinite.refuse_earlier()
-            dressings = engine.fresh_dressings()
-        pairs = engine.prepare_pairs(capturing)
+        # Where it need not wait for the device, the host looks at more.
+        look = not self._nonfinite.is_needed(list(gradients.values()))
+        if self._asked:
+            engine.ask()
+        if active and not capturing:
+            dressings = engine.due_dressings(active, self._nonfinite.refuse_earlier, look=look)
+        pairs = engine.prepare_pairs(capturing, look=look)
         if dressings is None and any(own.turns for _, own in pairs):
             self._nonfinite.refuse_earlier()
         dressed = engine.dressed_gradients(active, dressings)
@@ -301,6 +316,8 @@ class QuotientAdam(SymmetricOptimizer):
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         finish(held, self._absorbed, gate, self.state)
+        engine.mark(look)
+        self._asked = False
 
     @torch.no_grad()
     @full_precision()
@@ -373,6 +390,7 @@ class QuotientAdam(SymmetricOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._nonfinite = NonfiniteGate()
+        self._checked_options = []
         for group in state.get("param_groups", ()):
             if "head_frame" in group and "row_frame" not in group:
                 # Of version 0.1.0, whose state goes on in the frames it is written in.

@@ -94,6 +94,8 @@ class SymmetricOptimizer(Optimizer):
                 "model itself, or symmetries=find_symmetries(model, ...)"
             )
         self._names: dict[int, str] = {}
+        # Whether to look after the parameters in the next step.
+        self._asked = False
         # Of the parameters at the last plan; empty before the first one.
         self._signature: tuple[Any, ...] = ()
         if isinstance(model_or_params, nn.Module):
@@ -174,6 +176,16 @@ class SymmetricOptimizer(Optimizer):
             raise
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
             self._names.setdefault(id(parameter), name)
+
+    def parameters_changed(self) -> None:
+        """Tell that parameters were written to in a way that torch does not count.
+
+        Writes through ``p.data`` in place and by NumPy are such; ``torch.no_grad()`` blocks,
+        ``load_state_dict`` and replaced ``p.data`` are seen without a word. The next step makes
+        frames where those in use do not fit the parameters any more; values that came back change
+        nothing.
+        """
+        self._asked = True
 
     def _name(self, parameter: Tensor) -> str:
         return parameter_name(parameter, self._names, self.param_groups)
@@ -282,6 +294,7 @@ class SymmetricOptimizer(Optimizer):
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
         if named is not None:
+            self._asked = False
             self._held = {}
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()
