@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quotientopt.optim.checks import (
     WHOLE,
     NonfiniteGate,
+    kept_from_overflow,
     norms_of,
     refuse_bad_hyperparameters,
     refuse_mixed_groups,
@@ -20,7 +21,7 @@ from quotientopt.optim.checks import (
 )
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.plain import adamw_step, keeps_wide
-from quotientopt.optim.saved import refuse_unfit
+from quotientopt.optim.saved import refuse_replaced, refuse_unfit
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
 from quotientopt.optim.state import (
     KEYS,
@@ -283,6 +284,8 @@ class QuotientAdam(SymmetricOptimizer):
         """One step with the gradients of the parameters that have one."""
         refuse_sparse(gradients, self._name)
         self._check_changed_options()
+        for own in self._slices.plain:
+            refuse_replaced(own, self.state, PLAIN_KEYS, self._name)
         engine = self._current_engine()
         active = engine.active()
         dressings = None
@@ -300,11 +303,13 @@ class QuotientAdam(SymmetricOptimizer):
         of_pairs = [stack for _, own in pairs for stack in own.dressed]
         plain = [p.grad for own in self._slices.plain for p in own if p.grad is not None]
         limit = self.param_groups[0]["max_grad_norm"]
-        norms = norms_of([*dressed, *of_pairs, *plain], clipped=limit is not None)
+        measured = [*dressed, *of_pairs, *plain]
+        norms = norms_of(measured, clipped=limit is not None)
         gate = None
         if self._nonfinite.is_needed(norms):
             gate = self._nonfinite.close_on_nonfinite(norms, [*dressed, *of_pairs])
         else:
+            norms, limit = kept_from_overflow(norms, measured, limit)
             refuse_nonfinite(norms, gradients, self._name)
         scale = clip_scale(norms, limit)
         if scale is not None:

@@ -211,6 +211,10 @@ class QuotientSGD(SymmetricOptimizer):
             self._plan()
         named = ((self._framed[id(p)], g) for p, g in gradients.items() if id(p) in self._framed)
         refuse_sparse_of_pairs(named)
+        for parameter in gradients:
+            own = self.state.get(parameter, {})
+            if getattr(own.get(BUFFER), "shape", parameter.shape) != parameter.shape:
+                refuse_foreign_buffer(self._name(parameter), parameter, own)
         for pair in self._pairs:
             pair.refuse_mixed_options(self.param_groups, self._name)
         stacks = batches(self._pairs, self.param_groups)

@@ -348,6 +348,7 @@ def refuse_unfit(
     name_of: Callable[[Tensor], str],
     *,
     optional: Sequence[str] = (),
+    kind: str = "saved ",
 ) -> None:
     """Refuse state of plain parameters that lacks an entry, or has one of another shape.
 
@@ -360,6 +361,8 @@ def refuse_unfit(
     name_of : callable
     optional : sequence of str
         What may be there, in that shape.
+    kind : str
+        Of the state, for messages.
 
     Raises
     ------
@@ -372,15 +375,39 @@ def refuse_unfit(
             continue
         for key in (*wanted, *optional):
             value = own.get(key)
-            if value is None:
-                if key in optional:
-                    continue
+            if value is None and key in optional:
+                continue
+            problem = "is missing" if value is None else problem_of(key, value)
+            if problem is not None:
                 raise ValueError(
-                    f"the saved {key!r} of {name_of(parameter)!r} is missing: the state is damaged"
+                    f"the {kind}{key!r} of {name_of(parameter)!r} {problem}: the state is damaged"
                 )
             shape = torch.as_tensor(value).shape
             if key != "step" and shape != parameter.shape:
                 raise ValueError(
-                    f"the saved {key!r} of {name_of(parameter)!r} has shape {tuple(shape)}, "
-                    f"expected {tuple(parameter.shape)}: it is the state of another model"
+                    f"the {kind}{key!r} of {name_of(parameter)!r} has shape {tuple(shape)}, "
+                    f"expected {tuple(parameter.shape)}: it is the state of another parameter"
                 )
+
+
+def refuse_replaced(
+    parameters: Iterable[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    wanted: Sequence[str],
+    name_of: Callable[[Tensor], str],
+) -> None:
+    """The same before a step, of what others have put into the state; values are not looked at.
+
+    A count that is a number becomes a tensor, as torch's optimizers need it.
+    """
+    moments = [key for key in wanted if key != "step"]
+    for parameter in parameters:
+        own = state.get(parameter)
+        if not own:
+            continue
+        step = own.get("step")
+        shapes = [getattr(own.get(key), "shape", None) for key in moments]
+        if isinstance(step, Tensor) and all(shape == parameter.shape for shape in shapes):
+            continue
+        refuse_unfit([parameter], state, wanted, name_of, kind="state's ")
+        own["step"] = torch.as_tensor(step, dtype=torch.float32)
