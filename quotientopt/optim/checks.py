@@ -26,7 +26,7 @@ class GradientError(StepRefusedError):
 
 
 class RankError(StepRefusedError):
-    """A factor has no head frame because it is rank-deficient or not finite."""
+    """A factor is not finite; of a low-rank pair also: both are zero."""
 
 
 RESIDUAL_FRAMES = ("per_matrix", "shared")

@@ -126,9 +126,9 @@ class QuotientAdam(SymmetricOptimizer):
     ------
     ValueError
         For an unknown option, a hyperparameter out of range, a pair split over param groups, a
-        parameter covered partly by symmetries; in :meth:`step` for a rank-deficient factor (of a
-        LoRA pair: for two that are zero) and for gradients that are NaN or infinite. Parameters
-        and state stay as they were.
+        parameter covered partly by symmetries; in :meth:`step` for a factor that is not finite
+        (of a LoRA pair: for two that are zero) and for gradients that are NaN or infinite.
+        Parameters and state stay as they were.
 
     Notes
     -----
@@ -264,7 +264,7 @@ class QuotientAdam(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            For NaN or infinite gradients (names the parameter) and for rank-deficient factors;
+            For NaN or infinite gradients (names the parameter) and for factors that are not finite;
             parameters and state stay as they were. On an accelerator nothing waits for the device
             to find NaN: such a step changes nothing, and the error comes with the next fresh
             frames.
@@ -335,7 +335,7 @@ class QuotientAdam(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            For rank-deficient factors, and where an earlier gradient was not finite.
+            For factors that are not finite, and where an earlier gradient was not finite.
         """
         if self.state:
             engine = self._current_engine()

@@ -75,7 +75,7 @@ class QuotientSGD(SymmetricOptimizer):
     ------
     ValueError
         For an option out of range, a pair split over param groups, a parameter covered partly by
-        symmetries, a group without a known metric; in :meth:`step` for a rank-deficient factor
+        symmetries, a group without a known metric; in :meth:`step` for a factor that is not finite
         (:class:`RankError`) and for gradients that are NaN or infinite (:class:`GradientError`).
         Parameters and state stay as they were.
 
@@ -195,7 +195,7 @@ class QuotientSGD(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            For NaN or infinite gradients (names the parameter) and for rank-deficient factors
+            For NaN or infinite gradients (names the parameter) and for factors that are not finite
             (names the symmetry); parameters and state stay as they were.
         """
         loss = loss_of(closure)
