@@ -194,7 +194,7 @@ def test_torchs_own_optimizers_load_it_and_groups_can_be_added(make):
     assert plain.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
-def test_distributed_checkpoints(make):
+def test_distributed_checkpoints(make, tmp_path):
     checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
     model, optimizer = trained(make)
     state = checkpoint.get_optimizer_state_dict(model, optimizer)
@@ -204,7 +204,17 @@ def test_distributed_checkpoints(make):
     resumed = make(other)
     checkpoint.set_optimizer_state_dict(other, resumed, copy.deepcopy(state))
     assert told(resumed.param_groups[0]).keys() == make(model).param_groups[0].keys()
-    assert (train(model, optimizer, 8, 3) - train(other, resumed, 8, 3)).abs().max() < 1e-12
+    # By way of files, where the model in that order comes with random weights.
+    whole = checkpoint.get_state_dict(model, optimizer)
+    torch.distributed.checkpoint.save(dict(enumerate(whole)), checkpoint_id=tmp_path)
+    third = reordered(small_model("llama", seed=3))
+    again = make(third)
+    parts = checkpoint.get_state_dict(third, again)
+    torch.distributed.checkpoint.load(dict(enumerate(parts)), checkpoint_id=tmp_path)
+    checkpoint.set_state_dict(third, again, model_state_dict=parts[0], optim_state_dict=parts[1])
+    losses = train(model, optimizer, 8, 3)
+    assert (losses - train(other, resumed, 8, 3)).abs().max() < 1e-12
+    assert (losses - train(third, again, 8, 3)).abs().max() < 1e-12
 
 
 DAMAGE = {
@@ -312,9 +322,13 @@ def test_options_of_other_optimizers_are_not_taken(make, momentum):
     for stranger in strangers:
         with pytest.raises(ValueError, match=f"not the state of a {type(optimizer).__name__}"):
             optimizer.load_state_dict(stranger.state_dict())
-    for nothing in (None, [], {}, {"state": {}}, {"state": [], "param_groups": []}):
+    nothing = [None, [], {}, {"state": {}}, {"state": [], "param_groups": []}]
+    for key, value in (("params", 3), ("param_names", [1, 2]), ("has_state", "yes")):
+        nothing.append(copy.deepcopy(optimizer.state_dict()))
+        nothing[-1]["param_groups"][0][key] = value
+    for state in nothing:
         with pytest.raises(ValueError, match=f"not the state of a {type(optimizer).__name__}"):
-            optimizer.load_state_dict(nothing)
+            optimizer.load_state_dict(state)
     assert_unchanged(model, optimizer, before)
 
 
