@@ -95,13 +95,13 @@ def _groups_of(saved: Mapping[str, Any], optimizer: str) -> list[Mapping[str, An
             raise ValueError(
                 f"this is not the state of a {optimizer}: param group {i} has no list of params"
             )
-        for key, kind in (("params", int | str), (NAMES, str), (HAD_STATE, bool)):
+        for key, entries in (("params", int | str), (NAMES, str), (HAD_STATE, bool)):
             own: Any = group.get(key)
             count = len(group["params"])
             if key in group and not (
                 isinstance(own, list | tuple)
                 and len(own) == count
-                and all(isinstance(entry, kind) for entry in own)
+                and all(isinstance(entry, entries) for entry in own)
             ):
                 raise ValueError(
                     f"this is not the state of a {optimizer}: {key!r} of param group {i} is not a "
