@@ -227,8 +227,7 @@ def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> l
         geometry = measure(members[0].group, *factors, precision)
         geometry = without_metric(geometry, geometry.deficient.any(0))
         partials = stack_factors(members, read, dtype)
-        finite = [factor.isfinite().flatten(-2).all(-1) for factor in factors]
-        defined = torch.where(finite[0] & finite[1], 1.0, torch.nan)[..., None, None]
+        defined = torch.where(geometry.finite.all(0), 1.0, torch.nan)[..., None, None]
         for dressed in dressed_gradient(metric, geometry, partials):
             found.append(dressed * defined.to(dtype))
     return found

@@ -185,7 +185,7 @@ class LowRankPairs:
         if (
             self._look
             and self._sample is not None
-            and not torch.equal(self._sampled(), self._sample)
+            and not torch.equal(self._sampled(weights), self._sample)
         ):
             self.schedule.ask()
         due = self.schedule.due(given, None if capturing else lambda own: self._moved(own, weights))
@@ -205,8 +205,10 @@ class LowRankPairs:
         whole = on_host and all(counted) and (remade is None or all(due.made))
         return Prepared(weights, remade, given, active, counted, dressed, whole)
 
-    def _sampled(self) -> Tensor:
-        """The first column of every factor."""
+    def _sampled(self, weights: Sequence[Tensor]) -> Tensor:
+        """The first column of every factor, as it is stored."""
+        if self.blocks[0].parameter.dtype == self.dtype:
+            return torch.cat([own[:, :, 0].flatten() for own in weights])
         return torch.cat([column for stack in self.stacks for column in stack.columns()])
 
     def _moved(self, written: list[bool], weights: Sequence[Tensor]) -> list[bool]:
@@ -333,7 +335,7 @@ class LowRankPairs:
                 group,
             )
         self.schedule.mark()
-        self._sample = self._sampled() if self._look else None
+        self._sample = self._sampled(prepared.weights) if self._look else None
 
     def _carry(
         self, prepared: Prepared, remade: Remade, mask: Tensor, gate: Tensor | None

@@ -158,10 +158,9 @@ class PairBatch:
         if momentum != 0:
             transported = self._stack(lambda block: block.view(buffers(block.parameter)))
             if all(self.active):
-                flat = self.flat[..., None, None]
-                u_A, u_B = transported
-                P_A, P_B = horizontal_component(metric, self.geometry, self.weights, transported)
-                transported = torch.where(flat, u_A, P_A), torch.where(flat, u_B, P_B)
+                transported = horizontal_component(
+                    metric, self.geometry, self.weights, transported, self.flat
+                )
             momenta = [
                 grad.add(u, alpha=momentum) for grad, u in zip(directions, transported, strict=True)
             ]
@@ -216,15 +215,14 @@ class PairBatch:
         GradientError
             Naming the symmetry.
         """
-        for side, weights in zip(("left", "right"), self.weights, strict=True):
-            broken = ~weights.isfinite().flatten(-2).all(-1)
-            if bool(broken.any()):
-                entry, head = broken.nonzero()[0].tolist()
-                raise RankError(
-                    f"symmetry {self.symmetries[entry].name!r}: the {side} factor of head {head} "
-                    "is not finite; nothing was updated. Give its parameters the values of a "
-                    "checkpoint"
-                )
+        broken = ~self.geometry.finite
+        if bool(broken.any()):
+            side, entry, head = broken.nonzero()[0].tolist()
+            raise RankError(
+                f"symmetry {self.symmetries[entry].name!r}: the {('left', 'right')[side]} factor "
+                f"of head {head} is not finite; nothing was updated. Give its parameters the "
+                "values of a checkpoint"
+            )
         for direction in self.directions:
             bad = ~direction.isfinite().flatten(1).all(1)
             if bool(bad.any()):
@@ -236,6 +234,5 @@ class PairBatch:
 
     def flags(self) -> list[Tensor]:
         """Whether :meth:`refuse` would raise, as tensors."""
-        own = (*self.weights, *self.directions)
-        finite = torch.stack([tensor.isfinite().all() for tensor in own])
-        return [~finite.all()]
+        finite = torch.stack([direction.isfinite().all() for direction in self.directions])
+        return [~self.geometry.finite.all(), ~finite.all()]
