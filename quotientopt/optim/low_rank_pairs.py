@@ -265,7 +265,9 @@ class LowRankPairs:
         if not bool((defined | ~reached).all()):
             broken = reached & ~gram.isfinite().flatten(-2).all(-1)
             if bool(broken.any()):
-                self._refuse(broken, "is not finite")
+                self._refuse(
+                    broken, "is not finite; nothing was updated. Give it the values of a checkpoint"
+                )
             fresh = next_coordinates(torch.zeros_like(gram), gram)
             frame = torch.where(defined[:, None, None], frame, fresh.frame)
             anew = anew | ~defined
@@ -282,7 +284,11 @@ class LowRankPairs:
                 # A pair that was trained and is zero now has gradients of zero, and waits.
                 lost = lost & (self.counts + self.counts.index_select(0, self.partner) == 0)
                 if bool(lost.any()):
-                    self._refuse(lost, "is zero, as is its partner")
+                    self._refuse(
+                        lost,
+                        "is zero, as is its partner, so that no coordinates are defined; "
+                        "initialise it, or use lora_frame=None",
+                    )
             frame = torch.where(defined[:, None, None], frame, 0)
         anew = anew & defined & reached
         frame = torch.where(reached[:, None, None], frame, old)
@@ -293,8 +299,7 @@ class LowRankPairs:
         """Refuse the first of the sides that are marked, whose partner has the problem."""
         factor = int(self.partner[int(own_slices.nonzero()[0])])
         raise RankError(
-            f"symmetry {self.symmetries[factor].name!r}: the {self.sides[factor]} factor "
-            f"{problem}, so that no coordinates are defined; initialise it, or use lora_frame=None"
+            f"symmetry {self.symmetries[factor].name!r}: the {self.sides[factor]} factor {problem}"
         )
 
     def step(self, prepared: Prepared, group: Mapping[str, Any], gate: Tensor | None) -> None:
