@@ -86,6 +86,25 @@ def test_gradients_that_are_not_finite_are_named(make, value):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_factors_that_are_not_finite_are_named(make):
+    model = small_model()
+    optimizer = make(model)
+    train(model, optimizer, 9)
+    with torch.no_grad():
+        model.blocks[1].attention.value.weight[3, 0] = float("inf")
+    assert_refused(model, optimizer, r"blocks\.1\.attention\.vo.*right factor of head 0 is not fin")
+
+
+def test_low_rank_factors_that_are_not_finite_are_named():
+    model = pairs.Adapted(start="random")
+    optimizer = qo.QuotientAdam(model, lr=3e-3, symmetries=pairs.symmetries_of(model))
+    pairs.train(model, optimizer, 33)
+    with torch.no_grad():
+        model.lora_A[1][0, 0] = float("inf")
+    assert_refused(model, optimizer, r"layers\.1\.lora.*right factor is not finite.*a checkpoint")
+
+
 def gradients_of_ones(model):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

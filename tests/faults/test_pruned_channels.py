@@ -272,3 +272,17 @@ def test_a_low_rank_pair_of_zeros_waits():
         pair[0].parameter.add_(0.1 * torch.randn(pair[0].parameter.shape))
     train_pairs(model, optimizer, 15)
     assert pair[1].parameter.any()
+
+
+def test_pruning_on_an_accelerator():
+    """Where the host does not wait between frames, no step is skipped."""
+    model = small_model(dtype=torch.float32)
+    optimizer = qo.QuotientAdam(model, lr=8e-3)
+    optimizer._nonfinite.is_needed = bool
+    before = train(model, optimizer, 13)
+    places = channel(model.blocks[0].attention)
+    prune_(places)
+    optimizer.register_step_post_hook(lambda *_: prune_(places))
+    after = train(model, optimizer, 13)
+    assert after[-5:].mean() < before[-5:].mean()
+    assert {float(own["step"]) for own in optimizer.state.values()} == {26.0}
