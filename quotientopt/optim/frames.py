@@ -25,6 +25,10 @@ from quotientopt.symmetries import Block, HeadSymmetry
 # divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
 ROW_TIES = 100.0
 
+# Of the smallest singular value of AᵀB to the largest, in units of rounding: below it a frame would
+# be made of rounding.
+LEAST_RATIO = 1e4
+
 # Of frames, when others wrote to a factor: the stretch beyond which they are made anew at once.
 STRAYED = 2.0
 
@@ -192,17 +196,17 @@ class HeadFrames:
         if isinstance(self.group, RotaryCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
             grams = self.group.algebra_projection(grams)
-        deficient = self._deficient(grams)
-        if not bool(deficient.any()):
+        deficient, vanishing = self._deficient(grams)
+        if not bool((deficient | vanishing).any()):
             return grams, None, None
         broken = ~grams.isfinite().flatten(-2).all(-1)
         if bool(broken.any()):
             self._refuse(broken)
         of_partner = deficient.roll(len(self.symmetries), 0)
-        unframed = deficient & of_partner
+        unframed = deficient & of_partner | vanishing
         if self.kind == "svd":
             # Singular vectors of a deficient product are not all defined.
-            unframed = deficient | of_partner
+            unframed = deficient | of_partner | vanishing
         identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
         sound = torch.where(deficient[..., None, None], identity, grams)
         inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(sound).L)
@@ -211,15 +215,25 @@ class HeadFrames:
         leaning = (deficient | of_partner) & ~unframed
         return grams, leaning if bool(leaning.any()) else None, unframed
 
-    def _deficient(self, grams: Tensor) -> Tensor:
-        """Whether each factor is rank-deficient (or not finite), ``(2S, heads)``."""
+    def _deficient(self, grams: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each factor is rank-deficient (or not finite), and whether its pair vanishes.
+
+        Each ``(2S, heads)``. Rows that are tiny in both factors have full rank, but a singular
+        value of AᵀB, which no group element changes, that is rounding against the largest one.
+        """
         factor, info = torch.linalg.cholesky_ex(grams)
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
         # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
         # rounding of the stored parameters alone makes it about the square of their precision.
         least = max(4 * self.precision**2, grams.size(-1) * torch.finfo(grams.dtype).eps)
         flat = (pivots <= least * grams.diagonal(dim1=-2, dim2=-1)).any(-1)
-        return (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
+        deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
+        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
+        left, right = torch.where(deficient[..., None, None], identity, factor).chunk(2)
+        values = torch.linalg.svdvals(left.mT @ right)
+        least = LEAST_RATIO * torch.finfo(grams.dtype).eps
+        vanishing = (values[..., -1] <= least * values[..., 0]).repeat(2, 1)
+        return deficient, vanishing & ~deficient & ~deficient.roll(len(self.symmetries), 0)
 
     def _refuse(self, broken: Tensor) -> None:
         entry, head = broken.nonzero()[0].tolist()

@@ -17,6 +17,7 @@ from quotientopt.optim.dressing import HEAD_FRAMES
 from quotientopt.optim.pairs import (
     PAIR_METRICS,
     dressed_gradient,
+    heads_without_metric,
     measure,
     refuse_scattered,
     refuse_unknown_geometry,
@@ -225,7 +226,7 @@ def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> l
         factors = stack_factors(members, Block.view, dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
         geometry = measure(members[0].group, *factors, precision)
-        geometry = without_metric(geometry, geometry.deficient.any(0))
+        geometry = without_metric(geometry, heads_without_metric(geometry))
         partials = stack_factors(members, read, dtype)
         defined = torch.where(geometry.finite.all(0), 1.0, torch.nan)[..., None, None]
         for dressed in dressed_gradient(metric, geometry, partials):

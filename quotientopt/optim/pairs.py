@@ -143,6 +143,24 @@ def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> Pa
     return PairGrams(group, left_gram, right_gram, left_root, right_root, deficient, finite)
 
 
+# Of the singular values of AᵀB: in float32 the smallest would be rounding of the largest.
+LARGEST_CONDITION = 1e8
+
+
+def heads_without_metric(geometry: PairGrams) -> Tensor:
+    """Heads that are no points of the quotient, ``(…)``: a factor is deficient, or AᵀB nearly.
+
+    Rows that are tiny in both factors have full rank, but their metric would be of any size. With
+    ``K = L_Aᵀ L_B``, whose singular values are those of AᵀB, the bound is on ‖K‖ ‖K⁻¹‖, which no
+    group element changes.
+    """
+    left, right = geometry.left_root, geometry.right_root
+    forward = torch.linalg.matrix_norm(left.mT @ right)
+    backward = torch.linalg.matrix_norm(_inverse(right) @ _inverse(left).mT)
+    vanishing = ~(forward * backward <= LARGEST_CONDITION)
+    return geometry.deficient.any(0) | vanishing
+
+
 def without_metric(geometry: PairGrams, heads: Tensor) -> PairGrams:
     """The same with the Euclidean metric for some heads, ``(…)``: all their matrices are one."""
     identity = torch.eye(

@@ -15,6 +15,7 @@ from quotientopt._linalg import Pair, compute_dtype
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.pairs import (
     columns_of,
+    heads_without_metric,
     horizontal_component,
     measure,
     riemannian_gradient,
@@ -134,7 +135,7 @@ class PairBatch:
         self.weights = stack_factors(self.symmetries, Block.view, self.dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
         geometry = measure(self.symmetries[0].group, *self.weights, precision)
-        self.flat = geometry.deficient.any(0)
+        self.flat = heads_without_metric(geometry)
         self.geometry = without_metric(geometry, self.flat)
         self.directions: Sequence[Tensor] = ()
 

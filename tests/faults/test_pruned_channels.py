@@ -274,6 +274,32 @@ def test_a_low_rank_pair_of_zeros_waits():
     assert pair[1].parameter.any()
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-12, 1e-25])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_channels_that_are_nearly_zero(name, size):
+    """Of full rank row by row, but their frame or metric would be of any size."""
+    model = small_model(dtype=torch.float32)
+    places = channel(model.blocks[1].attention)
+    with torch.no_grad():
+        for weight, place in places:
+            weight[place] *= size
+    losses = train(model, OPTIMIZERS[name](model), 13)
+    assert losses.isfinite().all()
+    assert losses[-4:].mean() < losses[:4].mean() - (0.0 if "sgd" in name else 0.1)
+    assert max(weight[place].abs().max() for weight, place in places) < 3.0
+
+
+def test_control_of_channels_that_are_nearly_zero(monkeypatch):
+    monkeypatch.setattr("quotientopt.optim.frames.LEAST_RATIO", 0.0)
+    model = small_model()
+    places = channel(model.blocks[1].attention)
+    with torch.no_grad():
+        for weight, place in places:
+            weight[place] *= 1e-20
+    train(model, OPTIMIZERS["adam"](model), 13)
+    assert max(weight[place].abs().max() for weight, place in places) > 100
+
+
 def test_pruning_on_an_accelerator():
     """Where the host does not wait between frames, no step is skipped."""
     model = small_model(dtype=torch.float32)
