@@ -3,6 +3,7 @@
 # As in the extras of pyproject.toml.
 REQUIREMENTS = {
     "geoopt": "geoopt>=0.5.1",
+    "heavyball": "heavyball>=3.2,<4",
     "matplotlib": "matplotlib>=3.8",
     "peft": "peft>=0.18",
     "pymanopt": "pymanopt>=2.2",

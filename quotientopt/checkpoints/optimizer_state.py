@@ -21,6 +21,7 @@ from quotientopt.checkpoints.loading import Loaded
 from quotientopt.checkpoints.source import Checkpoint
 from quotientopt.checkpoints.weight_files import require_file
 from quotientopt.optim import QuotientAdam, QuotientSGD
+from quotientopt.optim.saved import NAMES, bare_names
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.map import TRANSLATION
 
@@ -125,11 +126,15 @@ def _optimizer_of(
 def _members(groups: Any, model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
     """The parameters of every group: by name, or all of the model in their order."""
     parameters = dict(model.named_parameters())
-    names = [group.get("param_names") for group in groups]
+    names = [group.get(NAMES) for group in groups]
     if len(names) == 1 and names[0] is None and len(groups[0]["params"]) == len(parameters):
-        names = [list(parameters)]
+        names = [list(parameters)]  # of version 0.1.0
     if any(own is None for own in names):
         raise CheckpointError("whose parameters have no names and are in several groups")
+    if any(name not in parameters for own in names for name in own):
+        # Of a wrapped model, perhaps.
+        full = dict(zip(bare_names([list(parameters)])[0], parameters, strict=True))
+        names = [[full.get(n, n) for n in own] for own in bare_names(names)]
     unknown = [name for own in names for name in own if name not in parameters]
     if unknown:
         raise CheckpointError(f"which has a parameter {unknown[0]!r} that the model lacks")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quotientopt._extras import install_command
 from quotientopt.compare.errors import UsageError, require
 from quotientopt.compare.protocol import Protocol
 
@@ -199,7 +200,7 @@ def _check_kl_soap() -> None:
         importlib.import_module("heavyball")
     except ImportError as error:
         raise UsageError(
-            'kl-soap: heavyball is not installed: pip install "quotientopt[heavyball]"'
+            f"kl-soap: heavyball is not installed: {install_command('heavyball')}"
         ) from error
 
 
@@ -234,8 +235,9 @@ def _check_geoopt() -> None:
     try:
         importlib.import_module("quotientopt.geoopt")
     except ModuleNotFoundError as error:
+        package = error.name or "geoopt"
         raise UsageError(
-            f'geoopt-adam: {error.name} is not installed: pip install "quotientopt[geoopt]"'
+            f"geoopt-adam: {package} is not installed: {install_command(package)}"
         ) from error
 
 

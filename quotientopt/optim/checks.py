@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import wide_dtype
+from quotientopt._linalg import compute_dtype, wide_dtype
 from quotientopt.optim.dressing import HEAD_FRAMES
 from quotientopt.optim.pairs import PAIR_METRICS
 from quotientopt.optim.slices import SIDES, TRANSPORTED, Slices
@@ -27,7 +27,7 @@ class GradientError(StepRefusedError):
 
 
 class RankError(StepRefusedError):
-    """A factor has no head frame because it is rank-deficient or not finite."""
+    """A factor is not finite; of a low-rank pair also: both are zero."""
 
 
 RESIDUAL_FRAMES = ("per_matrix", "shared")
@@ -148,7 +148,7 @@ def refuse_nonfinite(
     """
     if not norms or bool(torch.stack(list(norms)).isfinite().all()):
         return
-    own = zip(gradients, norms_of(gradients.values()), strict=True)
+    own = zip(gradients, norms_of(gradients.values(), clipped=True), strict=True)
     bad = [name_of(p) for p, norm in own if not norm.isfinite()]
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     subject = f"the gradient of {bad[0]!r}{others}" if bad else "a dressed gradient"
@@ -156,6 +156,41 @@ def refuse_nonfinite(
         f"{subject} has NaN or infinite entries, or overflows when squared; nothing was updated. "
         "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
     )
+
+
+# Of all gradients together where states are float32: beyond it squares and their sums overflow.
+LARGEST_NORM = 1e18
+
+
+def kept_from_overflow(
+    norms: list[Tensor], tensors: Sequence[Tensor], limit: float | None
+) -> tuple[list[Tensor], float | None]:
+    """Norms and a limit to clip by, with which squares stay finite where entries are.
+
+    Parameters
+    ----------
+    norms : list of Tensor
+        From :func:`norms_of`.
+    tensors : sequence of Tensor
+        What they are the norms of.
+    limit : float, optional
+        What gradients are clipped by anyway.
+
+    Returns
+    -------
+    norms : list of Tensor
+        The same; in the widest precision beyond `LARGEST_NORM`.
+    limit : float or None
+        At most `LARGEST_NORM` then.
+    """
+    if not norms:
+        return norms, None
+    narrow = any(compute_dtype(tensor.dtype) != torch.float64 for tensor in tensors)
+    if limit is not None:
+        return norms, min(limit, LARGEST_NORM) if narrow else limit
+    if not narrow or bool(torch.linalg.vector_norm(torch.stack(norms)) <= LARGEST_NORM):
+        return norms, None
+    return norms_of(tensors, clipped=True), LARGEST_NORM
 
 
 def norms_of(tensors: Iterable[Tensor], *, clipped: bool = False) -> list[Tensor]:
@@ -261,9 +296,13 @@ def refuse_foreign_symmetries(
         )
 
 
+# Options of the whole optimizer, in every param group.
+WHOLE = ("max_grad_norm", "refresh_every", "capturable")
+
+
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse options that differ between groups but belong to the whole optimizer."""
-    for name in ("max_grad_norm", "refresh_every", "capturable"):
+    for name in WHOLE:
         values = {group[name] for group in param_groups}
         if len(values) > 1:
             raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")
@@ -431,13 +470,10 @@ def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]
     ValueError
         Naming the parameter.
     """
-    for key, value in state.items():
-        if key != "momentum_buffer":
+    for value in state.values():
+        if value is not None and torch.as_tensor(value).shape != parameter.shape:
             raise ValueError(
-                f"the saved state of {name!r} has a {key!r}: it is not the state of a QuotientSGD"
-            )
-        if isinstance(value, Tensor) and value.shape != parameter.shape:
-            raise ValueError(
-                f"the saved momentum of {name!r} has shape {tuple(value.shape)}, expected "
-                f"{tuple(parameter.shape)}: it is not the state of a QuotientSGD on this model"
+                f"the saved momentum of {name!r} has shape {tuple(torch.as_tensor(value).shape)}, "
+                f"expected {tuple(parameter.shape)}: it is not the state of a QuotientSGD on this "
+                "model"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from quotientopt._linalg import compute_dtype
 from quotientopt.optim.buckets import Bucket, stream_of
 from quotientopt.optim.frames import FreshDressing, HeadFrames, SharedResidualFrame
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
-from quotientopt.optim.low_rank_stack import Prepared
+from quotientopt.optim.low_rank_stack import Prepared, marks_of
 from quotientopt.optim.slices import Slice, Slices, frame_kind
 from quotientopt.optim.state import Entry, adopt
 from quotientopt.optim.update import rotate_
@@ -75,6 +75,14 @@ class Engine:
                 param_groups[members[0].group_index],
             )
             self.buckets.append(bucket)
+        blocks = [b for h in self.heads for s in h.symmetries for b in s.blocks]
+        self._factors = list({id(b.parameter): b.parameter for b in blocks}.values())
+        self._on_host = [b for b in blocks if b.parameter.device.type == "cpu"]
+        self._marks: list[tuple[int, int]] | None = None
+        self._asked = False
+        self._sample: Tensor | None = None
+        self._columns: list[Tensor] = []
+        self._pointers: list[int] = []
         adopt(list(self.entries()), self.buckets, self.pairs, state)
         self._file(state)
 
@@ -164,9 +172,11 @@ class Engine:
                 found.append((bucket, rows))
         return found
 
-    def prepare_pairs(self, capturing: bool = False) -> list[tuple[LowRankPairs, Prepared]]:
+    def prepare_pairs(
+        self, capturing: bool = False, *, look: bool
+    ) -> list[tuple[LowRankPairs, Prepared]]:
         """Coordinates and dressed gradients of the low-rank pairs that have a gradient."""
-        prepared = [(pairs, pairs.prepare(capturing)) for pairs in self.pairs]
+        prepared = [(pairs, pairs.prepare(capturing, look=look)) for pairs in self.pairs]
         return [(pairs, own) for pairs, own in prepared if own is not None]
 
     def step_pairs(
@@ -181,6 +191,66 @@ class Engine:
         steps = [bucket.steps[i] for bucket, rows in active for i in rows]
         every = self.param_groups[0]["refresh_every"]
         return min(steps) == 0 or (max(steps) + 1) % every == 0
+
+    def due_dressings(
+        self,
+        active: Sequence[tuple[Bucket, list[int]]],
+        before: Callable[[], None],
+        *,
+        look: bool,
+    ) -> Dressings | None:
+        """Dressing fields where frames are made in this step: by schedule, or if they do not fit.
+
+        Others may have written to factors since the last step. As far as torch tells, a sample of
+        the values differs, or :meth:`ask` was called, the host looks whether the frames still fit;
+        values that came back leave the path as it is.
+
+        Parameters
+        ----------
+        active : sequence
+            From :meth:`active`.
+        before : callable
+            Called before the host waits for the device.
+        look : bool
+            Whether to compare a sample of the factors, which must be on the host for that.
+        """
+        due = self.refresh_due(active)
+        if not due and not self._was_written(look):
+            return None
+        before()
+        dressings = self.fresh_dressings()
+        if due or any(bool(h.strays(dressings[id(h)].field)) for h in self.heads):
+            return dressings
+        return None
+
+    def ask(self) -> None:
+        """Look in the next step whether frames and coordinates still fit."""
+        self._asked = True
+        for pairs in self.pairs:
+            pairs.schedule.ask()
+
+    def mark(self, look: bool) -> None:
+        """Note that the factors are now as the optimizer knows them."""
+        self._marks, self._asked = marks_of(self._factors), False
+        self._sample = self._sampled(self._marks) if look and self._on_host else None
+
+    def _was_written(self, look: bool) -> bool:
+        if self._marks is None or self._asked:
+            return self._asked
+        marks = marks_of(self._factors)
+        if marks != self._marks:
+            return True
+        if not look or self._sample is None:
+            return False
+        return not torch.equal(self._sampled(marks), self._sample)
+
+    def _sampled(self, marks: list[tuple[int, int]]) -> Tensor:
+        """The first column of every factor: an entry of each channel."""
+        pointers = [pointer for pointer, _ in marks]
+        if pointers != self._pointers:
+            self._columns = [block.view().select(-1, 0) for block in self._on_host]
+            self._pointers = pointers
+        return torch.cat([column.reshape(-1) for column in self._columns])
 
     def is_new(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether a slice has no frame yet."""

@@ -25,19 +25,28 @@ from quotientopt.symmetries import Block, HeadSymmetry
 # divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
 ROW_TIES = 100.0
 
+# Of the smallest singular value of AᵀB to the largest, in units of rounding: below it a frame would
+# be made of rounding.
+LEAST_RATIO = 1e4
+
+# Of frames, when others wrote to a factor: the stretch beyond which they are made anew at once.
+STRAYED = 2.0
+
 
 class FreshDressing(NamedTuple):
     """Dressing of all factors of some head frames, each ``(2S, heads, r, r)``.
 
     ``field`` acts on gradients, ``contragredient``, its inverse transpose, on factors, and
-    ``weights_gram`` holds the Grams of the factors so dressed. ``leaning`` marks heads where one
-    factor is rank-deficient and leans on its partner, ``(2S, heads)``; None if there is none.
+    ``weights_gram`` holds the Grams of the factors so dressed. ``substituted`` marks heads where
+    one factor is rank-deficient and leans on its partner, ``unframed`` those that have no frame
+    because both are, ``(2S, heads)``; None if there is none.
     """
 
     field: Tensor
     contragredient: Tensor
     weights_gram: Tensor
     substituted: Tensor | None
+    unframed: Tensor | None
 
 
 class HeadFrames:
@@ -125,26 +134,30 @@ class HeadFrames:
 
         Where one factor of a head is rank-deficient (zero at the start, say), its partner's
         orthonormal coordinates serve for both: its Gram is taken to be the partner's inverse.
-        Otherwise the dressed factors are dressed once more: Grams of factors of condition κ leave
-        a field right to ε κ² only, and the second one, close to the identity, to ε.
+        The dressed factors are dressed once more: Grams of factors of condition κ leave
+        a field right to ε κ² only, and the second one, close to the identity, to ε. Where both
+        are deficient (a pruned channel: a row of zeros in each) there is no field, and the head
+        keeps the coordinates it is stored in, as in AdamW, until it has one again.
 
         Raises
         ------
         RankError
-            If both factors of a head are rank-deficient, or one is not finite; names the symmetry.
+            If a factor is not finite; names the symmetry.
         """
         grams = self.grams()
-        supplemented, substituted = self._supplement(grams)
-        field, contragredient = self._fields(supplemented)
+        lacking = self._lacking(grams)
+        supplemented, substituted, unframed = self._supplement(grams, lacking)
+        field, contragredient = self._fields(supplemented, unframed)
         dressed = contragredient @ grams @ contragredient.mT
         # The coordinates of "orthonormal" are not those of one group element.
         one_element = self.kind != "orthonormal" and not holds_rotations_only(self.group)
-        if substituted is None and one_element:
+        if one_element:
             grams = self.grams(contragredient)
-            again, again_contragredient = self._fields(grams)
+            supplemented, *_ = self._supplement(grams, lacking)
+            again, again_contragredient = self._fields(supplemented, unframed)
             field, contragredient = again @ field, again_contragredient @ contragredient
             dressed = again_contragredient @ grams @ again_contragredient.mT
-        fresh = FreshDressing(field, contragredient, dressed, substituted)
+        fresh = FreshDressing(field, contragredient, dressed, substituted, unframed)
         if not self.joint:
             return fresh
         return FreshDressing(
@@ -152,66 +165,103 @@ class HeadFrames:
             block_diagonal(fresh.contragredient),
             block_diagonal(fresh.weights_gram),
             None if substituted is None else substituted.any(-1, keepdim=True),
+            unframed,
         )
 
-    def _fields(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """Dressing fields of both sides, and their inverse transposes, ``(2S, heads, r, r)``."""
+    def _fields(self, grams: Tensor, unframed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Dressing fields of both sides and their inverse transposes, each ``(2S, heads, r, r)``.
+
+        The identity for heads that have no frame, whose Grams are of no use.
+        """
+        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
+        if unframed is not None:
+            grams = torch.where(unframed[..., None, None], identity, grams)
         dressing = head_dressing(self.kind, self.group, *grams.chunk(2))
+        field = torch.cat([dressing.left, dressing.right])
+        contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
+        if unframed is None:
+            return field, contragredient
         return (
-            torch.cat([dressing.left, dressing.right]),
-            torch.cat([dressing.left_contragredient, dressing.right_contragredient]),
+            torch.where(unframed[..., None, None], identity, field),
+            torch.where(unframed[..., None, None], identity, contragredient),
         )
 
-    def _supplement(self, grams: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _supplement(
+        self, grams: Tensor, lacking: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The Grams, those of rank-deficient factors replaced by the inverse of the partner's.
 
         Both balanced and orthonormal dressing then see the pair through orthonormal coordinates
         of the partner, and the replacement moves with the group as the Gram itself does. Also
-        returns which heads this was done for, on both sides.
+        returns which heads this was done for, and where both factors are deficient, on both sides.
         """
-        if holds_rotations_only(self.group):
-            return grams, None
         if isinstance(self.group, RotaryCommutant):
-            # Planes need only differ from zero, the rows that pass need full rank.
             grams = self.group.algebra_projection(grams)
-        deficient = self._deficient(grams)
-        if not bool(deficient.any()):
-            return grams, None
+        if lacking is None:
+            return grams, None, None
+        deficient, vanishing = lacking
         of_partner = deficient.roll(len(self.symmetries), 0)
-        both = deficient & of_partner
+        unframed = deficient & of_partner | vanishing
         if self.kind == "svd":
-            both = deficient  # singular vectors of a deficient product are not all defined
-        refused = both | ~grams.isfinite().flatten(-2).all(-1)
-        if bool(refused.any()):
-            self._refuse(refused, grams)
+            # Singular vectors of a deficient product are not all defined.
+            unframed = deficient | of_partner | vanishing
         identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
         sound = torch.where(deficient[..., None, None], identity, grams)
         inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(sound).L)
         partners = inverses.roll(len(self.symmetries), 0)
-        return torch.where(deficient[..., None, None], partners, grams), deficient | of_partner
+        grams = torch.where(deficient[..., None, None], partners, grams)
+        leaning = (deficient | of_partner) & ~unframed
+        return grams, leaning if bool(leaning.any()) else None, unframed
 
-    def _deficient(self, grams: Tensor) -> Tensor:
-        """Whether each factor is rank-deficient (or not finite), ``(2S, heads)``."""
+    def _lacking(self, grams: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What :meth:`_deficient` finds, None where it finds nothing.
+
+        Raises
+        ------
+        RankError
+            If a factor is not finite.
+        """
+        if holds_rotations_only(self.group):
+            return None
+        if isinstance(self.group, RotaryCommutant):
+            # Planes need only differ from zero, the rows that pass need full rank.
+            grams = self.group.algebra_projection(grams)
+        deficient, vanishing = self._deficient(grams)
+        if not bool((deficient | vanishing).any()):
+            return None
+        broken = ~grams.isfinite().flatten(-2).all(-1)
+        if bool(broken.any()):
+            self._refuse(broken)
+        return deficient, vanishing
+
+    def _deficient(self, grams: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each factor is rank-deficient (or not finite), and whether its pair vanishes.
+
+        Each ``(2S, heads)``. Rows that are tiny in both factors have full rank, but a singular
+        value of AᵀB, which no group element changes, that is rounding against the largest one.
+        """
         factor, info = torch.linalg.cholesky_ex(grams)
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
         # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
         # rounding of the stored parameters alone makes it about the square of their precision.
         least = max(4 * self.precision**2, grams.size(-1) * torch.finfo(grams.dtype).eps)
         flat = (pivots <= least * grams.diagonal(dim1=-2, dim2=-1)).any(-1)
-        return (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
+        deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
+        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
+        left, right = torch.where(deficient[..., None, None], identity, factor).chunk(2)
+        values = torch.linalg.svdvals(left.mT @ right)
+        least = LEAST_RATIO * torch.finfo(grams.dtype).eps
+        vanishing = (values[..., -1] <= least * values[..., 0]).repeat(2, 1)
+        return deficient, vanishing & ~deficient & ~deficient.roll(len(self.symmetries), 0)
 
-    def _refuse(self, refused: Tensor, grams: Tensor) -> None:
-        entry, head = divmod(int(refused.flatten().nonzero()[0]), grams.size(1))
+    def _refuse(self, broken: Tensor) -> None:
+        entry, head = broken.nonzero()[0].tolist()
         symmetry = self.symmetries[entry % len(self.symmetries)]
         side = "left" if entry < len(self.symmetries) else "right"
-        problem = f"both factors of head {head} are rank-deficient"
-        if not grams[entry, head].isfinite().all():
-            problem = f"the {side} factor of head {head} is not finite"
-        elif self.kind == "svd":
-            problem = f"the {side} factor of head {head} is rank-deficient"
+        names = " or ".join(repr(b.name) for b in getattr(symmetry, f"{side}_blocks") if b.name)
         raise RankError(
-            f"symmetry {symmetry.name!r}: {problem}, so that its head frame is undefined; "
-            "initialise it at full row rank, or leave head frames out with head_frame=None"
+            f"symmetry {symmetry.name!r}: the {side} factor of head {head} is not finite; nothing "
+            f"was updated. Give {names or 'its parameters'} the values of a checkpoint"
         )
 
     def accumulate(
@@ -246,6 +296,33 @@ class HeadFrames:
         if key not in self._indices:
             self._indices[key] = torch.tensor(places, device=self.frame.device)
         return self._indices[key]
+
+    def strays(self, field: Tensor) -> Tensor:
+        """Whether the frames in use fit the parameters no more, from a fresh ``field``.
+
+        The field is a rotation of the frame in coordinates where the frame is one; beyond a factor
+        of `STRAYED` a step along some direction is that much too long or too short. No group
+        element that moves both changes it.
+        """
+        old, new = (self._metric(frame.to(field.dtype)) for frame in (self.frame, field))
+        missing = (old == 0).flatten(-2).all(-1)[..., None, None]
+        identity = torch.eye(old.size(-1), dtype=old.dtype, device=old.device)
+        root, _ = torch.linalg.cholesky_ex(torch.where(missing, identity, old))
+        half = torch.linalg.solve_triangular(root, new, upper=False)
+        ratio = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        sound = ratio.isfinite().flatten(-2).all(-1)[..., None, None]
+        stretch = torch.linalg.eigvalsh(torch.where(sound & ~missing, ratio, identity))
+        outside = (stretch > STRAYED**2) | (stretch < STRAYED**-2)
+        return outside.any() | ~(sound | missing).all()
+
+    def _metric(self, frame: Tensor) -> Tensor:
+        """uᵀu of every head, ``(2S, heads, r, r)``; no rotation of the frame changes it."""
+        metric = frame.mT @ frame
+        if not self.joint:
+            return metric
+        heads, rank = self.symmetries[0].heads, self.symmetries[0].rank
+        blocks = metric[:, 0].unflatten(-1, (heads, rank)).unflatten(-3, (heads, rank))
+        return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
     def begin_refresh(self, field: Tensor) -> Tensor:
         """Write the covariance in the coordinates of a fresh ``field``.
@@ -286,13 +363,35 @@ class HeadFrames:
             if bool(missing.any()):
                 first = torch.linalg.eigh(break_ties(self.covariance, weights_gram, times=ROW_TIES))
                 turn = torch.where(missing, first.eigenvectors.flip(-1), turn)
+            if dressing.unframed is not None:
+                turn = self._without(dressing.unframed, turn, weights_gram)
             turn = turn.mT
         else:
             turn = head_eigenframe(self.group, self.covariance, weights_gram)
+            if dressing.unframed is not None:
+                identity = torch.eye(turn.size(-1), dtype=turn.dtype, device=turn.device)
+                turn = torch.where(dressing.unframed[..., None, None], identity, turn)
         self.covariance.copy_(turn @ self.covariance @ turn.mT)
         turn = turn.to(field.dtype)
         self.frame.copy_(turn @ field)
         return turn
+
+    def _without(self, unframed: Tensor, turn: Tensor, weights_gram: Tensor) -> Tensor:
+        """Eigenframes over all rows that leave those of unframed heads exactly as they are.
+
+        A channel of zeros would otherwise be moved by the rounding of the others.
+        """
+        rows = unframed.repeat_interleave(turn.size(-1) // unframed.size(-1), -1)[:, None]
+        either = rows[..., :, None] | rows[..., None, :]
+        matrix = break_ties(self.covariance, weights_gram, times=ROW_TIES).masked_fill(either, 0)
+        # Beyond all eigenvalues, and different, so that their eigenvectors are unit vectors.
+        places = torch.linspace(3, 2, rows.size(-1), dtype=matrix.dtype, device=matrix.device)
+        vectors = torch.linalg.eigh(matrix + torch.where(rows, places, 0).diag_embed()).eigenvectors
+        vectors = vectors.flip(-1)
+        own = (vectors.square() * rows[..., :, None]).sum(-2, keepdim=True) > 0.5
+        exact = torch.where(rows[..., :, None] & own, vectors.round(), 0)
+        apart = torch.where(rows[..., :, None] | own, exact, vectors)
+        return torch.where(unframed.any(-1)[:, None, None, None], apart, turn)
 
     def move_(self, element: Mapping[str, Tensor]) -> None:
         """Move frames along with the parameters: ``u ↦ u g^{-1}`` (left), ``u ↦ u gᵀ`` (right)."""

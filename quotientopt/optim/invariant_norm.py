@@ -17,11 +17,13 @@ from quotientopt.optim.dressing import HEAD_FRAMES
 from quotientopt.optim.pairs import (
     PAIR_METRICS,
     dressed_gradient,
+    heads_without_metric,
     measure,
     refuse_scattered,
     refuse_unknown_geometry,
     shape_key,
     stack_factors,
+    without_metric,
 )
 from quotientopt.optim.slices import find_slices
 from quotientopt.optim.symmetric_optimizer import full_precision
@@ -79,8 +81,9 @@ def invariant_grad_norm(
     -------
     Tensor
         0-dimensional, in at least float32, on the device of the first gradient; NaN where a factor
-        is rank-deficient. The host does not wait for it, but for the decompositions of
-        ``"balanced"`` and ``"svd"``.
+        is not finite. Heads of which a factor is rank-deficient count by their Euclidean norm, as
+        :class:`quotientopt.QuotientSGD` steps them. The host does not wait for it, but for the
+        decompositions of ``"balanced"`` and ``"svd"``.
 
     Raises
     ------
@@ -204,7 +207,7 @@ def _uncovered_gradients(symmetries: SymmetryMap, own: set[int]) -> list[Tensor]
 
 
 def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> list[Tensor]:
-    """Gradients of the pairs in the frames of the metric; NaN where a factor is deficient."""
+    """Gradients of the pairs in the frames of the metric; NaN where a factor is not finite."""
 
     def read(block: Block) -> Tensor:
         if id(block.parameter) in own and block.parameter.grad is not None:
@@ -223,8 +226,9 @@ def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> l
         factors = stack_factors(members, Block.view, dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
         geometry = measure(members[0].group, *factors, precision)
+        geometry = without_metric(geometry, heads_without_metric(geometry))
         partials = stack_factors(members, read, dtype)
-        defined = torch.where(geometry.deficient.any(0), torch.nan, 1.0)[..., None, None]
+        defined = torch.where(geometry.finite.all(0), 1.0, torch.nan)[..., None, None]
         for dressed in dressed_gradient(metric, geometry, partials):
             found.append(dressed * defined.to(dtype))
     return found

@@ -32,6 +32,9 @@ from quotientopt.optim.slices import SIDES, Slice
 from quotientopt.symmetries import HeadSymmetry
 
 COVARIANCE_BETA = 0.95
+# Of orthonormal coordinates, when others wrote to a factor: the change, against their own size,
+# beyond which they are made anew at once. Ten steps of training change them by a tenth.
+STRAYED = 0.5
 
 
 class LowRankPairs:
@@ -109,6 +112,8 @@ class LowRankPairs:
         # does not wait for the device in every step.
         self._framed = torch.zeros(len(factors), dtype=torch.bool, device=self.device)
         self._given: list[bool] = []
+        self._look = False
+        self._sample: Tensor | None = None
         self._has_gradient = torch.tensor(self._given)
         frozen = [self.own_slices[j] is None for j in partners]
         self._frozen_partner = torch.tensor(frozen, device=self.device)
@@ -145,8 +150,15 @@ class LowRankPairs:
         self.schedule.made = [(int(own), int(other)) for own, other in self.made.tolist()]
         self.schedule.framed = self._framed.tolist()
 
-    def prepare(self, capturing: bool = False) -> Prepared | None:
+    def prepare(self, capturing: bool = False, *, look: bool = False) -> Prepared | None:
         """Coordinates of the factors as they are now and dressed gradients; changes nothing.
+
+        Parameters
+        ----------
+        capturing : bool
+            Whether the step is recorded.
+        look : bool
+            Whether to compare a sample of the factors with the last step's, on the host.
 
         Returns
         -------
@@ -156,7 +168,7 @@ class LowRankPairs:
         Raises
         ------
         RankError
-            If both factors of a pair are zero, or one is not finite.
+            If both factors of a pair are zero and never were trained, or one is not finite.
         """
         gradients = [
             None if slice_ is None else slice_.parameter.grad for slice_ in self.own_slices
@@ -168,7 +180,15 @@ class LowRankPairs:
         has_gradient = self._mask(given)
         on_host = self.device.type == "cpu"
         frame, framed, remade = self.frame, self._framed, None
-        due = self.schedule.due(given)
+        self.schedule.refresh_every = self.options["refresh_every"]
+        self._look = look and self.device.type == "cpu"
+        if (
+            self._look
+            and self._sample is not None
+            and not torch.equal(self._sampled(weights), self._sample)
+        ):
+            self.schedule.ask()
+        due = self.schedule.due(given, None if capturing else lambda own: self._moved(own, weights))
         if capturing or any(due.made):
             remade = self._remake(weights, due, has_gradient, capturing)
             frame = remade.frame
@@ -184,6 +204,30 @@ class LowRankPairs:
         counted = active.tolist() if on_host else given
         whole = on_host and all(counted) and (remade is None or all(due.made))
         return Prepared(weights, remade, given, active, counted, dressed, whole)
+
+    def _sampled(self, weights: Sequence[Tensor]) -> Tensor:
+        """The first column of every factor, as it is stored."""
+        if self.blocks[0].parameter.dtype == self.dtype:
+            return torch.cat([own[:, :, 0].flatten() for own in weights])
+        return torch.cat([column for stack in self.stacks for column in stack.columns()])
+
+    def _moved(self, written: list[bool], weights: Sequence[Tensor]) -> list[bool]:
+        """Factors, of those written to, that are far from the coordinates in use; the host looks.
+
+        What came back to its old values, as weights swapped for their average do, leaves the path
+        as it is.
+        """
+        of_partner = self.frame.index_select(0, self.partner)
+        squares = [
+            (frame @ own - stack.coordinates).square().sum((-2, -1))
+            for stack, own, frame in (
+                (stack, own, of_partner[stack.rows])
+                for stack, own in zip(self.stacks, weights, strict=True)
+            )
+        ]
+        near = torch.cat(squares) <= STRAYED**2 * self.rank
+        near = near & self._framed.index_select(0, self.partner)
+        return [own and not kept for own, kept in zip(written, near.tolist(), strict=True)]
 
     def _mask(self, given: list[bool]) -> Tensor:
         """Which sides have a gradient, on the device."""
@@ -221,7 +265,9 @@ class LowRankPairs:
         if not bool((defined | ~reached).all()):
             broken = reached & ~gram.isfinite().flatten(-2).all(-1)
             if bool(broken.any()):
-                self._refuse(broken, "is not finite")
+                self._refuse(
+                    broken, "is not finite; nothing was updated. Give it the values of a checkpoint"
+                )
             fresh = next_coordinates(torch.zeros_like(gram), gram)
             frame = torch.where(defined[:, None, None], frame, fresh.frame)
             anew = anew | ~defined
@@ -235,8 +281,14 @@ class LowRankPairs:
                 frame = torch.where(blocked[:, None, None], spanned.frame, frame)
                 defined = torch.where(blocked, spanned.defined, defined)
                 lost = blocked & ~defined & ~defined.index_select(0, self.partner)
+                # A pair that was trained and is zero now has gradients of zero, and waits.
+                lost = lost & (self.counts + self.counts.index_select(0, self.partner) == 0)
                 if bool(lost.any()):
-                    self._refuse(lost, "is zero, as is its partner")
+                    self._refuse(
+                        lost,
+                        "is zero, as is its partner, so that no coordinates are defined; "
+                        "initialise it, or use lora_frame=None",
+                    )
             frame = torch.where(defined[:, None, None], frame, 0)
         anew = anew & defined & reached
         frame = torch.where(reached[:, None, None], frame, old)
@@ -247,8 +299,7 @@ class LowRankPairs:
         """Refuse the first of the sides that are marked, whose partner has the problem."""
         factor = int(self.partner[int(own_slices.nonzero()[0])])
         raise RankError(
-            f"symmetry {self.symmetries[factor].name!r}: the {self.sides[factor]} factor "
-            f"{problem}, so that no coordinates are defined; initialise it, or use lora_frame=None"
+            f"symmetry {self.symmetries[factor].name!r}: the {self.sides[factor]} factor {problem}"
         )
 
     def step(self, prepared: Prepared, group: Mapping[str, Any], gate: Tensor | None) -> None:
@@ -289,6 +340,7 @@ class LowRankPairs:
                 group,
             )
         self.schedule.mark()
+        self._sample = self._sampled(prepared.weights) if self._look else None
 
     def _carry(
         self, prepared: Prepared, remade: Remade, mask: Tensor, gate: Tensor | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -99,10 +99,23 @@ class Schedule:
         self.framed = [False] * len(partners)
         self._factors = list(factors)
         self._marks: list[tuple[int, int]] | None = None
+        self._asked = False
 
-    def due(self, given: Sequence[bool]) -> Due:
-        """What a step with these gradients has to make; a pair's sides get coordinates together."""
+    def due(
+        self, given: Sequence[bool], moved: Callable[[list[bool]], list[bool]] | None = None
+    ) -> Due:
+        """What a step with these gradients has to make; a pair's sides get coordinates together.
+
+        Parameters
+        ----------
+        given : sequence of bool
+            Which sides have a gradient.
+        moved : callable, optional
+            Tells of factors that were written to which have other values; else all of them.
+        """
         written, steps, partners = self._written(), self.steps, self.partners
+        if moved is not None and any(written):
+            written = moved(written)
         # Most sides are at the same point.
         known: dict[tuple[int, int, tuple[int, int], bool], tuple[bool, bool, int]] = {}
         found = []
@@ -146,16 +159,26 @@ class Schedule:
 
     def mark(self) -> None:
         """Note that the factors are now as the optimizer knows them."""
-        self._marks = self._current_marks()
+        self._marks = marks_of(self._factors)
+        self._asked = False
+
+    def ask(self) -> None:
+        """Take all factors for written to, until the next mark: torch does not count all writes."""
+        self._asked = True
 
     def _written(self) -> list[bool]:
         """Factors that were written to by others since the last mark, as far as torch tells."""
-        if self._marks is None:
-            return [False] * len(self.partners)
-        return [a != b for a, b in zip(self._marks, self._current_marks(), strict=True)]
+        if self._marks is None or self._asked:
+            return [self._asked] * len(self.partners)
+        return [a != b for a, b in zip(self._marks, marks_of(self._factors), strict=True)]
 
-    def _current_marks(self) -> list[tuple[int, int]]:
-        return [(factor.data_ptr(), factor._version) for factor in self._factors]
+
+def marks_of(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Where parameters lie and how often torch has seen them written to; nothing waits for it.
+
+    Writes to ``p.data`` in place and by NumPy are not counted there.
+    """
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
 def interval_of(tick: int, refresh_every: int) -> int:
@@ -212,6 +235,7 @@ class FactorStack:
         starts = range(0, len(blocks), size)
         self.chunks = [slice(start, min(start + size, len(blocks))) for start in starts]
         self._views: list[Tensor] = []
+        self._columns: list[Tensor] = []
         self._pointers: list[int] = []
         self.master: Tensor | None = None
         if keeps_master:
@@ -222,8 +246,14 @@ class FactorStack:
         pointers = [parameter.data_ptr() for parameter in self.parameters]
         if pointers != self._pointers:
             self._views = [block.view().squeeze(0) for block in self.blocks]
+            self._columns = [view[:, 0] for view in self._views]
             self._pointers = pointers
         return self._views
+
+    def columns(self) -> list[Tensor]:
+        """The first column of every factor."""
+        self.views()
+        return self._columns
 
     def weights(self) -> Tensor:
         """The factors in the precision of the computation; masters where there are any."""

@@ -93,6 +93,8 @@ class PairGrams(NamedTuple):
     deficient : Tensor
         Whether the left and the right factor are rank-deficient or not finite, ``(2, …)``; the
         matrices of such a factor are the identity and mean nothing.
+    finite : Tensor
+        Whether they are finite, likewise.
     """
 
     group: StructureGroup
@@ -101,6 +103,7 @@ class PairGrams(NamedTuple):
     left_root: Tensor
     right_root: Tensor
     deficient: Tensor
+    finite: Tensor
 
 
 def refuse_unknown_geometry(group: StructureGroup, metric: str, name: str) -> None:
@@ -134,14 +137,49 @@ def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> Pa
     precision : float
         Machine epsilon of the parameters.
     """
-    left_gram, left_root, left_deficient = _factorize(group, A, precision)
-    right_gram, right_root, right_deficient = _factorize(group, B, precision)
-    deficient = torch.stack([left_deficient, right_deficient])
-    return PairGrams(group, left_gram, right_gram, left_root, right_root, deficient)
+    left_gram, left_root, *left = _factorize(group, A, precision)
+    right_gram, right_root, *right = _factorize(group, B, precision)
+    deficient, finite = (torch.stack(flags) for flags in zip(left, right, strict=True))
+    return PairGrams(group, left_gram, right_gram, left_root, right_root, deficient, finite)
 
 
-def _factorize(group: StructureGroup, X: Tensor, precision: float) -> tuple[Tensor, Tensor, Tensor]:
-    """X Xᵀ, the Cholesky factor of ρ(X Xᵀ), and whether X is rank-deficient or not finite."""
+# Of the singular values of AᵀB: in float32 the smallest would be rounding of the largest.
+LARGEST_CONDITION = 1e8
+
+
+def heads_without_metric(geometry: PairGrams) -> Tensor:
+    """Heads that are no points of the quotient, ``(…)``: a factor is deficient, or AᵀB nearly.
+
+    Rows that are tiny in both factors have full rank, but their metric would be of any size. With
+    ``K = L_Aᵀ L_B``, whose singular values are those of AᵀB, the bound is on ‖K‖ ‖K⁻¹‖, which no
+    group element changes.
+    """
+    left, right = geometry.left_root, geometry.right_root
+    forward = torch.linalg.matrix_norm(left.mT @ right)
+    backward = torch.linalg.matrix_norm(_inverse(right) @ _inverse(left).mT)
+    vanishing = ~(forward * backward <= LARGEST_CONDITION)
+    return geometry.deficient.any(0) | vanishing
+
+
+def without_metric(geometry: PairGrams, heads: Tensor) -> PairGrams:
+    """The same with the Euclidean metric for some heads, ``(…)``: all their matrices are one."""
+    identity = torch.eye(
+        geometry.left_root.size(-1),
+        dtype=geometry.left_root.dtype,
+        device=geometry.left_root.device,
+    )
+    left_gram, right_gram, left_root, right_root = (
+        torch.where(heads[..., None, None], identity, matrix) for matrix in geometry[1:5]
+    )
+    return geometry._replace(
+        left_gram=left_gram, right_gram=right_gram, left_root=left_root, right_root=right_root
+    )
+
+
+def _factorize(
+    group: StructureGroup, X: Tensor, precision: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X Xᵀ, the Cholesky factor of ρ(X Xᵀ), whether X is deficient or not finite, and finite."""
     rows = wide(X)
     gram = rows @ rows.mT
     S = group.row_products(gram)
@@ -151,7 +189,8 @@ def _factorize(group: StructureGroup, X: Tensor, precision: float) -> tuple[Tens
     # rounding of the stored parameters alone makes it about the square of their precision.
     least = max(4 * precision**2, S.size(-1) * torch.finfo(S.dtype).eps)
     flat = (pivots <= least * S.diagonal(dim1=-2, dim2=-1)).any(-1)
-    deficient = (info != 0) | flat | ~S.isfinite().flatten(-2).all(-1)
+    finite = S.isfinite().flatten(-2).all(-1)
+    deficient = (info != 0) | flat | ~finite
     if X.dtype == wide_dtype(X.device):
         # A Gram squares the condition. Where no wider precision makes up for it, the Gram of the
         # nearly orthonormal rows L⁻¹X corrects the factor (Fukaya et al. 2014, CholeskyQR2).
@@ -161,7 +200,8 @@ def _factorize(group: StructureGroup, X: Tensor, precision: float) -> tuple[Tens
     # Decompositions further on would fail on NaN, before anyone has looked at the flags.
     identity = torch.eye(S.size(-1), dtype=S.dtype, device=S.device)
     replaced = deficient[..., None, None]
-    return torch.where(replaced, identity, gram), torch.where(replaced, identity, root), deficient
+    gram, root = (torch.where(replaced, identity, matrix) for matrix in (gram, root))
+    return gram, root, deficient, finite
 
 
 def covector_frames(metric: str, geometry: PairGrams) -> tuple[Tensor, Tensor]:
@@ -215,7 +255,13 @@ def riemannian_gradient(metric: str, geometry: PairGrams, partials: Pair) -> Pai
     return grad_A, grad_B
 
 
-def horizontal_component(metric: str, geometry: PairGrams, factors: Pair, vector: Pair) -> Pair:
+def horizontal_component(
+    metric: str,
+    geometry: PairGrams,
+    factors: Pair,
+    vector: Pair,
+    left_out: Tensor | None = None,
+) -> Pair:
     """The part of a tangent vector that is orthogonal to the orbit, ``(u_A + M A, u_B − Mᵀ B)``.
 
     Preconditioned metric ``tr(S_B u_A v_Aᵀ) + tr(S_A u_B v_Bᵀ)``:
@@ -237,6 +283,8 @@ def horizontal_component(metric: str, geometry: PairGrams, factors: Pair, vector
         Of `factors`.
     factors, vector : tuple of Tensor
         ``(A, B)`` and ``(u_A, u_B)``.
+    left_out : Tensor, optional
+        Heads whose vectors stay as they are, ``(…)``.
     """
     roots = geometry.left_root, geometry.right_root
     rows = [_inverse(L).to(X.dtype) @ X for L, X in zip(roots, factors, strict=True)]
@@ -247,6 +295,8 @@ def horizontal_component(metric: str, geometry: PairGrams, factors: Pair, vector
         N_A, N_B = _preconditioned_multipliers(geometry, *crosses)
     else:
         N_A, N_B = _right_invariant_multipliers(geometry, *crosses)
+    if left_out is not None:
+        N_A, N_B = (N.masked_fill(left_out[..., None, None], 0) for N in (N_A, N_B))
     u_A, u_B = vector
     return u_A + N_A.to(u_A.dtype) @ rows[0], u_B - N_B.to(u_B.dtype) @ rows[1]
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt.optim.checks import (
+    WHOLE,
     NonfiniteGate,
+    kept_from_overflow,
     norms_of,
     refuse_bad_hyperparameters,
     refuse_mixed_groups,
@@ -19,8 +21,15 @@ from quotientopt.optim.checks import (
 )
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.plain import adamw_step, keeps_wide
+from quotientopt.optim.saved import refuse_replaced, refuse_unfit
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
-from quotientopt.optim.state import refuse_foreign_state, refuse_framed_state, restore_precision
+from quotientopt.optim.state import (
+    KEYS,
+    PLAIN_KEYS,
+    refuse_framed_state,
+    refuse_singular_frames,
+    restore_precision,
+)
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.optim.update import clip_scale
@@ -129,9 +138,9 @@ class QuotientAdam(SymmetricOptimizer):
     ------
     ValueError
         For an unknown option, a hyperparameter out of range, a pair split over param groups, a
-        parameter covered partly by symmetries; in :meth:`step` for a rank-deficient factor (of a
-        LoRA pair: for two that are zero) and for gradients that are NaN or infinite. Parameters
-        and state stay as they were.
+        parameter covered partly by symmetries; in :meth:`step` for a factor that is not finite
+        (of a LoRA pair: for two that are zero) and for gradients that are NaN or infinite.
+        Parameters and state stay as they were.
 
     Notes
     -----
@@ -155,6 +164,8 @@ class QuotientAdam(SymmetricOptimizer):
     """
 
     _torch_name = "torch.optim.AdamW"
+    _marks = ("head_frame", "betas")
+    _keys = KEYS
 
     def __init__(
         self,
@@ -209,6 +220,7 @@ class QuotientAdam(SymmetricOptimizer):
         self._engine: Engine | None = None
         self._slices = Slices()
         self._nonfinite = NonfiniteGate()
+        self._checked_options: list[list[Any]] = []
         self._hidden_units = hidden_units
         super().__init__(model_or_params, defaults, symmetries, example_inputs)
 
@@ -230,6 +242,15 @@ class QuotientAdam(SymmetricOptimizer):
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
         return find_slices(planned_groups(self.param_groups, also), self.symmetries, self._names)
+
+    def _check_changed_options(self) -> None:
+        """Refuse what options may not be; param groups are open to all."""
+        options = [[group[name] for name in WHOLE] for group in self.param_groups]
+        if options != self._checked_options:
+            for group in self.param_groups:
+                self._refuse_options(group)
+            refuse_mixed_groups(self.param_groups)
+            self._checked_options = options
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""
@@ -259,7 +280,7 @@ class QuotientAdam(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            For NaN or infinite gradients (names the parameter) and for rank-deficient factors;
+            For NaN or infinite gradients (names the parameter) and for factors that are not finite;
             parameters and state stay as they were. On an accelerator nothing waits for the device
             to find NaN: such a step changes nothing, and the error comes with the next fresh
             frames.
@@ -278,25 +299,33 @@ class QuotientAdam(SymmetricOptimizer):
     def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
         """One step with the gradients of the parameters that have one."""
         refuse_sparse(gradients, self._name)
+        self._check_changed_options()
+        for own in self._slices.plain:
+            refuse_replaced(own, self.state, PLAIN_KEYS, self._name)
         engine = self._current_engine()
         active = engine.active()
         dressings = None
         capturing = engine.is_recorded(active)
-        if active and not capturing and engine.refresh_due(active):
-            self._nonfinite.refuse_earlier()
-            dressings = engine.fresh_dressings()
-        pairs = engine.prepare_pairs(capturing)
+        # Where it need not wait for the device, the host looks at more.
+        look = not self._nonfinite.is_needed(list(gradients.values()))
+        if self._asked:
+            engine.ask()
+        if active and not capturing:
+            dressings = engine.due_dressings(active, self._nonfinite.refuse_earlier, look=look)
+        pairs = engine.prepare_pairs(capturing, look=look)
         if dressings is None and any(own.turns for _, own in pairs):
             self._nonfinite.refuse_earlier()
         dressed = engine.dressed_gradients(active, dressings)
         of_pairs = [stack for _, own in pairs for stack in own.dressed]
         plain = [p.grad for own in self._slices.plain for p in own if p.grad is not None]
         limit = self.param_groups[0]["max_grad_norm"]
-        norms = norms_of([*dressed, *of_pairs, *plain], clipped=limit is not None)
+        measured = [*dressed, *of_pairs, *plain]
+        norms = norms_of(measured, clipped=limit is not None)
         gate = None
         if self._nonfinite.is_needed(norms):
             gate = self._nonfinite.close_on_nonfinite(norms, [*dressed, *of_pairs])
         else:
+            norms, limit = kept_from_overflow(norms, measured, limit)
             refuse_nonfinite(norms, gradients, self._name)
         scale = clip_scale(norms, limit)
         if scale is not None:
@@ -308,6 +337,8 @@ class QuotientAdam(SymmetricOptimizer):
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         finish(held, self._absorbed, gate, self.state)
+        engine.mark(look)
+        self._asked = False
 
     @torch.no_grad()
     @full_precision()
@@ -320,7 +351,7 @@ class QuotientAdam(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            For rank-deficient factors, and where an earlier gradient was not finite.
+            For factors that are not finite, and where an earlier gradient was not finite.
         """
         if self.state:
             engine = self._current_engine()
@@ -358,12 +389,18 @@ class QuotientAdam(SymmetricOptimizer):
             self._engine_of(slices).move_(element)
             self._engine = None
 
+    def _takes_states_of_torch(self) -> bool:
+        return True  # framed parameters miss their frames there
+
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Undo torch's cast of the state of slices and of wide copies, and take it over."""
         for group in self.param_groups:
             self._refuse_options(group)
-        refuse_foreign_state(self.state, self._name)
         slices = self._find_slices(also=self.state)
+        plain = [parameter for own in slices.plain for parameter in own]
+        refuse_framed_state(plain, self.state, self._name)
+        refuse_unfit(plain, self.state, PLAIN_KEYS, self._name, optional=("master",))
+        refuse_singular_frames(slices.framed, self.state)
         wide = {id(slice_.parameter) for slice_ in (*slices.framed, *slices.transported)}
         for group in self.param_groups:
             wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
@@ -374,6 +411,7 @@ class QuotientAdam(SymmetricOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._nonfinite = NonfiniteGate()
+        self._checked_options = []
         for group in state.get("param_groups", ()):
             if "head_frame" in group and "row_frame" not in group:
                 # Of version 0.1.0, whose state goes on in the frames it is written in.

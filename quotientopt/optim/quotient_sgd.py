@@ -75,7 +75,7 @@ class QuotientSGD(SymmetricOptimizer):
     ------
     ValueError
         For an option out of range, a pair split over param groups, a parameter covered partly by
-        symmetries, a group without a known metric; in :meth:`step` for a rank-deficient factor
+        symmetries, a group without a known metric; in :meth:`step` for a factor that is not finite
         (:class:`RankError`) and for gradients that are NaN or infinite (:class:`GradientError`).
         Parameters and state stay as they were.
 
@@ -101,6 +101,8 @@ class QuotientSGD(SymmetricOptimizer):
     """
 
     _torch_name = "torch.optim.SGD"
+    _marks = ("metric", "momentum")
+    _keys = (BUFFER,)
 
     def __init__(
         self,
@@ -193,7 +195,7 @@ class QuotientSGD(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            For NaN or infinite gradients (names the parameter) and for rank-deficient factors
+            For NaN or infinite gradients (names the parameter) and for factors that are not finite
             (names the symmetry); parameters and state stay as they were.
         """
         loss = loss_of(closure)
@@ -209,6 +211,10 @@ class QuotientSGD(SymmetricOptimizer):
             self._plan()
         named = ((self._framed[id(p)], g) for p, g in gradients.items() if id(p) in self._framed)
         refuse_sparse_of_pairs(named)
+        for parameter in gradients:
+            own = self.state.get(parameter, {})
+            if getattr(own.get(BUFFER), "shape", parameter.shape) != parameter.shape:
+                refuse_foreign_buffer(self._name(parameter), parameter, own)
         for pair in self._pairs:
             pair.refuse_mixed_options(self.param_groups, self._name)
         stacks = batches(self._pairs, self.param_groups)
@@ -293,6 +299,9 @@ class QuotientSGD(SymmetricOptimizer):
                 rows = buffer.movedim(axis, -1)
                 rotation = element[RESIDUAL].to(rows.device, torch.float64)
                 rows.copy_(rows.to(torch.float64) @ rotation.mT)
+
+    def _takes_states_of_torch(self) -> bool:
+        return not self._framed
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Check loaded state, and undo torch's cast of it to the parameter's dtype for pairs.

@@ -15,11 +15,13 @@ from quotientopt._linalg import Pair, compute_dtype
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.pairs import (
     columns_of,
+    heads_without_metric,
     horizontal_component,
     measure,
     riemannian_gradient,
     shape_key,
     stack_factors,
+    without_metric,
 )
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -102,9 +104,12 @@ def batches(pairs: Sequence[SymmetricPair], groups: Groups) -> list[PairBatch]:
 class PairBatch:
     """S pairs of one shape with the same options and the same blocks active.
 
-    Nothing is changed before the changes are committed. A factor block that is frozen or has no
-    gradient in this step keeps its place in the geometry; moving along the orbit would move it too,
-    so that such a pair has no vertical directions, and its momentum is not projected.
+    Nothing is changed before the changes are committed. A pair of which a factor is rank-deficient
+    is no point of the quotient: it takes the steps of SGD until it is one again.
+
+    A factor block that is frozen or has no gradient in this step keeps its place in the geometry;
+    moving along the orbit would move it too, so that such a pair has no vertical directions, and
+    its momentum is not projected.
 
     Parameters
     ----------
@@ -129,7 +134,9 @@ class PairBatch:
         self.dtype = compute_dtype(functools.reduce(torch.promote_types, dtypes))
         self.weights = stack_factors(self.symmetries, Block.view, self.dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        self.geometry = measure(self.symmetries[0].group, *self.weights, precision)
+        geometry = measure(self.symmetries[0].group, *self.weights, precision)
+        self.flat = heads_without_metric(geometry)
+        self.geometry = without_metric(geometry, self.flat)
         self.directions: Sequence[Tensor] = ()
 
     def changes(self, buffers: Buffers) -> list[Change]:
@@ -152,7 +159,9 @@ class PairBatch:
         if momentum != 0:
             transported = self._stack(lambda block: block.view(buffers(block.parameter)))
             if all(self.active):
-                transported = horizontal_component(metric, self.geometry, self.weights, transported)
+                transported = horizontal_component(
+                    metric, self.geometry, self.weights, transported, self.flat
+                )
             momenta = [
                 grad.add(u, alpha=momentum) for grad, u in zip(directions, transported, strict=True)
             ]
@@ -198,7 +207,7 @@ class PairBatch:
         return found
 
     def refuse(self) -> None:
-        """Raise for the first pair that is rank-deficient or whose direction overflows.
+        """Raise for the first pair that is not finite or whose direction overflows.
 
         Raises
         ------
@@ -207,15 +216,13 @@ class PairBatch:
         GradientError
             Naming the symmetry.
         """
-        deficient = self.geometry.deficient
-        if bool(deficient.any()):
-            side, entry, head = deficient.nonzero()[0].tolist()
-            finite = bool(self.weights[side][entry, head].isfinite().all())
+        broken = ~self.geometry.finite
+        if bool(broken.any()):
+            side, entry, head = broken.nonzero()[0].tolist()
             raise RankError(
                 f"symmetry {self.symmetries[entry].name!r}: the {('left', 'right')[side]} factor "
-                f"of head {head} is {'rank-deficient' if finite else 'not finite'}, so that the "
-                "pair is no point of the quotient; nothing was updated. Initialise it at full row "
-                "rank, or leave the symmetry out"
+                f"of head {head} is not finite; nothing was updated. Give its parameters the "
+                "values of a checkpoint"
             )
         for direction in self.directions:
             bad = ~direction.isfinite().flatten(1).all(1)
@@ -229,4 +236,4 @@ class PairBatch:
     def flags(self) -> list[Tensor]:
         """Whether :meth:`refuse` would raise, as tensors."""
         finite = torch.stack([direction.isfinite().all() for direction in self.directions])
-        return [self.geometry.deficient.any(), ~finite.all()]
+        return [~self.geometry.finite.all(), ~finite.all()]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype
+from quotientopt._linalg import compute_dtype, wide
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.low_rank_pairs import LowRankPairs
+from quotientopt.optim.saved import problem_of
 from quotientopt.optim.slices import Slice
 
 # Before the suffix of blocks of a fused parameter.
@@ -28,23 +29,7 @@ KEYS = (
 )
 
 
-def refuse_foreign_state(
-    state: Mapping[Tensor, Mapping[str, Any]], name_of: Callable[[Tensor], str]
-) -> None:
-    """Refuse the state of another optimizer, of which something would be left unused.
-
-    Raises
-    ------
-    ValueError
-        Naming parameter and entry.
-    """
-    for parameter, own in state.items():
-        for key in own:
-            if key.partition(".")[0] not in KEYS:
-                raise ValueError(
-                    f"the saved state of {name_of(parameter)!r} has a {key!r}: it is not the state "
-                    "of a QuotientAdam or AdamW"
-                )
+PLAIN_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def restore_precision(
@@ -86,16 +71,56 @@ FRAME_KEYS = (
     "partner_coordinates",
 )
 
+# Largest deviation from an orthogonal or positive matrix that rounding may have left.
+ORTHOGONAL = 1e-2
+
 # Of a framed parameter's state, what may be missing: made anew where it is.
 OPTIONAL_KEYS = ("master", "coordinates_made")
 
 
-def _problem_of(key: str, saved: Tensor) -> str | None:
-    """What is wrong with the values of a saved tensor, if anything is."""
-    if not bool(saved.isfinite().all()):
-        return "has NaN or infinite entries"
-    if key in ("exp_avg_sq", "step") and bool((saved < 0).any()):
-        return "has negative entries"
+def refuse_singular_frames(
+    slices: Iterable[Slice], state: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
+    """Refuse saved frames that are none, and covariances that are not positive.
+
+    Raises
+    ------
+    ValueError
+        Naming parameter and entry.
+    """
+    for slice_ in slices:
+        own = state.get(slice_.parameter, {})
+        for key in FRAME_KEYS:
+            saved = own.get(key + slice_.suffix)
+            problem = None if saved is None else _problem_of_frame(key, saved)
+            if problem is not None:
+                raise ValueError(
+                    f"the saved {key + slice_.suffix!r} of {slice_.name!r} {problem}: the state is "
+                    "damaged"
+                )
+
+
+def _problem_of_frame(key: str, saved: Tensor) -> str | None:
+    matrix = torch.as_tensor(saved).detach()
+    if not matrix.numel() or matrix.ndim < 2 or matrix.size(-1) != matrix.size(-2):
+        return None  # refused by its shape
+    matrix = wide(matrix)
+    if key == "residual_frame":
+        # Zero before there is one, else orthogonal.
+        identity = torch.eye(matrix.size(-1), dtype=matrix.dtype, device=matrix.device)
+        sound = (matrix.mT @ matrix - identity).abs().amax((-2, -1)) < ORTHOGONAL
+        sound = sound | (matrix == 0).flatten(-2).all(-1)
+        return None if bool(sound.all()) else "is not orthogonal"
+    if key == "head_frame":
+        pivots = torch.linalg.lu_factor_ex(matrix).LU.diagonal(dim1=-2, dim2=-1).abs()
+        least = matrix.size(-1) * torch.finfo(matrix.dtype).eps * pivots.amax(-1)
+        sound = (pivots.amin(-1) > least) | (matrix == 0).flatten(-2).all(-1)
+        return None if bool(sound.all()) else "is singular"
+    if key.endswith("covariance"):
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        # Rounding of a congruence leaves a little below zero.
+        sound = diagonal.amin(-1) >= -ORTHOGONAL * diagonal.abs().amax(-1)
+        return None if bool(sound.all()) else "is not positive"
     return None
 
 
@@ -129,14 +154,14 @@ def adopt(
     for slice_, key, tensor in [*entries, *of_pairs]:
         own = state.get(slice_.parameter, {})
         saved = own.get(key + slice_.suffix)
-        shape = None if saved is None else torch.as_tensor(saved).shape
         lost = saved is None and bool(own) and key not in OPTIONAL_KEYS
-        problem = None if saved is None else _problem_of(key, torch.as_tensor(saved))
+        problem = None if saved is None else problem_of(key, saved)
         if problem is not None:
             raise ValueError(
                 f"the saved {key + slice_.suffix!r} of {slice_.name!r} {problem}: the state is "
                 "damaged"
             )
+        shape = None if saved is None else torch.as_tensor(saved).shape
         if lost or shape not in (None, tensor.shape):
             found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise ValueError(

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt.optim.checks import refuse_foreign_symmetries
+from quotientopt.optim.saved import (
+    NAMES,
+    arranged,
+    refuse_damaged,
+    refuse_foreign_groups,
+    refuse_foreign_keys,
+    with_names,
+)
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
 
@@ -67,6 +75,10 @@ class SymmetricOptimizer(Optimizer):
 
     symmetries: SymmetryMap
     _torch_name = "torch.optim"
+    # Options that only states of this optimizer have, and those of torch's counterpart as well.
+    _marks: tuple[str, str]
+    # Entries of a parameter's state, before the suffix of blocks of a fused one.
+    _keys: tuple[str, ...]
 
     def __init__(
         self,
@@ -82,6 +94,8 @@ class SymmetricOptimizer(Optimizer):
                 "model itself, or symmetries=find_symmetries(model, ...)"
             )
         self._names: dict[int, str] = {}
+        # Whether to look after the parameters in the next step.
+        self._asked = False
         # Of the parameters at the last plan; empty before the first one.
         self._signature: tuple[Any, ...] = ()
         if isinstance(model_or_params, nn.Module):
@@ -163,6 +177,16 @@ class SymmetricOptimizer(Optimizer):
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
             self._names.setdefault(id(parameter), name)
 
+    def parameters_changed(self) -> None:
+        """Tell that parameters were written to in a way that torch does not count.
+
+        Writes through ``p.data`` in place and by NumPy are such; ``torch.no_grad()`` blocks,
+        ``load_state_dict`` and replaced ``p.data`` are seen without a word. The next step makes
+        frames where those in use do not fit the parameters any more; values that came back change
+        nothing.
+        """
+        self._asked = True
+
     def _name(self, parameter: Tensor) -> str:
         return parameter_name(parameter, self._names, self.param_groups)
 
@@ -171,23 +195,55 @@ class SymmetricOptimizer(Optimizer):
         parameters = (p for group in self.param_groups for p in group["params"])
         return {p: p.grad for p in parameters if p.grad is not None}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups, as of torch's optimizers.
+
+        Returns
+        -------
+        dict
+            Tensors and plain values. Groups have ``param_names`` where all names are known, and
+            ``has_state``, from which :meth:`load_state_dict` sees what was lost.
+        """
+        return with_names(super().state_dict(), self._names_of_groups())
+
+    def _names_of_groups(self) -> list[list[str | None]]:
+        """Names of the parameters of every group, as far as they are known."""
+        return [
+            list(group[NAMES])
+            if len(group.get(NAMES, ())) == len(group["params"])
+            else [self._names.get(id(parameter)) for parameter in group["params"]]
+            for group in self.param_groups
+        ]
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; training then continues bit for bit.
 
         Parameters
         ----------
         state_dict : dict
-            From :meth:`state_dict` of an optimizer over parameters of the same shapes. Its options
+            From :meth:`state_dict` of an optimizer over parameters of the same names and shapes,
+            in any order; in the same order where names are not known on both sides. Its options
             replace those given at construction, as in torch.
 
         Raises
         ------
         ValueError
-            If it does not fit; the optimizer is then as it was.
+            If it does not fit, is damaged or is another optimizer's; names the parameter and the
+            entry. The optimizer is then as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"this is not the state of a {type(self).__name__}: it is a "
+                f"{type(state_dict).__name__}, not the mapping that state_dict() returns"
+            )
         loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._checked(given))
+            return loaded
+
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(lambda _: self._settle(loaded), prepend=True),
         ]
         before = self.state, self.param_groups
@@ -201,6 +257,26 @@ class SymmetricOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict in the order of the parameters, checked as far as it goes without them."""
+        saved = arranged(given, self._names_of_groups(), type(self).__name__)
+        groups = saved["param_groups"]
+        kinds = type(self).__name__, self._torch_name
+        refuse_foreign_keys(saved["state"], groups, self._keys, self._name_at, kinds)
+        refuse_foreign_groups(groups, self._marks, kinds, plain=self._takes_states_of_torch())
+        refuse_damaged(saved["state"], groups, self._name_at)
+        return saved
+
+    def _name_at(self, group: int, place: int) -> str:
+        """Name of the parameter at a place of a group, for messages."""
+        if group < len(self.param_groups) and place < len(self.param_groups[group]["params"]):
+            return self._name(self.param_groups[group]["params"][place])
+        return f"param_groups[{group}]['params'][{place}]"
+
+    def _takes_states_of_torch(self) -> bool:
+        """Whether a state of torch's counterpart means the same here, or its entries tell."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         named = [
@@ -218,6 +294,7 @@ class SymmetricOptimizer(Optimizer):
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
         if named is not None:
+            self._asked = False
             self._held = {}
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class Block:
     stride: tuple[int, int, int]
     offset: int
     layout: tuple[int, ...]
+
+    @property
+    def _end(self) -> int:
+        """Elements of the parameter's memory up to the last one of the block."""
+        return self.offset + _extent(self.size, self.stride)
 
     @classmethod
     def of(cls, view: Tensor, parameter: Tensor | None = None, name: str = "") -> Block:
@@ -103,12 +109,17 @@ class Block:
         Raises
         ------
         ValueError
-            If the parameter's memory layout has changed since the block was made.
+            If the parameter's memory layout has changed since the block was made, or it is smaller.
         """
         if self.parameter.stride() != self.layout:
             raise ValueError(
                 f"the memory layout of parameter {self.name!r} has changed from strides "
                 f"{self.layout} to {self.parameter.stride()}; find the model's symmetries again"
+            )
+        if self._end > _extent(self.parameter.shape, self.layout):
+            raise ValueError(
+                f"parameter {self.name!r} has shape {tuple(self.parameter.shape)} now, less than "
+                "its symmetry acts on; find the model's symmetries again"
             )
         tensor = self.parameter.detach() if tensor is None else tensor
         if tensor.stride() != self.layout:
@@ -128,3 +139,10 @@ class Block:
             if (length, stride) == (self.size[2], self.stride[2]):
                 return axis
         return None
+
+
+def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a strided tensor, both included."""
+    if 0 in size:
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

@@ -20,11 +20,11 @@ from tests.symmetries.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-# quotientopt/compare/optimizers.py names the extra of its own packages.
 SOURCES = [
-    path
-    for path in (*ROOT.joinpath("quotientopt").rglob("*.py"), *ROOT.joinpath("docs").glob("*.md"))
-    if path.name not in ("optimizers.py", "baselines.py")
+    *ROOT.joinpath("quotientopt").rglob("*.py"),
+    *ROOT.joinpath("docs").glob("*.md"),
+    *ROOT.joinpath("tests").rglob("*.py"),
+    *ROOT.glob("*.md"),
 ]
 
 

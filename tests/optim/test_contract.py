@@ -362,23 +362,28 @@ def test_bad_options(options, message):
         quotient_adam(small_model(), **options)
 
 
-def test_a_pair_of_rank_deficient_factors_is_refused_before_anything_changes():
+@pytest.mark.parametrize("head_frame", ["balanced", "orthonormal", "svd"])
+def test_a_pair_of_rank_deficient_factors_does_not_stop_the_others(head_frame):
     model = small_model()
     with torch.no_grad():
         model.blocks[1].attention.output.weight.zero_()
         model.blocks[1].attention.value.weight[:8] = 0
-    optimizer = quotient_adam(model)
-    loss_of(model, next(batches(1))).backward()
+    before = model.blocks[0].attention.query.weight.detach().clone()
+    losses = train(model, quotient_adam(model, head_frame=head_frame), 20)
+    assert losses.isfinite().all()
+    assert losses[-5:].mean() < losses[:5].mean()
+    assert not torch.equal(before, model.blocks[0].attention.query.weight)
+    # What is not finite is no start for anything.
+    with torch.no_grad():
+        model.blocks[1].attention.value.weight[3, 2] = float("inf")
+    optimizer = quotient_adam(model, head_frame=head_frame)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     before = flat_parameters(model)
-    with pytest.raises(ValueError, match=r"blocks\.1\.attention\.vo.*both.*head 0.*rank-deficient"):
+    match = r"blocks\.1\.attention\.vo'.* right factor of head 0 is not finite.*value\.weight"
+    with pytest.raises(ValueError, match=match):
         optimizer.step()
     assert torch.equal(before, flat_parameters(model))
-    unframed = quotient_adam(model, head_frame=None)
-    unframed.step()
-    assert not torch.equal(before, flat_parameters(model))
-    svd = quotient_adam(model, head_frame="svd")
-    with pytest.raises(ValueError, match="the left factor of head 0 is rank-deficient"):
-        svd.step()
 
 
 def test_what_symmetries_leave_uncovered_is_adamw():
@@ -570,8 +575,12 @@ def test_a_nearly_rank_deficient_factor_leans_on_its_partner():
     with torch.no_grad():
         attention.query.weight[:8] = 0
         attention.key.weight[:8] = U @ S.diag() @ Vt
-    with pytest.raises(ValueError, match="both factors of head 0 are rank-deficient"):
-        quotient_adam(model).step()
+    # With no full factor to lean on, the head takes steps of AdamW's size.
+    before = attention.query.weight.detach().clone()
+    optimizer = quotient_adam(model)
+    optimizer.step()
+    step = (attention.query.weight.detach() - before).abs().max()
+    assert 0 < step < 20 * optimizer.param_groups[0]["lr"]
 
 
 def test_half_precision_clipping():

@@ -72,7 +72,7 @@ def test_equals_the_oracle_in_float64(residual, nesterov, polar, row_frame):
             fast, **SETTINGS, **options, residual_frame=frame, foreach=foreach
         )
         deviation = (train(fast, optimizer, STEPS) - expected).abs()
-        # Frames amplify rounding by the inverse gaps of the covariances, those of step 10 once more;
+        # Frames amplify rounding by the inverse gaps of the covariances, at step 10 once more;
         # the polynomial amplifies that of small singular values by its slope.
         assert deviation[:10].max() < 1e-11
         assert deviation.max() < 1e-9
