@@ -18,6 +18,7 @@ from quotientopt.optim.dressing import (
     plane_partners,
 )
 from quotientopt.optim.slices import Slice
+from quotientopt.optim.translations import seen_blocks
 from quotientopt.optim.update import break_ties, ema_, next_eigenframe, residual_eigenframe
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -353,12 +354,3 @@ class SharedResidualFrame:
         self.oriented = True
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)
-
-
-def seen_blocks(symmetry: HeadSymmetry) -> tuple[Block, ...]:
-    """The right blocks of a symmetry without biases that may be translated freely."""
-    translation = symmetry.translation
-    if translation is None:
-        return symmetry.right_blocks
-    moved = {id(block) for block in translation.blocks}
-    return tuple(block for block in symmetry.right_blocks if id(block) not in moved)

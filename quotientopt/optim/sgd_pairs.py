@@ -21,6 +21,7 @@ from quotientopt.optim.pairs import (
     shape_key,
     stack_factors,
 )
+from quotientopt.optim.translations import seen_weights
 from quotientopt.symmetries import Block, HeadSymmetry
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
@@ -128,8 +129,12 @@ class PairBatch:
         dtypes = [block.parameter.dtype for block in self.symmetries[0].blocks]
         self.dtype = compute_dtype(functools.reduce(torch.promote_types, dtypes))
         self.weights = stack_factors(self.symmetries, Block.view, self.dtype)
+        # Biases that may be translated are no part of the geometry, or it would see by how much.
+        self.seen = self.weights
+        if any(symmetry.translation is not None for symmetry in self.symmetries):
+            self.seen = stack_factors(self.symmetries, seen_weights(self.symmetries), self.dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        self.geometry = measure(self.symmetries[0].group, *self.weights, precision)
+        self.geometry = measure(self.symmetries[0].group, *self.seen, precision)
         self.directions: Sequence[Tensor] = ()
 
     def changes(self, buffers: Buffers) -> list[Change]:
@@ -152,7 +157,7 @@ class PairBatch:
         if momentum != 0:
             transported = self._stack(lambda block: block.view(buffers(block.parameter)))
             if all(self.active):
-                transported = horizontal_component(metric, self.geometry, self.weights, transported)
+                transported = horizontal_component(metric, self.geometry, self.seen, transported)
             momenta = [
                 grad.add(u, alpha=momentum) for grad, u in zip(directions, transported, strict=True)
             ]
@@ -210,7 +215,7 @@ class PairBatch:
         deficient = self.geometry.deficient
         if bool(deficient.any()):
             side, entry, head = deficient.nonzero()[0].tolist()
-            finite = bool(self.weights[side][entry, head].isfinite().all())
+            finite = bool(self.seen[side][entry, head].isfinite().all())
             raise RankError(
                 f"symmetry {self.symmetries[entry].name!r}: the {('left', 'right')[side]} factor "
                 f"of head {head} is {'rank-deficient' if finite else 'not finite'}, so that the "
