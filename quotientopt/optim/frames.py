@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt.groups import RotaryCommutant
+from quotientopt.groups import PlaneCommutant, RotaryCommutant
 from quotientopt.optim.checks import RankError
 from quotientopt.optim.dressing import (
     head_dressing,
@@ -172,7 +172,7 @@ class HeadFrames:
         """
         if holds_rotations_only(self.group):
             return grams, None
-        if isinstance(self.group, RotaryCommutant):
+        if isinstance(self.group, RotaryCommutant | PlaneCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
             grams = self.group.algebra_projection(grams)
         deficient = self._deficient(grams)

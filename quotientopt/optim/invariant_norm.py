@@ -17,6 +17,7 @@ from quotientopt.optim.dressing import HEAD_FRAMES
 from quotientopt.optim.pairs import (
     PAIR_METRICS,
     dressed_gradient,
+    in_order,
     measure,
     refuse_scattered,
     refuse_unknown_geometry,
@@ -229,7 +230,7 @@ def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> l
         dtype = compute_dtype(functools.reduce(torch.promote_types, dtypes))
         factors = stack_factors(members, seen_weights(members), dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        geometry = measure(members[0].group, *factors, precision)
+        geometry = measure(in_order(members[0].group), *factors, precision)
         partials = stack_factors(members, read, dtype)
         defined = torch.where(geometry.deficient.any(0), torch.nan, 1.0)[..., None, None]
         for dressed in dressed_gradient(metric, geometry, partials):

@@ -14,8 +14,10 @@ from torch import Tensor
 from quotientopt._linalg import Pair, compute_dtype
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.pairs import (
+    as_stored,
     columns_of,
     horizontal_component,
+    in_order,
     measure,
     riemannian_gradient,
     shape_key,
@@ -134,7 +136,8 @@ class PairBatch:
         if any(symmetry.translation is not None for symmetry in self.symmetries):
             self.seen = stack_factors(self.symmetries, seen_weights(self.symmetries), self.dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        self.geometry = measure(self.symmetries[0].group, *self.seen, precision)
+        self.group = self.symmetries[0].group
+        self.geometry = measure(in_order(self.group), *self.seen, precision)
         self.directions: Sequence[Tensor] = ()
 
     def changes(self, buffers: Buffers) -> list[Change]:
@@ -197,9 +200,8 @@ class PairBatch:
                 lr, decay = self.groups[owner]["lr"], self.groups[owner]["weight_decay"]
                 weights = self.weights[side][..., columns] * (1 - lr * decay)
                 weights = weights - lr * self.directions[side][..., columns]
-                found.append(
-                    Change(members, weights, momenta[side][..., columns] if momenta else None)
-                )
+                kept = as_stored(self.group, momenta[side][..., columns]) if momenta else None
+                found.append(Change(members, as_stored(self.group, weights), kept))
         return found
 
     def refuse(self) -> None:

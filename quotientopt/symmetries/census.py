@@ -29,7 +29,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    StructureGroup,
+)
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
@@ -169,7 +176,7 @@ def orbit_dimension(symmetry: HeadSymmetry, free_means: Iterable[Tensor] = ()) -
     right = tuple(b for b in symmetry.right_blocks if b not in moved)
     group = symmetry.group
     A, B = (torch.cat([_wide(b.view()) for b in side], dim=-1) for side in (left, right))
-    if isinstance(group, RotaryCommutant | RotaryPhases):
+    if isinstance(group, RotaryCommutant | PlaneCommutant | RotaryPhases):
         return _rotary_dimension(group, A, B)
     if isinstance(group, O):
         X = group.moving_part(torch.cat((A, B), dim=-1).mT).mT
@@ -482,13 +489,23 @@ def _score_biases(model: nn.Module) -> list[Direction]:
 def _rotary_dimension(group: StructureGroup, A: Tensor, B: Tensor) -> int:
     phases = isinstance(group, RotaryPhases)
     commutant = group.commutant if isinstance(group, RotaryPhases) else group
-    assert isinstance(commutant, RotaryCommutant)
-    a, b = (commutant.complex_rows(X).abs().sum(-1) for X in (A, B))
-    total = (1 if phases else 2) * int(((a + b) > 0).sum())
-    start, size = commutant.rotary_dim, len(commutant.pass_rows)
+    assert isinstance(commutant, RotaryCommutant | PlaneCommutant)
+    total, size = 0, len(commutant.pass_rows)
+    if isinstance(commutant, RotaryCommutant):
+        a, b = (commutant.complex_rows(X).abs().sum(-1) for X in (A, B))
+        total = (1 if phases else 2) * int(((a + b) > 0).sum())
+        A, B = A[:, commutant.rotary_dim :], B[:, commutant.rotary_dim :]
+    else:
+        (left, A), (right, B) = (commutant.complex_rows(X) for X in (A, B))
+        for a, b in zip(left, right, strict=True):
+            m = a.shape[-2]
+            if phases:
+                lost = m - _ranks(torch.cat((a, b), dim=-1))
+                total += int((m**2 - lost**2).sum())
+            else:
+                total += int((2 * (m**2 - (m - _ranks(a)) * (m - _ranks(b)))).sum())
     if not size:
         return total
-    A, B = A[:, start:], B[:, start:]
     if phases:
         lost = size - _ranks(torch.cat((A, B), dim=-1))
         return total + int((size * (size - 1) // 2 - lost * (lost - 1) // 2).sum())
@@ -499,7 +516,7 @@ def _ranks(X: Tensor) -> Tensor:
     """Ranks of stacked matrices ``(heads, r, n)``; full where entries are not finite."""
     if X.shape[-2] == 1:
         return (X != 0).any(dim=-1).any(dim=-1).long()
-    return _rank_of_gram(X @ X.mT)
+    return _rank_of_gram(X @ X.mH)
 
 
 def _rank_of_gram(S: Tensor) -> Tensor:

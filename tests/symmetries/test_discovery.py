@@ -33,6 +33,9 @@ def plans(draw: Any) -> Plan:
     layouts = ["separate", "fused", "per head", "transposed", "einsum", "key value"]
     layout = draw(st.sampled_from(layouts))
     extras = ["none", "gate", "tanh", "sink", "temperature", "head gate", "soft cap"]
+    norm = draw(st.sampled_from(["none", "none", "rms", "unit", "gain"]))
+    # Behind norms two standing rows, or a plane, are rotations of two rows alike.
+    periods = ["distinct", "repeated", "opposite", "stopped", "one"] if norm == "none" else []
     return Plan(
         layout=layout,
         heads=heads,
@@ -43,7 +46,9 @@ def plans(draw: Any) -> Plan:
         bias=draw(st.booleans()),
         positions=draw(st.sampled_from(["none", "half", "interleaved", "relative"])),
         rotated=draw(st.sampled_from(range(2, rank + 1, 2))),
-        norm=draw(st.sampled_from(["none", "none", "rms", "unit", "gain"])),
+        tail=draw(st.booleans()) and norm == "none",
+        periods=draw(st.sampled_from(periods or ["distinct"])),
+        norm=norm,
         # One matrix for queries and keys, where every query head has a key head of its own.
         extra=draw(st.sampled_from([*extras, *(["same"] if heads == shared else [])])),
         mlp=draw(st.sampled_from(["gelu", "relu", "swiglu", "linear"])),

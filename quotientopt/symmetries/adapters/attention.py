@@ -10,10 +10,12 @@ from torch import nn
 from quotientopt.groups import (
     GL,
     O,
+    PlaneCommutant,
     RotaryCommutant,
     RotaryPhases,
     StabilizerOfOnes,
     StructureGroup,
+    commutant_of,
 )
 from quotientopt.symmetries.adapters.layers import (
     IDENTITY,
@@ -107,7 +109,14 @@ def rotary_group(
     rows = int(rank * factor)
     if rows % 2 or rows > rank:
         raise NotUnderstoodError(f"a rotary embedding of {rows} rows in a head of {rank}")
-    return RotaryCommutant(rank, rows, layout) if rows else GL(rank)
+    if not rows:
+        return GL(rank)
+    group = RotaryCommutant(rank, rows, layout)
+    if kind != "proportional":
+        return group
+    turning = int(parameters.get("partial_rotary_factor", 1.0) * rank // 2)
+    frequencies = [1.0 + j if j < turning else 0.0 for j in range(len(group.planes))]
+    return commutant_of(rank, group.planes, frequencies)
 
 
 def normalised_group(
@@ -125,7 +134,7 @@ def normalised_group(
     norms : sequence of Module
         Norms of queries and keys, over the r rows of a head; identities do nothing. Gains of shape
         ``(r,)``, or ``(heads, r)``.
-    group : GL or RotaryCommutant
+    group : GL, RotaryCommutant or PlaneCommutant
         The group without the norms.
     whole : bool
         Whether the norms are over the rows of all heads at once, with gains of shape
@@ -144,11 +153,13 @@ def normalised_group(
         unknown = type(norms[kinds.index(None)]).__name__
         raise NotUnderstoodError(f"{unknown} on queries or keys is not known")
     centres = any(kind is not None and kind.centres for kind in kinds)
-    rotary = isinstance(group, RotaryCommutant)
+    rotary = isinstance(group, RotaryCommutant | PlaneCommutant)
     # A list, so that every norm is checked.
     intact = [_commutes(norm, group, whole) for norm in norms]
     if not all(intact) or (centres and (rotary or whole)):
         return None
+    if isinstance(group, PlaneCommutant):
+        return RotaryPhases.of(group)
     if isinstance(group, RotaryCommutant):
         return RotaryPhases(group.r, group.rotary_dim, group.layout)
     return StabilizerOfOnes(group.r) if centres else O(group.r)
@@ -179,6 +190,9 @@ def _commutes(norm: nn.Module, group: StructureGroup, whole: bool) -> bool:
 
 def _mixed_rows(group: StructureGroup) -> list[list[int]]:
     """Sets of rows that the group mixes."""
+    if isinstance(group, PlaneCommutant):
+        mixed = [[row for plane in planes for row in plane] for planes in group.frequencies]
+        return [*mixed, *([list(group.pass_rows)] if group.pass_rows else [])]
     if isinstance(group, RotaryCommutant):
         return [*map(list, group.planes), *([list(group.pass_rows)] if group.pass_rows else [])]
     return [list(range(group.r))]
