@@ -320,7 +320,7 @@ def test_module_by_module_finds_the_same_in_less_memory():
     assert parts.stream.width == 20
     assert set(parts.stream.axes) == {n for n in whole.stream.axes if "bias" not in n}
     assert parts.not_examined == ["places"]
-    with pytest.raises(ValueError, match="needs 9 float64 copies of its largest part"):
+    with pytest.raises(ValueError, match="needs 4 float64 copies of its largest part"):
         discover(model, (tokens(),), {}, budget=100)
 
 

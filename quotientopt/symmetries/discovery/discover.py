@@ -28,14 +28,15 @@ from quotientopt.symmetries.discovery.queries_keys import (
     queries_and_keys,
     scores_alone,
     shared_rotary_keys,
+    wider_scores,
 )
 from quotientopt.symmetries.discovery.stream import FoundStream, analysed, find_stream
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.registry import looks_like_attention, qualified
 
-# Float64 copies at once: the point, two gradients, noise, a moved point and its gradient, their
-# stacks, what a proof moves (measured: 8 to 9 of a whole model).
-COPIES = 9
+# Float64 copies at once: the point, two gradients where a batch has more tokens than thin factors
+# of them have columns, and one that is being worked on.
+COPIES = 4
 # Of the memory that is free, the share that discovery may take before it goes module by module.
 SHARE = 0.5
 # In the names of attributes that hold the number or the size of heads.
@@ -214,6 +215,10 @@ def find_pairs(
     scores = [pair for pair in linear if pair.scores]
     for pair in kept:
         scores += queries_and_keys(pair, cuts, taken)
+    sizes_of_values = {(pair.heads, pair.rank) for pair in kept}
+    for pair in linear:
+        if pair.scores and pair.rank > 1 and (pair.heads, pair.rank) not in sizes_of_values:
+            scores += wider_scores(pair, cuts, taken)
     kept += [pair for pair in sorted(scores, key=_size) if taken.add(pair)]
     for pair in [pair for pair in kept if pair.scores]:
         kept += [found for found in shared_rotary_keys(pair, cuts, taken) if taken.add(found)]
@@ -388,7 +393,7 @@ def _idle(module: nn.Module, gradients: Gradients) -> list[str]:
     idle = {
         name
         for name, _ in module.named_parameters()
-        if name not in gradients.of or not bool(gradients.of[name].any())
+        if name not in gradients.of or not gradients.charges[name].any
     }
     found: list[str] = []
     for path, part in module.named_modules():

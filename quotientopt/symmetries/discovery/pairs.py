@@ -268,8 +268,8 @@ def silent_bias(rows: Rows, index: Tensor) -> bool:
     if len(rows.parts) < 2:
         return False
     matrix, bias = rows.parts[:2]
-    slopes = torch.linalg.vector_norm(matrix.gradient[:, index], dim=-1)
-    return bool((bias.gradient[:, index, 0].abs() <= 1e-9 * slopes.amax()).all())
+    largest = matrix.sums.slope[index].amax()
+    return bool((bias.gradients(index).abs() <= 1e-9 * largest).all())
 
 
 def divisors(n: int) -> list[int]:
