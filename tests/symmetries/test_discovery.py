@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention
 
 import quotientopt as qo
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
-from quotientopt.symmetries import Block, HeadSymmetry
 from quotientopt.symmetries.discovery import discover
 from quotientopt.symmetries.discovery.discover import COPIES
 from tests.symmetries import architectures, families
+from tests.symmetries.places import places
 from tests.symmetries.strangers import TOKENS, VOCABULARY, Mixer, Plan, Stranger, tokens
 
 
@@ -112,29 +111,6 @@ FAMILIES = {
 }
 # An extra key and value behind the projections are rows of no matrix that discovery looks at.
 APPENDED = {"attention-bias-kv", "attention-bias-kv-no-bias"}
-
-
-def place(block: Block, head: int) -> tuple[Any, ...]:
-    """Where one head of a block lies."""
-    _, r, n = block.size
-    step, row, column = block.stride
-    strides = (row if r > 1 else 0, column if n > 1 else 0)
-    return block.name, (r, n), strides, block.offset + head * step
-
-
-def places(symmetries: Sequence[HeadSymmetry]) -> set[Any]:
-    """Group and blocks of every head; which factor is called the left one is a matter of names."""
-    return {
-        (
-            str(s.group),
-            frozenset(
-                frozenset(place(block, head) for block in side)
-                for side in (s.left_blocks, s.right_blocks)
-            ),
-        )
-        for s in symmetries
-        for head in range(s.heads)
-    }
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - APPENDED))

@@ -9,8 +9,8 @@ from torch import Tensor
 from quotientopt.symmetries.discovery import discover, gradients
 from quotientopt.symmetries.discovery.gradients import Charges, Gradient, Store
 from quotientopt.symmetries.discovery.point import STEP, Call, GenericPoint
+from tests.symmetries.places import places
 from tests.symmetries.strangers import Plan, Stranger, tokens
-from tests.symmetries.test_discovery import places
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
