@@ -12,7 +12,9 @@ that can move from one parameter into another around its norms. Let a norm give
 - means of writers, where every norm centres: ``W ↦ W + 1 uᵀ``, one for every vector that is added
   to the stream;
 - sums of embeddings: ``E_1 ↦ E_1 + 1 uᵀ, E_2 ↦ E_2 − 1 uᵀ`` for tables that are always added, d for
-  every table but one;
+  every table but one; likewise biases of branches that a layer adds at once;
+- gains of queries and keys behind norms of their own: ``γ_q ↦ s γ_q, γ_k ↦ γ_k / s`` for every
+  row that passes and every rotary plane;
 - biases of scores: a table of relative positions may gain a constant for every head;
 - values never used: T5's bucket of later keys at a distance of zero.
 
@@ -51,18 +53,20 @@ HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS = (
     "lengths of normalised queries and keys",
     "rotations of the residual stream",
 )
-GAINS, BIASES, READERS, WRITERS, SUMS, SCORES, UNUSED = (
+GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, SCORES, UNUSED = (
     "gains of norms",
     "biases of norms",
     "means of readers",
     "means of writers",
     "sums of embeddings",
+    "sums of biases",
+    "gains of queries and keys",
     "biases of scores",
     "values never used",
 )
 # Kinds that elements of the map's groups act along.
 ACTING = (HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS)
-KINDS = (*ACTING, GAINS, BIASES, READERS, WRITERS, SUMS, SCORES, UNUSED)
+KINDS = (*ACTING, GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, SCORES, UNUSED)
 # Singular values below this fraction of the largest count as zero.
 _RANK = 1e-7
 
@@ -137,6 +141,12 @@ def further_directions(
     heads : sequence of HeadSymmetry
     """
     found = _score_biases(model)
+    found += [
+        Direction(SCORE_GAINS, name, count)
+        for contribution in contributions.values()
+        for name, count in contribution.score_gains.items()
+        if not ownership.used_elsewhere([ownership.parameter(name)], [name])
+    ]
     if stream is None:
         return Further(tuple(found), uncounted=(reason,))
     books = _Books(model, stream, contributions, ownership, heads)
@@ -144,7 +154,7 @@ def further_directions(
         found += books.around(norm)
     found += books.readers_behind_norms_that_write()
     means = books.means_of_writers()
-    found += [*means, *books.sums_of_embeddings(bool(means))]
+    found += [*means, *books.sums_of_embeddings(bool(means)), *books.sums_of_biases(bool(means))]
     centred = any(norm.centres for norm in stream.norms)
     width = next(iter(stream.widths), 0) - centred
     rotations = width * (width - 1) // 2 if books.turns() else 0
@@ -385,6 +395,17 @@ class _Books:
             count = (max(len(free) - 1, 0)) * width + (heads if free else 0)
             if count:
                 found.append(Direction(SUMS, free[0], count))
+        return found
+
+    def sums_of_biases(self, means: bool) -> list[Direction]:
+        """For branches that are added at once: what one bias gives another can take."""
+        width = next(iter(self.stream.widths)) - means
+        found = []
+        for contribution in self.contributions.values():
+            for names in contribution.added_at_once:
+                free = [name for name in names if self._only(name)]
+                if len(free) > 1:
+                    found.append(Direction(BRANCHES, free[0], (len(free) - 1) * width))
         return found
 
     def _is_centred_head(self, name: str) -> bool:

@@ -165,6 +165,42 @@ def normalised_group(
     return StabilizerOfOnes(group.r) if centres else O(group.r)
 
 
+def add_score_gains(
+    contribution: Contribution,
+    module: nn.Module,
+    name: str,
+    norms: Sequence[str],
+    group: StructureGroup,
+) -> None:
+    """Count the numbers that can move from the gain of queries into that of keys.
+
+    A gain multiplies rows behind the norm: of a rotated plane both by s in the queries and by 1/s
+    in the keys, of a row that passes by itself.
+
+    Parameters
+    ----------
+    contribution : Contribution
+    module : Module
+        The attention.
+    name : str
+    norms : sequence of str
+        Paths of the norms of queries and of keys.
+    group : GL, RotaryCommutant or PlaneCommutant
+        The group without the norms.
+    """
+    parts = [module.get_submodule(path) for path in norms]
+    gains = [own_parameter(p, "weight") for p in parts if getattr(p, "weight", None) is not None]
+    if len(gains) != 2 or gains[0] is None or gains[1] is None or gains[0] is gains[1]:
+        return
+    queries, keys = (gain.numel() for gain in gains if gain is not None)
+    if keys % group.r or queries % keys:
+        return
+    count = group.r
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
+        count = len(group.planes) + len(group.pass_rows)
+    contribution.score_gains[qualified(name, norms[0], "weight")] = count * (keys // group.r)
+
+
 def _commutes(norm: nn.Module, group: StructureGroup, whole: bool) -> bool:
     """Whether gain and bias of a norm commute with the unitary part of the group, and stay so."""
     over = NotUnderstoodError(f"the norm of queries or keys is not over {group.r} rows")
