@@ -15,6 +15,7 @@ that can move from one parameter into another around its norms. Let a norm give
   every table but one; likewise biases of branches that a layer adds at once;
 - gains of queries and keys behind norms of their own: ``γ_q ↦ s γ_q, γ_k ↦ γ_k / s`` for every
   row that passes and every rotary plane;
+- biases of keys on the rows of a head that partial rotary positions do not rotate;
 - biases of scores: a table of relative positions may gain a constant for every head;
 - values never used: T5's bucket of later keys at a distance of zero.
 
@@ -53,7 +54,7 @@ HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS = (
     "lengths of normalised queries and keys",
     "rotations of the residual stream",
 )
-GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, SCORES, UNUSED = (
+GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, KEYS, SCORES, UNUSED = (
     "gains of norms",
     "biases of norms",
     "means of readers",
@@ -61,12 +62,17 @@ GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, SCORES, UNUSED = (
     "sums of embeddings",
     "sums of biases",
     "gains of queries and keys",
+    "biases of unrotated keys",
     "biases of scores",
     "values never used",
 )
 # Kinds that elements of the map's groups act along.
 ACTING = (HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS)
-KINDS = (*ACTING, GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, SCORES, UNUSED)
+KINDS = (
+    *ACTING,
+    *(GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES),
+    *(SCORE_GAINS, KEYS, SCORES, UNUSED),
+)
 # Singular values below this fraction of the largest count as zero.
 _RANK = 1e-7
 
@@ -141,12 +147,14 @@ def further_directions(
     heads : sequence of HeadSymmetry
     """
     found = _score_biases(model)
-    found += [
-        Direction(SCORE_GAINS, name, count)
-        for contribution in contributions.values()
-        for name, count in contribution.score_gains.items()
-        if not ownership.used_elsewhere([ownership.parameter(name)], [name])
-    ]
+    for contribution in contributions.values():
+        counts = ((SCORE_GAINS, contribution.score_gains), (KEYS, contribution.silent_keys))
+        found += [
+            Direction(kind, name, count)
+            for kind, own in counts
+            for name, count in own.items()
+            if not ownership.used_elsewhere([ownership.parameter(name)], [name])
+        ]
     if stream is None:
         return Further(tuple(found), uncounted=(reason,))
     books = _Books(model, stream, contributions, ownership, heads)
