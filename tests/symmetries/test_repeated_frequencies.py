@@ -291,3 +291,14 @@ def test_norms_and_counts():
     scores = [s for s in qo.find_symmetries(model).heads if s.name.endswith("qk")]
     counts = qo.find_symmetries(model).redundancy()
     assert [counts[s.name] for s in scores] == 2 * [2 * (2 * 2 + 4 * 4)]
+
+
+def test_a_factor_of_zeros_leans_on_its_partner():
+    """Queries that start at zero train, from twins alike."""
+    model = proportional()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    twin = moved(model)
+    own, other = (losses(m, OPTIMIZERS["balanced"]) for m in (model, twin))
+    assert ((own - other) / own).abs().max() < 1e-9
+    assert own[-1] < own[0]
