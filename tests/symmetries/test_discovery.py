@@ -389,3 +389,15 @@ def test_float32_and_half_models_are_examined_in_float64():
         assert len(heads) == 4
         assert all(block.parameter.dtype == dtype for s in heads for block in s.blocks)
         assert all(float(s.source.rpartition(" ")[2]) < 1e-13 for s in heads)
+
+
+def test_a_few_units_in_the_linear_part_of_their_activation_are_no_symmetry():
+    """Large biases take them there for every token of the batch, and for no other."""
+    found = {}
+    for kind in ("gelu", "relu"):
+        model = Stranger(Plan(mlp=kind, bias=True), layers=1)
+        with torch.no_grad():
+            for unit in (3, 17):
+                model.steps[0].stuff.one.bias[unit] = 30.0
+        found[kind] = sum(s.heads for s in discover(model, (tokens(),), {}).hidden_units)
+    assert found == {"gelu": 0, "relu": 22}

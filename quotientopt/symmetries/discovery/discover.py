@@ -20,6 +20,7 @@ from quotientopt.symmetries.discovery.linked_rows import (
     Index,
     grouped_values,
     linked_pairs,
+    may_be_units,
     several_readers,
 )
 from quotientopt.symmetries.discovery.pairs import FoundPair, Taken, common_module, within
@@ -168,7 +169,8 @@ def _examine(
         good = _all_proved(prover, members, pair.others)
         if members and not good and pair.rank > 1 and not pair.scores and len(pair.left) == 1:
             # A ReLU's units that were all active at once look like one linear map.
-            good = _all_proved(prover, symmetries(pair.units()))
+            alone = pair.units()
+            good = _all_proved(prover, symmetries(alone)) if may_be_units(alone) else []
         proved += good
     # Chains last: where they overlap with heads, heads are what an optimizer takes.
     heads = sorted((s for s in proved if not s.of_units), key=lambda s: "chain" in s.name)
@@ -223,7 +225,7 @@ def find_pairs(
     kept += [pair for pair in sorted(scores, key=_size) if taken.add(pair)]
     for pair in [pair for pair in kept if pair.scores]:
         kept += [found for found in shared_rotary_keys(pair, cuts, taken) if taken.add(found)]
-    units = [pair for pair in (*linear, *values) if pair.rank == 1]
+    units = [pair for pair in (*linear, *values) if pair.rank == 1 and may_be_units(pair)]
     kept += [pair for pair in sorted(units, key=_size) if taken.add(pair)]
     sizes = {*ranks, *(pair.rank for pair in kept)}
     alone = list(scores_alone(cuts, taken, sizes, attentions))
@@ -266,12 +268,12 @@ def _all_proved(
 
 def _proved(prover: Prover, symmetry: HeadSymmetry) -> HeadSymmetry | None:
     """The symmetry with the deviation of its proof as source; None if it fails, or its control."""
-    if symmetry.of_units:
+    if symmetry.rank == 1:
         symmetry = _with(symmetry, group=Scale(1))
     deviation = prover.deviation(symmetry)
     if deviation > prover.proved or prover.control(symmetry) <= prover.moved:
         return None
-    if symmetry.of_units and prover.signs(symmetry) <= prover.proved:
+    if symmetry.rank == 1 and prover.signs(symmetry) <= prover.proved:
         symmetry = _with(symmetry, group=GL(1))
     if symmetry.translation is not None:
         moved = prover.translation(symmetry)
