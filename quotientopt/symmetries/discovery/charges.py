@@ -186,7 +186,9 @@ def rows_of(
     others.
     """
     for name, parameter in parameters.items():
-        if parameter.ndim < 2 or name not in gradients.of or not parameter.is_floating_point():
+        if parameter.ndim < 2 or not parameter.numel() or name not in gradients.of:
+            continue
+        if not parameter.is_floating_point():
             continue
         wide = [axis for axis in range(parameter.ndim) if parameter.shape[axis] > 1]
         contracted = gradients.contracted.get(name, {parameter.ndim - 1})

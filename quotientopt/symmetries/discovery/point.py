@@ -259,11 +259,19 @@ class GenericPoint:
             functions = FUNCTIONS if trace else 1
             for current in range(functions):
                 terms = [(cotangents[k][current] * v.real).sum() for k, v in outputs.items()]
-                torch.autograd.backward(
-                    torch.stack(terms).sum(),
-                    retain_graph=current + 1 < functions,
-                    inputs=list(leaves.values()),
-                )
+                try:
+                    torch.autograd.backward(
+                        torch.stack(terms).sum(),
+                        retain_graph=current + 1 < functions,
+                        inputs=list(leaves.values()),
+                    )
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{type(self.module).__name__} cannot be differentiated on these example "
+                        f"inputs: {str(error).splitlines()[0]}"
+                    ) from error
 
     def calls(self, paths: Sequence[str]) -> dict[str, Call]:
         """Arguments of the first call of modules inside; missing where they are not called.
