@@ -401,3 +401,31 @@ def test_a_few_units_in_the_linear_part_of_their_activation_are_no_symmetry():
                 model.steps[0].stuff.one.bias[unit] = 30.0
         found[kind] = sum(s.heads for s in discover(model, (tokens(),), {}).hidden_units)
     assert found == {"gelu": 0, "relu": 22}
+
+
+class InPlace(nn.Module):
+    """Overwrites what its derivative needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).exp()
+        z = self.b(y)
+        y.mul_(2)
+        return z + y
+
+
+def test_a_forward_without_derivative_says_so():
+    with pytest.raises(ValueError, match=r"InPlace cannot be differentiated on these .*: one of"):
+        discover(InPlace(), (torch.randn(2, 4),), {})
+
+
+def test_empty_matrices_are_passed_over():
+    """As register tokens of which there are none."""
+    model = Stranger(Plan(), layers=1)
+    model.registers = nn.Parameter(torch.zeros(1, 0, 20))
+    whole = model.forward
+    model.forward = lambda ids: whole(ids) + model.registers.sum()
+    assert len(discover(model, (tokens(),), {}).heads) == 2
