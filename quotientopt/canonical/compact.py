@@ -14,9 +14,11 @@ from torch import Tensor
 from quotientopt import sections
 from quotientopt._linalg import Pair
 from quotientopt._lyapunov import orthogonal_polar_factor
-from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.groups import O, PlaneCommutant, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.manifolds.orbits.products import squared_distance
 
 SECTIONS = ("svd", "polar")
+FREQUENCY_SECTIONS = ("svd", "balanced", "orthonormal", "triangular")
 
 
 def is_compact(group: StructureGroup) -> bool:
@@ -25,7 +27,9 @@ def is_compact(group: StructureGroup) -> bool:
 
 
 def section_kinds(group: StructureGroup) -> tuple[str, ...]:
-    """Sections of [A B] under a compact group."""
+    """Sections of [A B] under a compact group, of pairs under a plane commutant."""
+    if isinstance(group, PlaneCommutant):
+        return FREQUENCY_SECTIONS
     return SECTIONS[:1] if isinstance(group, RotaryPhases) else SECTIONS
 
 
@@ -41,7 +45,7 @@ def compact_factor(group: StructureGroup, matrix: Tensor) -> Tensor:
     """
     if isinstance(group, RotaryPhases):
         return group.commutant.unitary_factor(matrix)
-    if isinstance(group, RotaryCommutant):
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
         return group.unitary_factor(matrix)
     if isinstance(group, O):
         return group.element_of_moving(orthogonal_polar_factor(moving_block(group, matrix)))
@@ -57,6 +61,17 @@ def compact_distance(group: StructureGroup, x: Pair, y: Pair) -> Tensor:
     """``min_k ‖k [A₁ B₁] − [A₂ B₂]‖_F`` over a compact group, per head."""
     X, Y = joint(x), joint(y)
     return torch.linalg.matrix_norm(compact_factor(group, Y @ X.mT) @ X - Y)
+
+
+def frequency_distance(group: PlaneCommutant, x: Pair, y: Pair) -> Tensor:
+    """Distance between the products ``aᴴ b`` of all frequencies and of the passing rows."""
+    squared = torch.zeros((), dtype=x[0].dtype, device=x[0].device)
+    (a1, p1), (b1, q1), (a2, p2), (b2, q2) = (group.complex_rows(X) for X in (*x, *y))
+    for a, b, c, d in zip(a1, b1, a2, b2, strict=True):
+        squared = squared + squared_distance((a, b), (c, d)).sum(dim=-1)
+    if group.pass_rows:
+        squared = squared + squared_distance((p1, q1), (p2, q2))
+    return squared.sqrt()
 
 
 def section_element(kind: str, group: StructureGroup, S: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from quotientopt._linalg import Pair, first_largest, locate_first
 from quotientopt.canonical.compact import is_compact, joint
-from quotientopt.groups import O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.groups import (
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    StructureGroup,
+)
 from quotientopt.sections.factor import svd_dressing
 from quotientopt.sections.gram import dress_matrix
 from quotientopt.sections.rotary import rotary_svd_dressing
@@ -31,7 +37,8 @@ def canonical_element(symmetry: HeadSymmetry, pair: Pair) -> tuple[Tensor, Tenso
         Its factors, ``(heads, r, n)`` and ``(heads, r, m)``, in the widest precision. Under GL(r),
         and for the passing rows of a rotary commutant, B tells signs; for a plane the phase that
         makes the entry of largest modulus of the complex row b real and positive (of a, where b
-        vanishes); under compact groups the rows of [A B].
+        vanishes); under compact groups the rows of [A B]. Planes that share a frequency have the
+        complex singular vectors of their rows.
 
     Raises
     ------
@@ -47,7 +54,7 @@ def canonical_element(symmetry: HeadSymmetry, pair: Pair) -> tuple[Tensor, Tenso
             found = dress_matrix("svd", group.moving_part(rows.mT), stored)
             g = group.element_of_moving(found.element)
             return g, g, found.gap
-        if isinstance(group, RotaryCommutant):
+        if isinstance(group, RotaryCommutant | PlaneCommutant):
             _, _, g, contragredient, gap = rotary_svd_dressing(group, *pair, stored)
         else:
             _, _, g, contragredient, gap = svd_dressing(*pair, stored)
@@ -62,6 +69,8 @@ def _phases(
     """Phases that put the largest entry of every complex row of [A B] on the positive axis."""
     commutant = group.commutant
     rows = _finite(rows)
+    if isinstance(commutant, PlaneCommutant):
+        return _unitary(commutant, rows, stored)
     planes = commutant.complex_rows(rows)
     largest = first_largest(planes).squeeze(-1) if commutant.planes else planes[..., 0]
     modulus = largest.abs()
@@ -71,6 +80,28 @@ def _phases(
         found = dress_matrix("svd", rows[..., commutant.rotary_dim :, :].mT, stored)
         block, gap = found.element, found.gap
     g = commutant.element(phase, block)
+    return g, g, gap
+
+
+def _unitary(
+    commutant: PlaneCommutant, rows: Tensor, stored: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where planes share a frequency: left singular vectors of their complex rows."""
+    planes, passing = commutant.complex_rows(rows)
+    gap = rows.new_full(rows.shape[:-2], torch.inf)
+    parts = []
+    for own in planes:
+        U, values, Vh = torch.linalg.svd(own, full_matrices=False)
+        largest = first_largest(Vh)
+        parts.append(largest.conj() / largest.abs() * U.mH)
+        if values.shape[-1] > 1:
+            gaps = -values.diff(dim=-1).amax(dim=-1) / values[..., 0]
+            gap = torch.minimum(gap, gaps.amin(dim=-1))
+    block = passing[..., :0]
+    if commutant.pass_rows:
+        found = dress_matrix("svd", passing.mT, stored)
+        block, gap = found.element, torch.minimum(gap, found.gap)
+    g = commutant.element(parts, block)
     return g, g, gap
 
 
@@ -96,7 +127,7 @@ def without_unseen_rows(group: StructureGroup, left: Tensor, right: Tensor) -> P
         return left, right
     one = torch.linalg.vector_norm(left, dim=(-3, -1))
     two = torch.linalg.vector_norm(right, dim=-1)
-    if isinstance(group, RotaryCommutant):
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
         for plane in group.planes:
             for lengths in (one, two):
                 rows = list(plane)

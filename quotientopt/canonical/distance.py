@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import Pair, outside_autocast
-from quotientopt.canonical.compact import compact_distance, compact_factor, is_compact
+from quotientopt.canonical.compact import (
+    compact_distance,
+    compact_factor,
+    frequency_distance,
+    is_compact,
+)
 from quotientopt.canonical.elements import manifold_of, unit_elements
 from quotientopt.canonical.matching import refuse_different
 from quotientopt.canonical.outside import Outside, outside_of
@@ -23,7 +28,7 @@ from quotientopt.canonical.reading import (
     symmetries_of,
 )
 from quotientopt.canonical.residual import overlap_outside
-from quotientopt.groups import O, Scale, StructureGroup
+from quotientopt.groups import O, PlaneCommutant, Scale, StructureGroup
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 OTHER, TOTAL = "other", "total"
@@ -119,6 +124,8 @@ def _distance_of(symmetry: HeadSymmetry) -> Callable[[Pair, Pair], Tensor]:
     """The distance between orbits of a symmetry's pairs, one number per head."""
     if is_compact(symmetry.group):
         return functools.partial(compact_distance, symmetry.group)
+    if isinstance(symmetry.group, PlaneCommutant):
+        return functools.partial(frequency_distance, symmetry.group)
     return manifold_of(symmetry).distance
 
 

@@ -22,7 +22,7 @@ from quotientopt.canonical.reading import (
     split_heads,
     stored,
 )
-from quotientopt.groups import RotaryCommutant, Scale, StructureGroup
+from quotientopt.groups import PlaneCommutant, RotaryCommutant, Scale, StructureGroup
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
@@ -77,8 +77,11 @@ def refuse_unknown_section(symmetries: Sequence[HeadSymmetry], kind: str) -> Non
         Naming the symmetry, its group and the sections it has.
     """
     for symmetry in symmetries:
-        compact = is_compact(symmetry.group)
-        known = section_kinds(symmetry.group) if compact else manifold_of(symmetry).section_kinds
+        known = (
+            section_kinds(symmetry.group)
+            if is_compact(symmetry.group) or isinstance(symmetry.group, PlaneCommutant)
+            else manifold_of(symmetry).section_kinds
+        )
         if kind not in known:
             raise ValueError(
                 f"symmetry {symmetry.name!r}: section must be one of {known} for "
@@ -213,7 +216,7 @@ def _summary(
 
 def _elements(group: StructureGroup, kind: str) -> Elements:
     """The function from two stacks of r×r matrices to the element and its inverse transpose."""
-    if isinstance(group, RotaryCommutant):
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
         return lambda SA, SB: sections.rotary_element(kind, group, SA, SB)
     if not is_compact(group):
         return lambda SA, SB: sections.element(kind, SA, SB)

@@ -21,7 +21,15 @@ from quotientopt.canonical.reading import (
     right_factor,
     symmetries_of,
 )
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    Scale,
+    StructureGroup,
+)
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
@@ -61,13 +69,19 @@ class FactoredInvariant:
         """Those of AᵀB, ``(query heads, r)``, in decreasing order, from r×r matrices.
 
         For a rotary commutant ``|a| |b|`` of every plane, in the order of the planes, then the
-        singular values of the passing rows; for compact groups those of [A B].
+        singular values of the passing rows, of planes that share a frequency those of ``aᴴ b``;
+        for compact groups those of [A B].
         """
         left, right = self.left, self._shared()
         if is_compact(self.group):
             return torch.linalg.svdvals(_triangular(joint((left, right))))
         if self.group.r == 1:
             return torch.linalg.vector_norm(left, dim=-1) * torch.linalg.vector_norm(right, dim=-1)
+        if isinstance(self.group, PlaneCommutant):
+            (rows, own), (others, other) = (self.group.complex_rows(X) for X in (left, right))
+            pairs = zip(rows, others, strict=True)
+            found = [product_singular_values(x, y).flatten(1) for x, y in pairs]
+            return torch.cat((*found, product_singular_values(own, other)), dim=-1)
         if not isinstance(self.group, RotaryCommutant):
             return product_singular_values(left, right)
         a, b = self.planes
@@ -81,13 +95,18 @@ class FactoredInvariant:
         """Complex rows a and b of the rotary planes, ``(query heads, planes, n)`` and m.
 
         The invariant of a plane is the rank-one matrix ``aᴴ b``: its real part is the plane's share
-        of AᵀB, its imaginary part what a rotation by the relative position mixes in.
+        of AᵀB, its imaginary part what a rotation by the relative position mixes in. Of planes that
+        share a frequency it is the sum of them.
 
         Raises
         ------
         ValueError
             If no rows are rotated.
         """
+        if isinstance(self.group, PlaneCommutant):
+            rows = (self.group.complex_rows(X)[0] for X in (self.left, self._shared()))
+            a, b = (torch.cat([x.flatten(1, 2) for x in own], dim=1) for own in rows)
+            return a, b
         if not isinstance(self.group, RotaryCommutant):
             raise ValueError(f"{self.name!r} has no rotary planes, its group is {self.group!r}")
         return self.group.complex_rows(self.left), self.group.complex_rows(self._shared())
@@ -100,7 +119,8 @@ class FactoredInvariant:
         ``(query heads, K, n, m)`` for a rotary commutant (real parts of all planes, imaginary
         parts, passing rows), ``(query heads, n + m, n + m)`` for O(r), with a further column under
         its stabiliser of ones (:meth:`GramQuotient.canonical_projection`); for the phases of rotary
-        planes those of the commutant, of the pair ([A B], [A B]). Positive scales of hidden units
+        planes those of the commutant, of the pair ([A B], [A B]). Of planes that share a frequency
+        the parts are summed. Positive scales of hidden units
         are not told from GL(1): the signs are in the factors alone.
         """
         left, right = self.left, self._shared()
@@ -116,6 +136,8 @@ class FactoredInvariant:
             right = left
         if isinstance(group, Scale):
             group = GL(group.r)
+        if isinstance(group, PlaneCommutant):
+            return _frequency_by_frequency(group, left, right)
         manifold = FactorQuotient(
             self.group.r,
             left.shape[-1],
@@ -138,17 +160,28 @@ class FactoredInvariant:
         )
 
 
-def product_singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Singular values of AᵀB, ``(*batch, r)``, from the triangular factors of both.
+def _frequency_by_frequency(group: PlaneCommutant, left: Tensor, right: Tensor) -> Tensor:
+    """Real parts of ``aᴴ b`` of all frequencies, imaginary parts, and the passing rows'."""
+    (a, own), (b, other) = (group.complex_rows(X) for X in (left, right))
+    found = [x.mH @ y for x, y in zip(a, b, strict=True)]
+    passing = [(own.mT @ other).unsqueeze(1)] if group.pass_rows else []
+    return torch.cat([*(z.real for z in found), *(z.imag for z in found), *passing], dim=1)
 
-    With ``Aᵀ = Q_A R_A`` and ``Bᵀ = Q_B R_B`` they are those of ``R_A R_Bᵀ``; a Gram matrix would
+
+def product_singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Singular values of AᴴB, ``(*batch, r)``, from the triangular factors of both.
+
+    With ``Aᴴ = Q_A R_A`` and ``Bᴴ = Q_B R_B`` they are those of ``R_A R_Bᴴ``; a Gram matrix would
     lose half the digits of the small ones. Any rank is fine.
     """
-    return torch.linalg.svdvals((wide(_triangular(A)) @ wide(_triangular(B)).mT).to(A.dtype))
+    R_A, R_B = (_triangular(X) for X in (A, B))
+    if not A.is_complex():
+        R_A, R_B = wide(R_A), wide(R_B)
+    return torch.linalg.svdvals((R_A @ R_B.mH).to(A.dtype))
 
 
 def _triangular(X: Tensor) -> Tensor:
-    return torch.linalg.qr(X.mT, mode="r").R
+    return torch.linalg.qr(X.mH, mode="r").R
 
 
 @torch.no_grad()

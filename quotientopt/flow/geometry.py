@@ -58,7 +58,8 @@ class PairGeometry:
         self, group: StructureGroup, metric: str, name: str, *, tokens: bool = False
     ) -> None:
         check_metric(metric)
-        if not isinstance(group, GL | O | RotaryCommutant | RotaryPhases):
+        planes = group.commutant if isinstance(group, RotaryPhases) else group
+        if not isinstance(planes, GL | O | RotaryCommutant):
             raise ValueError(f"{name!r}: vertical vectors of {group!r} are not known; leave it out")
         self.group, self.metric, self.name = group, metric, name
         self._invariant: FactorGeometry | None = None
@@ -146,6 +147,7 @@ class PairGeometry:
         joint = torch.cat((A, B), dim=-1)
         if isinstance(self.group, RotaryPhases):
             commutant = self.group.commutant
+            assert isinstance(commutant, RotaryCommutant)
             passing = torch.linalg.svdvals(joint[..., commutant.rotary_dim :, :])
             return torch.cat((_plane_lengths(commutant, joint), passing), dim=-1)
         return torch.linalg.svdvals(joint)

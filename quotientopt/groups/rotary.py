@@ -1,6 +1,9 @@
 """Groups of rotary position embeddings: their commutant, and its orthogonal elements."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from quotientopt.groups.base import StructureGroup, check_cond
 from quotientopt.groups.general_linear import log_spaced, random_conditioned
 from quotientopt.groups.orthogonal import O
 
+if TYPE_CHECKING:
+    from quotientopt.groups.planes import PlaneCommutant
+
 _LAYOUTS = ("half", "interleaved")
 
 
@@ -28,8 +34,9 @@ class RotaryCommutant(StructureGroup):
     block ``[[a, −b], [b, a]]`` on its two rows, and mixes the passing rows freely: the group is
     GL(r − rotary_dim) × (C*)^{rotary_dim/2}. On the left factor the plane is divided by c̄.
 
-    Planes whose frequencies coincide (or vanish) have a larger commutant; this is the subgroup that
-    is common to all frequencies.
+    Planes whose frequencies coincide (or vanish) have a larger commutant,
+    :class:`~quotientopt.groups.PlaneCommutant`; this is the subgroup that is common to all
+    frequencies.
 
     Parameters
     ----------
@@ -237,7 +244,8 @@ class RotaryPhases(StructureGroup):
     """O(r − rotary_dim) × U(1)^{rotary_dim/2}: the orthogonal elements of a rotary commutant.
 
     An RMS norm over a head's queries or keys fixes the lengths that (C*)^{rotary_dim/2} would
-    change. What is left turns every plane by an angle and rotates the rows that pass.
+    change. What is left turns every plane by an angle and rotates the rows that pass. Of m planes
+    that share a frequency (:meth:`of`) it is U(m).
 
     Parameters
     ----------
@@ -251,13 +259,21 @@ class RotaryPhases(StructureGroup):
 
     def __init__(self, r: int, rotary_dim: int | None = None, layout: str = "half") -> None:
         super().__init__(r)
-        self.commutant = RotaryCommutant(r, rotary_dim, layout)
+        self.commutant: RotaryCommutant | PlaneCommutant = RotaryCommutant(r, rotary_dim, layout)
+
+    @classmethod
+    def of(cls, commutant: RotaryCommutant | PlaneCommutant) -> RotaryPhases:
+        """The orthogonal elements of any commutant."""
+        group = cls(commutant.r, 0)
+        group.commutant = commutant
+        return group
 
     @property
     def dim(self) -> int:
-        """One angle per plane, and the dimension of the rotations of the rows that pass."""
+        """m² for m planes of one frequency, and the dimension of the rotations of passing rows."""
         passing = len(self.commutant.pass_rows)
-        return len(self.commutant.planes) + passing * (passing - 1) // 2
+        turning = (self.commutant.dim - passing**2) // 2
+        return turning + passing * (passing - 1) // 2
 
     def random(
         self,
@@ -290,7 +306,14 @@ class RotaryPhases(StructureGroup):
         return (self.commutant,)
 
     def __repr__(self) -> str:
+        if not isinstance(self.commutant, RotaryCommutant):
+            return f"RotaryPhases.of({self.commutant!r})"
         return (
             f"RotaryPhases({self.r}, rotary_dim={self.commutant.rotary_dim}, "
             f"layout={self.commutant.layout!r})"
         )
+
+    def __str__(self) -> str:
+        if isinstance(self.commutant, RotaryCommutant):
+            return repr(self)
+        return f"orthogonal part of {self.commutant}"

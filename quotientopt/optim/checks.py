@@ -245,7 +245,6 @@ def refuse_unmovable(
                 if (name, side) not in covered and id(block.parameter) in plain | framed
             ]
         elif (translated := _translated(name, symmetries)) is not None:
-            # Derivatives at a fixed effective bias, which the state holds, do not see it.
             translated.check_translation(element[name])
         else:
             _refuse_lawless(name, symmetries)
@@ -253,6 +252,42 @@ def refuse_unmovable(
             raise ValueError(
                 f"cannot move the optimizer's state by {name!r}: that of {blocked[0]!r} is plain "
                 "Adam's and depends on the gauge; use a head_frame and a residual_frame"
+            )
+
+
+def refuse_untaken_translations(
+    element: Mapping[str, Tensor],
+    symmetries: SymmetryMap,
+    absorbed: Iterable[tuple[HeadSymmetry, Any]],
+) -> None:
+    """Refuse translations of values' biases whose output bias is not trained.
+
+    Derivatives at a fixed effective bias, which the state holds otherwise, do not see them; those
+    at a fixed output bias do, and by how much the state cannot know.
+
+    Parameters
+    ----------
+    element : mapping of str to Tensor
+    symmetries : SymmetryMap
+    absorbed : iterable
+        Of :func:`quotientopt.optim.translations.absorbed_biases`.
+
+    Raises
+    ------
+    ValueError
+        Naming the translation and the output bias.
+    """
+    taken = {symmetry.name + TRANSLATION for symmetry, _ in absorbed}
+    for name in element:
+        symmetry = _translated(name, symmetries)
+        if name in taken or symmetry is None or symmetry.translation is None:
+            continue
+        sink = symmetry.translation.sink
+        if sink is not None:
+            raise ValueError(
+                f"cannot move the optimizer's state by {name!r}: {sink.name!r}, which takes the "
+                "translation, is not trained here, so that the state depends on the gauge; leave "
+                "the name out of the element"
             )
 
 
@@ -451,13 +486,6 @@ def refuse_foreign_element(element: Mapping[str, Tensor], symmetries: SymmetryMa
             known[name].check_element(g)
         elif (translated := _translated(name, symmetries)) is not None:
             translated.check_translation(g)
-            sink = translated.translation.sink if translated.translation is not None else None
-            if sink is not None:
-                raise ValueError(
-                    f"cannot move the momentum by {name!r}: that of the output matrices is taken "
-                    f"at fixed {sink.name!r} and depends on the gauge; leave the name out of the "
-                    "element, or use QuotientAdam"
-                )
         else:
             _refuse_lawless(name, symmetries)
 

@@ -12,9 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    Scale,
+    StructureGroup,
+)
 from quotientopt.optim.update import break_ties
 from quotientopt.sections.factor import svd_element, triangular_element
+from quotientopt.sections.planes import plane_element
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 
@@ -50,9 +59,10 @@ def head_dressing(
     Parameters
     ----------
     kind : {"balanced", "orthonormal", "svd"}
-    group : GL, RotaryCommutant, O or RotaryPhases
+    group : GL, RotaryCommutant, PlaneCommutant, O or RotaryPhases
         Rotations need no reduction: identity fields. The rotated planes of a RotaryCommutant are
-        scaled, plane by plane.
+        scaled, plane by plane. Those of a PlaneCommutant have the complex sections of each
+        frequency; ``"orthonormal"`` the symmetric root in place of the Cholesky factor.
     left_gram, right_gram : Tensor
         Shape ``(…, r, r)``, positive definite.
 
@@ -68,6 +78,8 @@ def head_dressing(
     if isinstance(group, GL) or (isinstance(group, Scale) and group.r == 1):
         # The sections of single rows have positive elements.
         return _linear_dressing(kind, left_gram, right_gram)
+    if isinstance(group, PlaneCommutant):
+        return _complex_dressing(kind, group, left_gram, right_gram)
     if not isinstance(group, RotaryCommutant):
         raise TypeError(f"no head frames for the group {group}")
     scales = _plane_dressing(kind, group, left_gram, right_gram)
@@ -91,6 +103,17 @@ def _linear_dressing(kind: str, left_gram: Tensor, right_gram: Tensor) -> HeadDr
         return HeadDressing(g, contragredient, contragredient, g)
     left, left_contragredient = triangular_element(left_gram, right_gram, check=False)
     right, right_contragredient = triangular_element(right_gram, left_gram, check=False)
+    return HeadDressing(left, left_contragredient, right, right_contragredient)
+
+
+def _complex_dressing(
+    kind: str, group: PlaneCommutant, left_gram: Tensor, right_gram: Tensor
+) -> HeadDressing:
+    if kind in ("balanced", "svd"):
+        g, contragredient = plane_element(kind, group, left_gram, right_gram, check=False)
+        return HeadDressing(g, contragredient, contragredient, g)
+    left, left_contragredient = plane_element(kind, group, left_gram, right_gram, check=False)
+    right, right_contragredient = plane_element(kind, group, right_gram, left_gram, check=False)
     return HeadDressing(left, left_contragredient, right, right_contragredient)
 
 
@@ -119,7 +142,7 @@ def _plane_dressing(
 def plane_partners(group: StructureGroup, device: torch.device) -> Tensor:
     """Row index of each row's partner in its rotated plane; rows that pass are their own."""
     partner = torch.arange(group.r, device=device)
-    if isinstance(group, RotaryCommutant):
+    if isinstance(group, RotaryCommutant | PlaneCommutant) and group.planes:
         planes = torch.as_tensor(group.planes, device=device)
         partner[planes[:, 0]] = planes[:, 1]
         partner[planes[:, 1]] = planes[:, 0]
@@ -135,11 +158,16 @@ def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Ten
     ----------
     group : StructureGroup
         For a RotaryCommutant the rotated planes stay as they are (the second moment is taken per
-        complex entry there), and only the rows that pass get eigenvectors.
+        complex entry there), and only the rows that pass get eigenvectors. Planes that share a
+        frequency are turned to the complex eigenvectors of the hermitian part.
     covariance, weights_gram : Tensor
         Σ u∂ (u∂)ᵀ and the Gram of the dressed factor, symmetric, shape ``(…, r, r)``.
     """
     pooled = break_ties(covariance, weights_gram)
+    if isinstance(group, PlaneCommutant):
+        parts, block = group.parts(pooled)
+        parts = [torch.linalg.eigh(part).eigenvectors.mH for part in parts]
+        return group.element(parts, torch.linalg.eigh(block).eigenvectors.mT)
     if not isinstance(group, RotaryCommutant):
         return torch.linalg.eigh(pooled).eigenvectors.mT
     frame = torch.eye(group.r, dtype=pooled.dtype, device=pooled.device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt.groups import RotaryCommutant
+from quotientopt.groups import PlaneCommutant, RotaryCommutant
 from quotientopt.optim.checks import RankError
 from quotientopt.optim.dressing import (
     head_dressing,
@@ -18,6 +18,7 @@ from quotientopt.optim.dressing import (
     plane_partners,
 )
 from quotientopt.optim.slices import Slice
+from quotientopt.optim.translations import seen_blocks
 from quotientopt.optim.update import break_ties, ema_, next_eigenframe, residual_eigenframe
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -195,7 +196,7 @@ class HeadFrames:
         of the partner, and the replacement moves with the group as the Gram itself does. Also
         returns which heads this was done for, and where both factors are deficient, on both sides.
         """
-        if isinstance(self.group, RotaryCommutant):
+        if isinstance(self.group, RotaryCommutant | PlaneCommutant):
             grams = self.group.algebra_projection(grams)
         if lacking is None:
             return grams, None, None
@@ -223,7 +224,7 @@ class HeadFrames:
         """
         if holds_rotations_only(self.group):
             return None
-        if isinstance(self.group, RotaryCommutant):
+        if isinstance(self.group, RotaryCommutant | PlaneCommutant):
             # Planes need only differ from zero, the rows that pass need full rank.
             grams = self.group.algebra_projection(grams)
         deficient, vanishing = self._deficient(grams)
@@ -452,12 +453,3 @@ class SharedResidualFrame:
         self.oriented = True
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)
-
-
-def seen_blocks(symmetry: HeadSymmetry) -> tuple[Block, ...]:
-    """The right blocks of a symmetry without biases that may be translated freely."""
-    translation = symmetry.translation
-    if translation is None:
-        return symmetry.right_blocks
-    moved = {id(block) for block in translation.blocks}
-    return tuple(block for block in symmetry.right_blocks if id(block) not in moved)

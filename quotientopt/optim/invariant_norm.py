@@ -18,6 +18,7 @@ from quotientopt.optim.pairs import (
     PAIR_METRICS,
     dressed_gradient,
     heads_without_metric,
+    in_order,
     measure,
     refuse_scattered,
     refuse_unknown_geometry,
@@ -27,6 +28,7 @@ from quotientopt.optim.pairs import (
 )
 from quotientopt.optim.slices import find_slices
 from quotientopt.optim.symmetric_optimizer import full_precision
+from quotientopt.optim.translations import gradient_at_fixed_bias, seen_weights
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,
@@ -54,7 +56,9 @@ def invariant_grad_norm(
        + \mathrm{tr}\big((AA^T)^{-1} ∂_B ∂_B^T\big),
 
     for all other parameters the Euclidean norm, which rotations of the residual stream do not
-    change. ``torch.nn.utils.get_total_norm`` changes with the gauge, and so does clipping by it;
+    change. Biases that may be translated are left out of the Grams, and where the output bias takes
+    the translation of the values', :math:`∂_A` is that at fixed effective bias.
+    ``torch.nn.utils.get_total_norm`` changes with the gauge, and so does clipping by it;
     to clip invariantly, scale all gradients by ``max_norm / norm``:
 
     >>> norm = invariant_grad_norm(optimizer)                                  # doctest: +SKIP
@@ -209,10 +213,14 @@ def _uncovered_gradients(symmetries: SymmetryMap, own: set[int]) -> list[Tensor]
 def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> list[Tensor]:
     """Gradients of the pairs in the frames of the metric; NaN where a factor is not finite."""
 
+    of_left = {id(b): symmetry for symmetry in symmetries.heads for b in symmetry.left_blocks}
+
     def read(block: Block) -> Tensor:
-        if id(block.parameter) in own and block.parameter.grad is not None:
-            return block.view(block.parameter.grad)
-        return torch.zeros_like(block.view())
+        if id(block.parameter) not in own or block.parameter.grad is None:
+            return torch.zeros_like(block.view())
+        if id(block) in of_left:
+            return gradient_at_fixed_bias(of_left[id(block)], block)
+        return block.view(block.parameter.grad)
 
     alike: dict[tuple[object, ...], list[HeadSymmetry]] = defaultdict(list)
     for symmetry in symmetries.heads:
@@ -223,9 +231,9 @@ def _dressed_gradients(symmetries: SymmetryMap, own: set[int], metric: str) -> l
     for members in alike.values():
         dtypes = [block.parameter.dtype for block in members[0].blocks]
         dtype = compute_dtype(functools.reduce(torch.promote_types, dtypes))
-        factors = stack_factors(members, Block.view, dtype)
+        factors = stack_factors(members, seen_weights(members), dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        geometry = measure(members[0].group, *factors, precision)
+        geometry = measure(in_order(members[0].group), *factors, precision)
         geometry = without_metric(geometry, heads_without_metric(geometry))
         partials = stack_factors(members, read, dtype)
         defined = torch.where(geometry.finite.all(0), 1.0, torch.nan)[..., None, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quotientopt._linalg import Pair, skew_part, wide, wide_dtype
 from quotientopt._lyapunov import solve_lyapunov
-from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
+from quotientopt.groups import GL, O, PlaneCommutant, RotaryCommutant, StructureGroup
 from quotientopt.optim.dressing import HEAD_FRAMES, head_dressing
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -32,6 +32,8 @@ def stack_factors(
 ) -> tuple[Tensor, Tensor]:
     """Both factors of S symmetries of one shape, ``(S, heads, r, n)`` and ``(S, heads, r, m)``.
 
+    Rows of planes that share a frequency are in order (:func:`in_order`).
+
     Parameters
     ----------
     symmetries : sequence of HeadSymmetry
@@ -42,7 +44,24 @@ def stack_factors(
     dtype : torch.dtype
     """
     left = _stack([symmetry.left_blocks for symmetry in symmetries], read, dtype)
-    return left, _stack([symmetry.right_blocks for symmetry in symmetries], read, dtype)
+    right = _stack([symmetry.right_blocks for symmetry in symmetries], read, dtype)
+    group = symmetries[0].group
+    if isinstance(group, PlaneCommutant):
+        rows = torch.tensor(group.row_order, device=left.device)
+        left, right = left[..., rows, :], right[..., rows, :]
+    return left, right
+
+
+def in_order(group: StructureGroup) -> StructureGroup:
+    """The group of stacked factors, of whose Gram matrices Cholesky factors are in the group."""
+    return group.in_order() if isinstance(group, PlaneCommutant) else group
+
+
+def as_stored(group: StructureGroup, X: Tensor) -> Tensor:
+    """Stacked rows back in the order of the blocks."""
+    if not isinstance(group, PlaneCommutant):
+        return X
+    return X[..., torch.tensor(group.row_order, device=X.device).argsort(), :]
 
 
 def _stack(
@@ -114,7 +133,7 @@ def refuse_unknown_geometry(group: StructureGroup, metric: str, name: str) -> No
     ValueError
         Naming the symmetry and what may be used instead.
     """
-    if not isinstance(group, GL | O | RotaryCommutant):
+    if not isinstance(group, GL | O | RotaryCommutant | PlaneCommutant):
         raise ValueError(
             f"symmetry {name!r}: no invariant metric is known for the group {group}; leave the "
             "symmetry out"
@@ -132,6 +151,7 @@ def measure(group: StructureGroup, A: Tensor, B: Tensor, precision: float) -> Pa
     Parameters
     ----------
     group : StructureGroup
+        Of stacked factors (:func:`in_order`).
     A, B : Tensor
         Factors, ``(…, r, n)`` and ``(…, r, m)``.
     precision : float

@@ -18,6 +18,7 @@ from quotientopt.optim.checks import (
     refuse_nonfinite,
     refuse_sparse,
     refuse_unmovable,
+    refuse_untaken_translations,
 )
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.plain import adamw_step, keeps_wide
@@ -289,6 +290,8 @@ class QuotientAdam(SymmetricOptimizer):
         gradients = self._gradients()
         if gradients:
             with full_precision():
+                if self._signature != signature_of(self.param_groups):
+                    self._plan()  # Which output biases are trained may have changed.
                 held = begin(self._absorbed)
                 try:
                     self._step(self._gradients(), held)
@@ -376,11 +379,14 @@ class QuotientAdam(SymmetricOptimizer):
         ------
         ValueError
             If the element moves parameters whose state is that of plain Adam, which has no law of
-            transformation. Nothing is changed then.
+            transformation, or translates biases of values whose output bias is not trained.
+            Nothing is changed then.
         """
         # Frozen parameters may have state too, which must not be left behind.
         slices = self._find_slices(also=self.state)
         refuse_unmovable(element, self.symmetries, slices)
+        absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
+        refuse_untaken_translations(element, self.symmetries, absorbed)
         if self.state:
             if all(takes_part(parameter) for parameter in self.state):
                 # In place, as recorded CUDA graphs need it.

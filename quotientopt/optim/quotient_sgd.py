@@ -16,12 +16,14 @@ from quotientopt.optim.checks import (
     refuse_foreign_element,
     refuse_nonfinite_entries,
     refuse_sparse_of_pairs,
+    refuse_untaken_translations,
 )
 from quotientopt.optim.pairs import refuse_scattered, refuse_unknown_geometry
 from quotientopt.optim.plain import BUFFER, sgd_step, sgd_step_of_block
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
+from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
 
@@ -87,6 +89,11 @@ class QuotientSGD(SymmetricOptimizer):
 
     Under a rotary commutant a rotated plane is one complex row; Grams and projections are those of
     the planes, and of the rows that pass.
+
+    Biases that may be translated (``HeadSymmetry.translation``) are no part of a Gram. Output
+    matrices step along their gradient at fixed effective bias ``b_O + Σ_h W_O b_V``, which steps
+    as SGD steps b_O, so that a translation of the values' biases changes no loss either; it leaves
+    the momentum as it is.
 
     A factor that is frozen, or has no gradient in a step, serves as geometry; its partner then has
     no vertical directions and its momentum is not projected.
@@ -167,6 +174,7 @@ class QuotientSGD(SymmetricOptimizer):
         ]
         self._framed = {id(slice_.parameter): slice_.name for slice_ in slices.framed}
         self._plain = slices.plain
+        self._absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         self._signature = self._current_signature()
 
     def _current_signature(self) -> tuple[Any, ...]:
@@ -202,13 +210,17 @@ class QuotientSGD(SymmetricOptimizer):
         gradients = self._gradients()
         if gradients:
             with full_precision():
-                self._step(gradients)
+                if self._signature != self._current_signature():
+                    self._plan()
+                held = begin(self._absorbed, coupled=True)
+                try:
+                    self._step(self._gradients(), held)
+                finally:
+                    put_back(held)
         return loss
 
-    def _step(self, gradients: dict[Tensor, Tensor]) -> None:
+    def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
         """One step with the gradients of the parameters that have one."""
-        if self._signature != self._current_signature():
-            self._plan()
         named = ((self._framed[id(p)], g) for p, g in gradients.items() if id(p) in self._framed)
         refuse_sparse_of_pairs(named)
         for parameter in gradients:
@@ -234,6 +246,7 @@ class QuotientSGD(SymmetricOptimizer):
                 )
         for group, parameters in zip(self.param_groups, self._plain, strict=True):
             sgd_step(group, [p for p in parameters if p.grad is not None], self.state)
+        finish(held, self._absorbed, None, self.state)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """The momentum of a parameter of a pair, zero where there is none yet."""
@@ -275,9 +288,12 @@ class QuotientSGD(SymmetricOptimizer):
         Raises
         ------
         ValueError
-            If the element does not act on these symmetries. Nothing is changed then.
+            If the element does not act on these symmetries, or translates biases of values whose
+            output bias is not trained. Nothing is changed then.
         """
         refuse_foreign_element(element, self.symmetries)
+        absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
+        refuse_untaken_translations(element, self.symmetries, absorbed)
         for symmetry in self.symmetries.heads:
             if symmetry.name not in element:
                 continue

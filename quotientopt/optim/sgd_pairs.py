@@ -14,15 +14,18 @@ from torch import Tensor
 from quotientopt._linalg import Pair, compute_dtype
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.pairs import (
+    as_stored,
     columns_of,
     heads_without_metric,
     horizontal_component,
+    in_order,
     measure,
     riemannian_gradient,
     shape_key,
     stack_factors,
     without_metric,
 )
+from quotientopt.optim.translations import seen_weights
 from quotientopt.symmetries import Block, HeadSymmetry
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
@@ -133,8 +136,13 @@ class PairBatch:
         dtypes = [block.parameter.dtype for block in self.symmetries[0].blocks]
         self.dtype = compute_dtype(functools.reduce(torch.promote_types, dtypes))
         self.weights = stack_factors(self.symmetries, Block.view, self.dtype)
+        # Biases that may be translated are no part of the geometry, or it would see by how much.
+        self.seen = self.weights
+        if any(symmetry.translation is not None for symmetry in self.symmetries):
+            self.seen = stack_factors(self.symmetries, seen_weights(self.symmetries), self.dtype)
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        geometry = measure(self.symmetries[0].group, *self.weights, precision)
+        self.group = self.symmetries[0].group
+        geometry = measure(in_order(self.group), *self.seen, precision)
         self.flat = heads_without_metric(geometry)
         self.geometry = without_metric(geometry, self.flat)
         self.directions: Sequence[Tensor] = ()
@@ -160,7 +168,7 @@ class PairBatch:
             transported = self._stack(lambda block: block.view(buffers(block.parameter)))
             if all(self.active):
                 transported = horizontal_component(
-                    metric, self.geometry, self.weights, transported, self.flat
+                    metric, self.geometry, self.seen, transported, self.flat
                 )
             momenta = [
                 grad.add(u, alpha=momentum) for grad, u in zip(directions, transported, strict=True)
@@ -201,9 +209,8 @@ class PairBatch:
                 lr, decay = self.groups[owner]["lr"], self.groups[owner]["weight_decay"]
                 weights = self.weights[side][..., columns] * (1 - lr * decay)
                 weights = weights - lr * self.directions[side][..., columns]
-                found.append(
-                    Change(members, weights, momenta[side][..., columns] if momenta else None)
-                )
+                kept = as_stored(self.group, momenta[side][..., columns]) if momenta else None
+                found.append(Change(members, as_stored(self.group, weights), kept))
         return found
 
     def refuse(self) -> None:

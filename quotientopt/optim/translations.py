@@ -1,19 +1,22 @@
 """The affine part of the gauge in a step: biases of values that the output bias can take.
 
 ``b_V ↦ b_V + t``, ``b_O ↦ b_O − Σ_h W_O t`` changes nothing that a model computes, which depends
-on ``W_O``, ``W_V`` and the effective bias ``β = b_O + Σ_h W_O b_V`` alone. Adam on the raw
+on ``W_O``, ``W_V`` and the effective bias ``β = b_O + Σ_h W_O b_V`` alone. A step on the raw
 parameters sees t: the derivative along W_O at fixed b_O is not that at fixed β. So
 
     ∂_{W_O} ← ∂_{W_O} − ∂_{b_O} b_Vᵀ                     before the step (at fixed β),
     b_O ← b_O + (1 − ηλ) Σ_h W_O b_V − Σ_h W_O' b_V'     after it: β moves as Adam moves b_O.
 
-Grams of a dressing leave translated biases out (:mod:`quotientopt.optim.frames`); the bias of keys,
-which softmax drops, needs nothing else: its gradient vanishes.
+SGD adds λ b_O to the gradient of b_O instead. There the gradient takes λ Σ_h W_O b_V as well, which
+makes it λβ, and the factor 1 − ηλ is left out.
+
+Grams leave translated biases out (:func:`seen_blocks`); the bias of keys, which softmax drops,
+needs nothing else: its gradient vanishes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,23 +24,61 @@ from torch import Tensor
 
 from quotientopt._linalg import wide
 from quotientopt.optim.plain import keeps_wide, working_copy
+from quotientopt.optim.slices import takes_part
 from quotientopt.optim.update import round_stochastically
 from quotientopt.symmetries import Block, HeadSymmetry
 
 
 class Held(NamedTuple):
-    """One symmetry in a step: what its value biases put out before, and its gradients."""
+    """One symmetry in a step: what has to be left of β's old part, and the gradients as given."""
 
     symmetry: HeadSymmetry
     put_out: Tensor
     gradients: dict[Tensor, Tensor]
 
 
+def seen_blocks(symmetry: HeadSymmetry) -> tuple[Block, ...]:
+    """The right blocks of a symmetry without biases that may be translated freely."""
+    return tuple(block for block in symmetry.right_blocks if id(block) not in _moved(symmetry))
+
+
+def seen_weights(symmetries: Iterable[HeadSymmetry]) -> Callable[[Block], Tensor]:
+    """How to read the weights of blocks for their Grams: biases that may be translated are zero."""
+    moved = {key for symmetry in symmetries for key in _moved(symmetry)}
+
+    def read(block: Block) -> Tensor:
+        view = block.view()
+        return torch.zeros_like(view) if id(block) in moved else view
+
+    return read
+
+
+def _moved(symmetry: HeadSymmetry) -> set[int]:
+    translation = symmetry.translation
+    return set() if translation is None else {id(block) for block in translation.blocks}
+
+
+def gradient_at_fixed_bias(symmetry: HeadSymmetry, block: Block) -> Tensor:
+    """``∂_{W_O} − ∂_{b_O} b_Vᵀ`` of a left block whose parameter has a gradient.
+
+    The gradient as it is where no output bias with a gradient takes a translation.
+    """
+    gradient = block.view(block.parameter.grad)
+    translation = symmetry.translation
+    if translation is None or translation.sink is None:
+        return gradient
+    bias, sink = translation.blocks[0], translation.sink
+    own = sink.parameter.grad
+    if own is None:
+        return gradient
+    return gradient - bias.view() * sink.view(own)
+
+
 def absorbed_biases(
     symmetries: Iterable[HeadSymmetry], param_groups: Sequence[Mapping[str, Any]]
 ) -> list[tuple[HeadSymmetry, Mapping[str, Any]]]:
     """Symmetries whose translation the trained output bias takes, with that bias's param group."""
-    owners = {id(p): group for group in param_groups for p in group["params"] if p.requires_grad}
+    owners = {id(p): group for group in param_groups for p in group["params"] if takes_part(p)}
     found = []
     for symmetry in symmetries:
         translation = symmetry.translation
@@ -48,11 +89,21 @@ def absorbed_biases(
     return found
 
 
-def begin(absorbed: Sequence[tuple[HeadSymmetry, Mapping[str, Any]]]) -> list[Held]:
-    """Put the gradients at fixed β in place of those of the output matrices."""
+def begin(
+    absorbed: Sequence[tuple[HeadSymmetry, Mapping[str, Any]]], *, coupled: bool = False
+) -> list[Held]:
+    """Put the gradients at fixed β in place of those of the output matrices.
+
+    Parameters
+    ----------
+    absorbed : sequence
+        From :func:`absorbed_biases`.
+    coupled : bool
+        Whether the weight decay of b_O is a part of its gradient, as SGD's is.
+    """
     held = []
-    for symmetry, _ in absorbed:
-        bias, sink = _blocks(symmetry)
+    for symmetry, group in absorbed:
+        _, sink = _blocks(symmetry)
         own = sink.parameter.grad
         gradients = [own, *(block.parameter.grad for block in symmetry.left_blocks)]
         # Sparse ones are left as they are, for the step to refuse by name.
@@ -63,11 +114,21 @@ def begin(absorbed: Sequence[tuple[HeadSymmetry, Mapping[str, Any]]]) -> list[He
             parameter = block.parameter
             if parameter.grad is None:
                 continue
+            changed = gradient_at_fixed_bias(symmetry, block)
             if parameter not in replaced:
                 replaced[parameter] = parameter.grad
                 parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-            block.view(parameter.grad).sub_(bias.view() * sink.view(own))
-        held.append(Held(symmetry, _put_out(symmetry), replaced))
+            block.view(parameter.grad).copy_(changed)
+        put_out = _put_out(symmetry)
+        kept, decay = put_out, group["weight_decay"]
+        if not coupled:
+            kept = put_out * (1 - group["lr"] * decay)
+        elif decay != 0:
+            replaced[sink.parameter] = own
+            sink.parameter.grad = torch.empty_like(sink.parameter).copy_(own)
+            view = sink.view(sink.parameter.grad)
+            view.add_((put_out * (-decay if group["maximize"] else decay)).to(view.dtype))
+        held.append(Held(symmetry, kept, replaced))
     return held
 
 
@@ -79,15 +140,14 @@ def finish(
 ) -> None:
     """Let the output biases, and their masters, take what the values' biases put out now."""
     groups = {id(symmetry): group for symmetry, group in absorbed}
-    for symmetry, before, _ in held:
+    for symmetry, kept, _ in held:
         group = groups[id(symmetry)]
         _, sink = _blocks(symmetry)
-        kept = 1 - group["lr"] * group["weight_decay"]
-        change = before * kept - _put_out(symmetry)
+        change = kept - _put_out(symmetry)
         if gate is not None:
             change = change * gate
         parameter = sink.parameter
-        if not keeps_wide(group, parameter):
+        if "master_weights" not in group or not keeps_wide(group, parameter):
             view = sink.view()
             view.add_(change.to(view.dtype))
             continue
@@ -104,8 +164,8 @@ def finish(
 
 
 def put_back(held: Sequence[Held]) -> None:
-    """Give the output matrices the gradients that they had."""
-    for _, _, gradients in held:
+    """Give the parameters the gradients that they had."""
+    for _, _, gradients in reversed(held):
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 

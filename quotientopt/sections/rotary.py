@@ -15,7 +15,7 @@ from quotientopt._linalg import (
     locate_first,
     wide,
 )
-from quotientopt.groups import RotaryCommutant
+from quotientopt.groups import PlaneCommutant, RotaryCommutant
 from quotientopt.sections.convention import check_gap_options, warn_of_gap
 from quotientopt.sections.factor import (
     Dressing,
@@ -25,6 +25,7 @@ from quotientopt.sections.factor import (
     element,
     svd_dressing,
 )
+from quotientopt.sections.planes import plane_element, plane_svd_dressing
 
 
 def rotary_balanced_element(
@@ -64,7 +65,12 @@ def rotary_balanced_element(
 
 
 def rotary_element(
-    kind: str, group: RotaryCommutant, SA: Tensor, SB: Tensor, *, check: bool = True
+    kind: str,
+    group: RotaryCommutant | PlaneCommutant,
+    SA: Tensor,
+    SB: Tensor,
+    *,
+    check: bool = True,
 ) -> Pair:
     """Element of the section `kind` in a rotary commutant, from Gram matrices.
 
@@ -73,15 +79,19 @@ def rotary_element(
     ``"triangular"`` scale b to length 1, and a may vanish. The passing rows are dressed by the
     section of the same name of :mod:`quotientopt.sections`.
 
-    Residual group: U(1) for each plane, and on the passing rows that of the section.
+    Residual group: U(1) for each plane, and on the passing rows that of the section. For planes
+    that share a frequency see :func:`quotientopt.sections.planes.plane_element`.
 
     Parameters
     ----------
     kind : {"svd", "balanced", "orthonormal", "triangular"}
-    group, SA, SB, check
+    group : RotaryCommutant or PlaneCommutant
+    SA, SB, check
         As for :func:`rotary_balanced_element`, returns and errors too.
     """
     check_kind(kind)
+    if isinstance(group, PlaneCommutant):
+        return plane_element(kind, group, SA, SB, check=check)
     if not isinstance(group, RotaryCommutant):
         raise TypeError(f"group must be a RotaryCommutant, got {group!r}")
     check_square("Gram matrix SA", SA, group.r)
@@ -108,16 +118,24 @@ def rotary_element(
 
 
 def rotary_svd_dressing(
-    group: RotaryCommutant, A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = True
+    group: RotaryCommutant | PlaneCommutant,
+    A: Tensor,
+    B: Tensor,
+    stored: torch.dtype,
+    *,
+    check: bool = True,
 ) -> Dressing:
     """The section ``"svd"`` of pairs of any rank under a rotary commutant.
 
     Parameters
     ----------
-    group : RotaryCommutant
+    group : RotaryCommutant or PlaneCommutant
+        Planes that share a frequency need full rank.
     A, B, stored, check
         As for :func:`quotientopt.sections.factor.svd_dressing`.
     """
+    if isinstance(group, PlaneCommutant):
+        return plane_svd_dressing(group, A, B, stored, check=check)
     A, B = wide(A), wide(B)
     a, b = group.complex_rows(A), group.complex_rows(B)
     lengths = [(x.real.square() + x.imag.square()).sum(dim=-1) for x in (a, b)]
@@ -152,7 +170,7 @@ def rotary_svd_dressing(
 
 def rotary_section(
     kind: str,
-    group: RotaryCommutant,
+    group: RotaryCommutant | PlaneCommutant,
     A: Tensor,
     B: Tensor,
     *,
@@ -170,10 +188,10 @@ def rotary_section(
     Parameters
     ----------
     kind : {"svd", "balanced", "orthonormal", "triangular"}
-    group : RotaryCommutant
+    group : RotaryCommutant or PlaneCommutant
     A, B, check, return_gap, warn_below
         As for :func:`quotientopt.sections.section`, returns and errors too; the gap is that of the
-        passing rows, planes are not ordered.
+        passing rows, planes are not ordered but for those that share a frequency, whose gap counts.
     """
     check_factors(A, B)
     check_gap_options(kind, return_gap, warn_below)

@@ -12,7 +12,10 @@ that can move from one parameter into another around its norms. Let a norm give
 - means of writers, where every norm centres: ``W ↦ W + 1 uᵀ``, one for every vector that is added
   to the stream;
 - sums of embeddings: ``E_1 ↦ E_1 + 1 uᵀ, E_2 ↦ E_2 − 1 uᵀ`` for tables that are always added, d for
-  every table but one;
+  every table but one; likewise biases of branches that a layer adds at once;
+- gains of queries and keys behind norms of their own: ``γ_q ↦ s γ_q, γ_k ↦ γ_k / s`` for every
+  row that passes and every rotary plane;
+- biases of keys on the rows of a head that partial rotary positions do not rotate;
 - biases of scores: a table of relative positions may gain a constant for every head;
 - values never used: T5's bucket of later keys at a distance of zero.
 
@@ -29,7 +32,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    StructureGroup,
+)
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
@@ -44,18 +54,25 @@ HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS = (
     "lengths of normalised queries and keys",
     "rotations of the residual stream",
 )
-GAINS, BIASES, READERS, WRITERS, SUMS, SCORES, UNUSED = (
+GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES, SCORE_GAINS, KEYS, SCORES, UNUSED = (
     "gains of norms",
     "biases of norms",
     "means of readers",
     "means of writers",
     "sums of embeddings",
+    "sums of biases",
+    "gains of queries and keys",
+    "biases of unrotated keys",
     "biases of scores",
     "values never used",
 )
 # Kinds that elements of the map's groups act along.
 ACTING = (HEADS, TRANSLATIONS, UNITS, LENGTHS, ROTATIONS)
-KINDS = (*ACTING, GAINS, BIASES, READERS, WRITERS, SUMS, SCORES, UNUSED)
+KINDS = (
+    *ACTING,
+    *(GAINS, BIASES, READERS, WRITERS, SUMS, BRANCHES),
+    *(SCORE_GAINS, KEYS, SCORES, UNUSED),
+)
 # Singular values below this fraction of the largest count as zero.
 _RANK = 1e-7
 
@@ -130,6 +147,14 @@ def further_directions(
     heads : sequence of HeadSymmetry
     """
     found = _score_biases(model)
+    for contribution in contributions.values():
+        counts = ((SCORE_GAINS, contribution.score_gains), (KEYS, contribution.silent_keys))
+        found += [
+            Direction(kind, name, count)
+            for kind, own in counts
+            for name, count in own.items()
+            if not ownership.used_elsewhere([ownership.parameter(name)], [name])
+        ]
     if stream is None:
         return Further(tuple(found), uncounted=(reason,))
     books = _Books(model, stream, contributions, ownership, heads)
@@ -137,7 +162,7 @@ def further_directions(
         found += books.around(norm)
     found += books.readers_behind_norms_that_write()
     means = books.means_of_writers()
-    found += [*means, *books.sums_of_embeddings(bool(means))]
+    found += [*means, *books.sums_of_embeddings(bool(means)), *books.sums_of_biases(bool(means))]
     centred = any(norm.centres for norm in stream.norms)
     width = next(iter(stream.widths), 0) - centred
     rotations = width * (width - 1) // 2 if books.turns() else 0
@@ -169,7 +194,7 @@ def orbit_dimension(symmetry: HeadSymmetry, free_means: Iterable[Tensor] = ()) -
     right = tuple(b for b in symmetry.right_blocks if b not in moved)
     group = symmetry.group
     A, B = (torch.cat([_wide(b.view()) for b in side], dim=-1) for side in (left, right))
-    if isinstance(group, RotaryCommutant | RotaryPhases):
+    if isinstance(group, RotaryCommutant | PlaneCommutant | RotaryPhases):
         return _rotary_dimension(group, A, B)
     if isinstance(group, O):
         X = group.moving_part(torch.cat((A, B), dim=-1).mT).mT
@@ -380,6 +405,17 @@ class _Books:
                 found.append(Direction(SUMS, free[0], count))
         return found
 
+    def sums_of_biases(self, means: bool) -> list[Direction]:
+        """For branches that are added at once: what one bias gives another can take."""
+        width = next(iter(self.stream.widths)) - means
+        found = []
+        for contribution in self.contributions.values():
+            for names in contribution.added_at_once:
+                free = [name for name in names if self._only(name)]
+                if len(free) > 1:
+                    found.append(Direction(BRANCHES, free[0], (len(free) - 1) * width))
+        return found
+
     def _is_centred_head(self, name: str) -> bool:
         """Whether a table is read once, behind a centring norm, and constants are not seen."""
         found = [
@@ -482,13 +518,23 @@ def _score_biases(model: nn.Module) -> list[Direction]:
 def _rotary_dimension(group: StructureGroup, A: Tensor, B: Tensor) -> int:
     phases = isinstance(group, RotaryPhases)
     commutant = group.commutant if isinstance(group, RotaryPhases) else group
-    assert isinstance(commutant, RotaryCommutant)
-    a, b = (commutant.complex_rows(X).abs().sum(-1) for X in (A, B))
-    total = (1 if phases else 2) * int(((a + b) > 0).sum())
-    start, size = commutant.rotary_dim, len(commutant.pass_rows)
+    assert isinstance(commutant, RotaryCommutant | PlaneCommutant)
+    total, size = 0, len(commutant.pass_rows)
+    if isinstance(commutant, RotaryCommutant):
+        a, b = (commutant.complex_rows(X).abs().sum(-1) for X in (A, B))
+        total = (1 if phases else 2) * int(((a + b) > 0).sum())
+        A, B = A[:, commutant.rotary_dim :], B[:, commutant.rotary_dim :]
+    else:
+        (left, A), (right, B) = (commutant.complex_rows(X) for X in (A, B))
+        for a, b in zip(left, right, strict=True):
+            m = a.shape[-2]
+            if phases:
+                lost = m - _ranks(torch.cat((a, b), dim=-1))
+                total += int((m**2 - lost**2).sum())
+            else:
+                total += int((2 * (m**2 - (m - _ranks(a)) * (m - _ranks(b)))).sum())
     if not size:
         return total
-    A, B = A[:, start:], B[:, start:]
     if phases:
         lost = size - _ranks(torch.cat((A, B), dim=-1))
         return total + int((size * (size - 1) // 2 - lost * (lost - 1) // 2).sum())
@@ -499,7 +545,7 @@ def _ranks(X: Tensor) -> Tensor:
     """Ranks of stacked matrices ``(heads, r, n)``; full where entries are not finite."""
     if X.shape[-2] == 1:
         return (X != 0).any(dim=-1).any(dim=-1).long()
-    return _rank_of_gram(X @ X.mT)
+    return _rank_of_gram(X @ X.mH)
 
 
 def _rank_of_gram(S: Tensor) -> Tensor:

@@ -96,8 +96,9 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     Notes
     -----
     Cost with inputs: four forward and backward passes in float64, two short runs of the smallest
-    module around each pair, and nine float64 copies of the parameters, or of one module after the
-    other where that is more than half of the memory that is free.
+    module around each pair, and two float64 copies of the parameters, four where the batch has more
+    tokens than matrices have rows; or of one module after the other where four are more than half
+    of the memory that is free.
 
     Examples
     --------

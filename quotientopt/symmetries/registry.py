@@ -53,6 +53,14 @@ class Contribution:
         Lengths that a norm does not see.
     left_alone : dict of str to str
         Name of a pair on which no group acts to what stands in the way.
+    added_at_once : list of tuple of str
+        Names of biases of branches that are added to the stream together.
+    silent_keys : dict of str to int
+        Name of a bias of keys to how many of its entries softmax drops, where no group's
+        translation says so: those of rows that no rotation turns.
+    score_gains : dict of str to int
+        Name of the gain of a norm of queries to how many numbers of it the gain of that of the
+        keys can take up.
     """
 
     heads: list[HeadSymmetry] = field(default_factory=list)
@@ -66,6 +74,9 @@ class Contribution:
     hidden_units: list[HeadSymmetry] = field(default_factory=list)
     scales: list[ScaleSymmetry] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    added_at_once: list[tuple[str, ...]] = field(default_factory=list)
+    silent_keys: dict[str, int] = field(default_factory=dict)
+    score_gains: dict[str, int] = field(default_factory=dict)
 
 
 class NotUnderstoodError(Exception):

@@ -11,7 +11,15 @@ from torch.nn import functional
 
 import quotientopt as qo
 from quotientopt.canonical import redundancy
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StabilizerOfOnes
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    Scale,
+    StabilizerOfOnes,
+)
 from quotientopt.symmetries import Contribution, HeadSymmetry, fold_norms_, register
 from quotientopt.symmetries.adapters.layers import (
     add_attention,
@@ -317,6 +325,19 @@ def test_the_census_is_the_null_space(name, monkeypatch):
     assert null(model) == sum(kinds.values()) + missing
 
 
+def test_gains_of_queries_and_keys_are_counted_by_what_mixes_their_rows():
+    """One for a rotary plane, one for a row that passes, in each head that has gains of its own."""
+    counts = {}
+    for name in ("qwen3", "olmo2"):
+        family = FAMILIES[name]
+        for kv in (1, 2):
+            settings = {k: SMALL.get(k, value) for k, value in family.settings.items()}
+            model = family.model(**(settings | {"num_key_value_heads": kv}))
+            counts[name, kv] = redundancy(model).kinds.get("gains of queries and keys")
+    # OLMo 2 normalises all heads at once, with a gain for every row of all of them.
+    assert counts == {("qwen3", 1): 2, ("qwen3", 2): 2, ("olmo2", 1): 2, ("olmo2", 2): 4}
+
+
 def test_hidden_units_are_found_with_and_without_a_batch():
     """Without a map made by hand: the class tells heads, norms and hidden units."""
     model = random(llama(True))
@@ -386,6 +407,10 @@ GROUPS = [
     StabilizerOfOnes(4),
     RotaryPhases(4, rotary_dim=2),
     RotaryPhases(4),
+    PlaneCommutant(4, [[(0, 2), (1, 3)]]),
+    PlaneCommutant(4, [[(3, 1)]]),
+    RotaryPhases.of(PlaneCommutant(4, [[(0, 2), (1, 3)]])),
+    RotaryPhases.of(PlaneCommutant(4, [[(3, 1)]])),
 ]
 
 
@@ -496,8 +521,7 @@ SMALL = {
     "max_position_embeddings": LENGTH,
     "max_seq_len": LENGTH,
 }
-# Family to directions that are known to be missing: of gains of queries and keys one may move
-# between both in every rotary plane of a key-value head.
+# Family to directions that are known to be missing.
 FURTHER = {
     "qwen2": 0,
     "gemma2": 0,
@@ -505,10 +529,42 @@ FURTHER = {
     "starcoder2": 0,
     "olmo": 0,
     "mpt": 0,
-    "qwen3": 2,
-    "olmo2": 2,
-    "gemma3": 2,
+    "qwen3": 0,
+    "olmo2": 0,
+    "gemma3": 0,
+    # Branches one after the other; biases of keys on two rows of every head are dropped by softmax.
+    "gpt-neox": 0,
 }
+
+
+PARALLEL = {
+    "gpt-neox": ("attention.dense.bias", "mlp.dense_4h_to_h.bias"),
+    "phi": ("self_attn.dense.bias", "mlp.fc2.bias"),
+    "falcon": ("self_attention.dense.bias", "mlp.dense_4h_to_h.bias"),
+}
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_biases_of_branches_that_are_added_at_once(name):
+    """What one of them gives the other takes; each has a direction of its mean besides."""
+    family = FAMILIES[name]
+    settings = {key: SMALL.get(key, value) for key, value in family.settings.items()}
+    settings |= {"num_hidden_layers": 2, "attn_implementation": "eager"}
+    models = [random(family.model(**settings))]
+    if name == "gpt-neox":
+        models.append(random(family.model(**settings | {"use_parallel_residual": False})))
+    for model, exact in zip(models, (True, False), strict=False):
+        parameters = dict(model.named_parameters())
+        one, two = (next(p for n, p in parameters.items() if n.endswith(k)) for k in PARALLEL[name])
+        before = model(tokens(0)).logits
+        with torch.no_grad():
+            constant = torch.randn(WIDTH, dtype=torch.float64)
+            one += constant
+            two -= constant
+        change = (model(tokens(0)).logits - before).abs().max()
+        assert bool(change < 1e-5) == exact
+        kinds = redundancy(model).kinds
+        assert kinds.get("sums of biases", 0) == (2 * (WIDTH - 1) if exact else 0)
 
 
 @pytest.mark.parametrize("name", FURTHER)
@@ -516,7 +572,10 @@ def test_the_census_of_further_families(name):
     family = FAMILIES[name]
     settings = {key: SMALL.get(key, value) for key, value in family.settings.items()}
     settings.setdefault("attn_implementation", "eager")
+    if name == "gpt-neox":
+        settings["use_parallel_residual"] = False
     model = random(family.model(**settings))
+    assert redundancy(model).kinds.get("biases of unrotated keys", 0) == (name == "gpt-neox") * 4
     for module in model.modules():
         for epsilon in ("eps", "variance_epsilon"):
             if "Norm" in type(module).__name__ and hasattr(module, epsilon):

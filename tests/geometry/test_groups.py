@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    commutant_of,
+)
 from tests.geometry.cases import BATCH_SHAPES, ONE_LINE, deviation, generator
 
 GROUPS = [
@@ -16,6 +24,8 @@ GROUPS = [
     RotaryCommutant(7, rotary_dim=4, layout="interleaved"),
     RotaryCommutant(3, rotary_dim=2),
     RotaryCommutant(3, rotary_dim=0),
+    PlaneCommutant(6, [[(0, 3), (1, 4), (2, 5)]]),
+    PlaneCommutant(9, [[(5, 1)], [(0, 2), (8, 6)]]),
     StabilizerOfOnes(2),
     StabilizerOfOnes(4),
 ]
@@ -42,6 +52,9 @@ def rotary_rotation(group, seed=2):
     """A rotation by generic angles in every plane of a rotary group."""
     rotation = torch.eye(group.r, dtype=torch.float64)
     angles = torch.rand(len(group.planes), generator=generator(seed), dtype=torch.float64)
+    if isinstance(group, PlaneCommutant):
+        sizes = torch.tensor([len(planes) for planes in group.frequencies])
+        angles = angles[: len(sizes)].repeat_interleave(sizes)
     for (first, second), angle in zip(group.planes, angles, strict=True):
         rotation[first, first] = rotation[second, second] = angle.cos()
         rotation[second, first], rotation[first, second] = angle.sin(), -angle.sin()
@@ -114,7 +127,11 @@ def test_random_elements_repeat_with_the_generator_and_take_dtype():
         assert group.random(dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("group", [g for g in GROUPS if isinstance(g, RotaryCommutant)], ids=repr)
+@pytest.mark.parametrize(
+    "group",
+    [g for g in GROUPS if isinstance(g, RotaryCommutant | PlaneCommutant)],
+    ids=repr,
+)
 def test_commutant_commutes_with_rotations(group):
     rotation = rotary_rotation(group)
     (g,) = elements(group, (3,), 1)
@@ -124,6 +141,85 @@ def test_commutant_commutes_with_rotations(group):
         assert (stranger @ rotation - rotation @ stranger).abs().max() > 1e-3
         with pytest.raises(ValueError, match="does not commute"):
             group.check_element(stranger)
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if isinstance(g, PlaneCommutant)], ids=repr)
+def test_nothing_else_commutes_with_repeated_frequencies(group):
+    """The dimension is that of all matrices that commute with a generic rotation."""
+    rotation = rotary_rotation(group)
+    eye = torch.eye(group.r, dtype=torch.float64)
+    equations = torch.kron(rotation, eye) - torch.kron(eye, rotation.mT.contiguous())
+    assert group.r**2 - torch.linalg.matrix_rank(equations) == group.dim
+    # Control: where every plane has a frequency of its own, a smaller group is left.
+    single = PlaneCommutant(group.r, [[plane] for plane in group.planes])
+    other = rotary_rotation(single)
+    (g,) = elements(group, (), 1)
+    assert (g @ other - other @ g).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="does not commute"):
+        single.check_element(g)
+    assert single.dim < group.dim
+    (h,) = elements(single, (), 1)
+    group.check_element(h)
+
+
+@batch_cases
+@pytest.mark.parametrize("group", [g for g in GROUPS if isinstance(g, PlaneCommutant)], ids=repr)
+def test_blocks_of_repeated_frequencies_are_complex(group, batch_shape):
+    g, _ = elements(group, batch_shape, 2)
+    X, Y = pair(group, batch_shape), pair(group, batch_shape, seed=5)
+    X, Y = X[0], Y[0]
+    parts, block = group.parts(g)
+    assert deviation(group.element(parts, block), g) == 0
+    (rows, passing), (moved, moved_passing) = (group.complex_rows(Z) for Z in (X, g @ X))
+    for part, own, new in zip(parts, rows, moved, strict=True):
+        assert (part @ own - new).abs().max() < 1e-12
+    assert deviation(block @ passing, moved_passing) < 1e-12
+    products = group.row_products(X @ Y.mT)
+    assert deviation(group.row_products(g @ X @ Y.mT), g @ products) < 1e-12
+    assert deviation(group.row_products(g.mT @ X @ Y.mT), g @ products) > 1e-3
+    # The nearest orthogonal element, and the Cholesky factor of rows in order.
+    k = group.unitary_factor(g)
+    O(group.r).check_element(k)
+    group.check_element(k)
+    gap = torch.linalg.matrix_norm(g - k)
+    other = group.unitary_factor(g @ g)
+    assert (torch.linalg.matrix_norm(g - other) > gap + 1e-6).all()
+    order = list(group.row_order)
+    gram = group.in_order().row_products((X @ X.mT)[..., order, :][..., order])
+    group.in_order().check_element(torch.linalg.cholesky(gram))
+
+
+def test_orthogonal_elements_of_repeated_frequencies():
+    commutant = PlaneCommutant(9, [[(5, 1)], [(0, 2), (8, 6)]])
+    group = RotaryPhases.of(commutant)
+    assert group.dim == 1 + 4 + 3
+    (g,) = elements(group, (3,), 1)
+    group.check_element(g)
+    matrices = torch.eye(81, dtype=torch.float64).view(81, 9, 9)
+    projected = group.algebra_projection(matrices).flatten(1)
+    assert torch.linalg.matrix_rank(projected) == group.dim
+    with pytest.raises(ValueError, match="does not commute"):
+        group.check_element(O(9).random(generator=generator(1), dtype=torch.float64))
+    assert eval(repr(group)) == group != RotaryPhases(9, 6)
+
+
+def test_the_simplest_commutant_is_taken():
+    half = RotaryCommutant(8).planes
+    assert commutant_of(8, half, [1.0, 0.1, 0.2, 0.3]) == RotaryCommutant(8)
+    assert commutant_of(9, half[:3], [0.0] * 3) == GL(9)
+    pairs = [(0, 1), (2, 3)]
+    assert commutant_of(5, pairs, [2.0, 1.0]) == RotaryCommutant(5, 4, "interleaved")
+    tail = [(4, 6), (5, 7)]
+    assert commutant_of(8, tail, [2.0, 1.0]) == PlaneCommutant(8, [[plane] for plane in tail])
+    assert commutant_of(8, half, [1.0, 0.1, 0.1, -0.1]) == PlaneCommutant(
+        8, [[(0, 4)], [(1, 5), (2, 6), (7, 3)]]
+    )
+    # Angles along two axes of an image: equal on one of them alone is not equal.
+    axes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    assert commutant_of(8, half, axes) == PlaneCommutant(8, [[(0, 4), (2, 6)], [(1, 5)]])
+    # The same planes in another order, or all the other way round, are the same group.
+    assert PlaneCommutant(4, [[(3, 1), (2, 0)]]) == PlaneCommutant(4, [[(0, 2), (1, 3)]])
+    assert PlaneCommutant(4, [[(3, 1), (0, 2)]]) != PlaneCommutant(4, [[(0, 2), (1, 3)]])
 
 
 def test_rotary_layouts():
@@ -190,6 +286,10 @@ def test_equality_hash_and_repr():
         lambda: RotaryCommutant(6, -2),
         lambda: RotaryCommutant(5),
         lambda: RotaryCommutant(6, layout="quarter"),
+        lambda: PlaneCommutant(4, [[(0, 4)]]),
+        lambda: PlaneCommutant(4, [[(0, 1)], [(1, 2)]]),
+        lambda: PlaneCommutant(4, [[]]),
+        lambda: PlaneCommutant(4, [[(0, 1), (2, 3)]]).inverse(torch.zeros(4, 4)),
         lambda: GL(3).random(cond=0.5),
         lambda: GL(3).check_element(torch.ones(3, 3)),
         lambda: GL(3).check_element(torch.full((3, 3), float("nan"))),

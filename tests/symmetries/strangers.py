@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize, relu, rms_norm, silu
 
-from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, Scale, StructureGroup
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    Scale,
+    StructureGroup,
+    commutant_of,
+)
 
 VOCABULARY, TOKENS = 30, 9
 
@@ -35,6 +44,11 @@ class Plan:
         ``"none"``, ``"half"``, ``"interleaved"``, ``"relative"``.
     rotated : int
         Rotated rows.
+    tail : bool
+        The last rows of a head are rotated instead of the first.
+    periods : str
+        Of the planes: ``"distinct"``; ``"repeated"``: two and two; ``"opposite"``: two and two that
+        turn in opposite directions; ``"stopped"``: every third one does not turn; ``"one"``.
     norm : str
         Of queries and keys: ``"none"``, ``"rms"``, ``"unit"``, ``"gain"``.
     extra : str
@@ -54,6 +68,8 @@ class Plan:
     bias: bool = False
     positions: str = "none"
     rotated: int = 4
+    tail: bool = False
+    periods: str = "distinct"
     norm: str = "none"
     extra: str = "none"
     mlp: str = "gelu"
@@ -64,6 +80,26 @@ class Plan:
         """Query heads per key-value head."""
         return self.heads // self.shared
 
+    def planes(self) -> list[tuple[int, int]]:
+        """Rotated planes."""
+        first = self.rank - self.rotated if self.tail else 0
+        planes = RotaryCommutant(self.rotated, layout=self.positions).planes
+        return [(i + first, j + first) for i, j in planes]
+
+    def frequencies(self) -> list[float]:
+        """Those of the planes."""
+        count = self.rotated // 2
+        distinct = [10.0 ** -(k / count) for k in range(count)]
+        if self.periods == "one":
+            return distinct[:1] * count
+        if self.periods == "stopped":
+            return [0.0 if k % 3 == 1 else distinct[k] for k in range(count)]
+        if self.periods == "repeated":
+            return [distinct[k // 2] for k in range(count)]
+        if self.periods == "opposite":
+            return [distinct[k // 2] * (-1) ** k for k in range(count)]
+        return distinct
+
     def scores_group(self) -> StructureGroup | None:
         """The group of queries and keys."""
         rotary = self.positions in ("half", "interleaved")
@@ -71,10 +107,13 @@ class Plan:
             return None
         if self.norm != "none":
             if rotary:
+                commutant = commutant_of(self.rank, self.planes(), self.frequencies())
+                if isinstance(commutant, PlaneCommutant):
+                    return RotaryPhases.of(commutant)
                 return RotaryPhases(self.rank, self.rotated, self.positions)
             return O(self.rank)
         if rotary:
-            return RotaryCommutant(self.rank, self.rotated, self.positions)
+            return commutant_of(self.rank, self.planes(), self.frequencies())
         return GL(self.rank)
 
     def values_group(self) -> StructureGroup | None:
@@ -166,8 +205,8 @@ class Mixer(nn.Module):
         plan = self.plan
         if plan.positions not in ("half", "interleaved"):
             return x
-        i, j = torch.tensor(RotaryCommutant(plan.rank, plan.rotated, plan.positions).planes).T
-        frequencies = 10.0 ** -(torch.arange(len(i), dtype=x.dtype) / len(i))
+        i, j = torch.tensor(plan.planes()).T
+        frequencies = torch.tensor(plan.frequencies(), dtype=x.dtype)
         angle = torch.outer(torch.arange(x.shape[2], dtype=x.dtype), frequencies)
         y = x.clone()
         y[..., i] = x[..., i] * angle.cos() - x[..., j] * angle.sin()

@@ -1,7 +1,7 @@
 """Every model of the transformers package that can be made tiny from its configuration.
 
-``python -m tests.symmetries.sweep`` builds and verifies all, and writes what is claimed of each
-to docs/transformers.md.
+``python -m tests.symmetries.sweep`` builds and verifies all, holds them against what is found from
+inputs without any class, and writes what is claimed of each to docs/transformers.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt.symmetries import find_symmetries
+from quotientopt.symmetries import SymmetryMap, find_symmetries
+from quotientopt.symmetries.discovery import discover
+from quotientopt.symmetries.discovery.pairs import within
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import VOCABULARY, randomize_, tokens, transformers, values
+from tests.symmetries.places import places
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
 MAPPINGS = (
@@ -101,6 +104,16 @@ class Verdict:
         What stands in the way of pairs.
     problem : str
         Why there is nothing to say.
+    found : int
+        Pairs of heads that are found from inputs, without any class.
+    found_worst : float
+        Their largest deviation.
+    missed : int
+        Heads that a class claims and inputs do not show, in modules that they reach.
+    smaller : int
+        Heads of which inputs show a larger group than a class claims.
+    not_examined : str
+        Why nothing can be found from inputs.
     """
 
     kind: str
@@ -111,6 +124,11 @@ class Verdict:
     left_alone: tuple[str, ...] = ()
     problem: str = ""
     groups: tuple[str, ...] = field(default_factory=tuple)
+    found: int = 0
+    found_worst: float = 0.0
+    missed: int = 0
+    smaller: int = 0
+    not_examined: str = "not examined"
 
 
 def model_kinds() -> list[str]:
@@ -128,8 +146,15 @@ def model_name(kind: str) -> str | None:
     return None
 
 
-def judge(kind: str) -> Verdict:
-    """Build the model of a type, find its symmetries and verify them."""
+def judge(kind: str, *, examined: bool = False) -> Verdict:
+    """Build the model of a type, find its symmetries and verify them.
+
+    Parameters
+    ----------
+    kind : str
+    examined : bool
+        Whether to find its symmetries from inputs as well, and compare.
+    """
     verdict = Verdict(kind)
     try:
         with _quiet(), _within(PATIENCE):
@@ -139,6 +164,9 @@ def judge(kind: str) -> Verdict:
             with torch.no_grad():
                 model(**inputs)
             _judge(verdict, model, inputs)
+        if examined and not verdict.problem:
+            with _quiet(), _within(10 * PATIENCE):
+                _examine(verdict, model, inputs)
     except Exception as error:
         verdict.problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
     return verdict
@@ -158,6 +186,30 @@ def _judge(verdict: Verdict, model: nn.Module, inputs: dict[str, Tensor]) -> Non
     if result and not felt:
         verdict.problem = "the outputs depend on nothing that the symmetries act on"
     verdict.worst = max(felt, default=0.0)
+
+
+def _examine(verdict: Verdict, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Compare what classes tell with what gradients show."""
+    try:
+        found = discover(model, (), inputs)
+    except ValueError as error:
+        verdict.not_examined = str(error).splitlines()[0][:100]
+        return
+    verdict.not_examined = ""
+    verdict.found = len(found.heads)
+    with KeepFloat64():
+        result = SymmetryMap(found.heads).verify(model, cond=30.0, **inputs)
+    verdict.found_worst = max(result.values(), default=0.0)
+    reached = [
+        symmetry
+        for symmetry in find_symmetries(model).heads
+        if not any(within(b.name, path) for b in symmetry.blocks for path in found.not_exercised)
+    ]
+    claimed, shown = ({where: group for group, where in places(s)} for s in (reached, found.heads))
+    verdict.missed = len(claimed.keys() - shown.keys())
+    verdict.smaller = sum(
+        group != shown[where] for where, group in claimed.items() if where in shown
+    )
 
 
 def _model(kind: str) -> nn.Module:
@@ -253,13 +305,14 @@ HEADER = """# Models of transformers, one by one
 
 What `qo.find_symmetries` claims of every model type of transformers {version} that can be made tiny
 from its configuration, by class alone, verified in float64 with random biases and gains. Written by
-`python -m tests.symmetries.sweep`. What is left open here is found with example inputs, where it is
-a symmetry: `qo.find_symmetries(model, *inputs)`.
+`python -m tests.symmetries.sweep`. The column *with inputs* counts the pairs that are found from
+one batch, without any class ([discovery](discovery.md)); all of them are verified like the others.
+`qo.find_symmetries(model, *inputs)` takes both together.
 
 {summary}
 
-| model | class | pairs of heads | largest deviation | not understood, or left alone |
-|---|---|---|---|---|
+| model | class | pairs of heads | largest deviation | with inputs | not understood, or left alone |
+|---|---|---|---|---|---|
 """
 
 
@@ -270,22 +323,45 @@ def table(verdicts: list[Verdict]) -> str:
     summary = (
         f"{len(built)} of {len(verdicts)} model types can be built and run so; pairs are claimed "
         f"in {len(claimed)} of them, every attention is understood in "
-        f"{sum(not verdict.unrecognized for verdict in built)}."
+        f"{sum(not verdict.unrecognized for verdict in built)}. {_compared(built)}"
     )
     rows = []
     for v in built:
         groups = f"{v.pairs}: {', '.join(v.groups)}" if v.pairs else "none"
         worst = f"{v.worst:.0e}" if v.pairs else ""
         rest = [f"`{name}`" for name in v.unrecognized] + list(v.left_alone)
-        rows.append(f"| {v.kind} | `{v.class_name}` | {groups} | {worst} | {'; '.join(rest)} |")
+        seen = f"{v.found}" if not v.not_examined else "–"
+        seen += f", {v.missed} heads not seen" if v.missed else ""
+        seen += f", {v.smaller} heads larger" if v.smaller else ""
+        rows.append(
+            f"| {v.kind} | `{v.class_name}` | {groups} | {worst} | {seen} | {'; '.join(rest)} |"
+        )
     missing = [v for v in verdicts if v.problem]
     lines = [f"- {v.kind}: {_escaped(v.problem)}" for v in missing]
     version = transformers().__version__
+    refused = [v for v in built if v.not_examined]
+    refusals = [f"- {v.kind}: {_escaped(v.not_examined)}" for v in refused]
     return (
         HEADER.format(version=version, summary=summary)
         + "\n".join(rows)
+        + "\n\n## Not examined with inputs\n\n"
+        + "\n".join(refusals)
         + "\n\n## Not built\n\nConfigurations that this sweep does not make small enough, or whose "
         "models need other inputs:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _compared(built: list[Verdict]) -> str:
+    """In words, how far claims by class and what inputs show agree."""
+    examined = [v for v in built if not v.not_examined]
+    claimed = [v for v in examined if v.pairs]
+    whole = sum(not v.missed for v in claimed)
+    more = sum(v.found > 0 for v in examined if not v.pairs)
+    none = sum(not v.found for v in examined if not v.pairs)
+    return (
+        f"From inputs, without any class, {len(examined)} can be examined: in {whole} of "
+        f"{len(claimed)} with claims every claimed head is found; of those without claims {more} "
+        f"have pairs that inputs show, and {none} have none."
     )
 
 
@@ -296,7 +372,7 @@ def _escaped(text: str) -> str:
 def main() -> None:
     verdicts = []
     for kind in sys.argv[1:] or model_kinds():
-        verdicts.append(judge(kind))
+        verdicts.append(judge(kind, examined=True))
         print(verdicts[-1], flush=True)
     if not sys.argv[1:]:
         DOCUMENT.write_text(table(verdicts), encoding="utf-8")

@@ -10,10 +10,12 @@ from torch import nn
 from quotientopt.groups import (
     GL,
     O,
+    PlaneCommutant,
     RotaryCommutant,
     RotaryPhases,
     StabilizerOfOnes,
     StructureGroup,
+    commutant_of,
 )
 from quotientopt.symmetries.adapters.layers import (
     IDENTITY,
@@ -107,7 +109,14 @@ def rotary_group(
     rows = int(rank * factor)
     if rows % 2 or rows > rank:
         raise NotUnderstoodError(f"a rotary embedding of {rows} rows in a head of {rank}")
-    return RotaryCommutant(rank, rows, layout) if rows else GL(rank)
+    if not rows:
+        return GL(rank)
+    group = RotaryCommutant(rank, rows, layout)
+    if kind != "proportional":
+        return group
+    turning = int(parameters.get("partial_rotary_factor", 1.0) * rank // 2)
+    frequencies = [1.0 + j if j < turning else 0.0 for j in range(len(group.planes))]
+    return commutant_of(rank, group.planes, frequencies)
 
 
 def normalised_group(
@@ -125,7 +134,7 @@ def normalised_group(
     norms : sequence of Module
         Norms of queries and keys, over the r rows of a head; identities do nothing. Gains of shape
         ``(r,)``, or ``(heads, r)``.
-    group : GL or RotaryCommutant
+    group : GL, RotaryCommutant or PlaneCommutant
         The group without the norms.
     whole : bool
         Whether the norms are over the rows of all heads at once, with gains of shape
@@ -144,14 +153,52 @@ def normalised_group(
         unknown = type(norms[kinds.index(None)]).__name__
         raise NotUnderstoodError(f"{unknown} on queries or keys is not known")
     centres = any(kind is not None and kind.centres for kind in kinds)
-    rotary = isinstance(group, RotaryCommutant)
+    rotary = isinstance(group, RotaryCommutant | PlaneCommutant)
     # A list, so that every norm is checked.
     intact = [_commutes(norm, group, whole) for norm in norms]
     if not all(intact) or (centres and (rotary or whole)):
         return None
+    if isinstance(group, PlaneCommutant):
+        return RotaryPhases.of(group)
     if isinstance(group, RotaryCommutant):
         return RotaryPhases(group.r, group.rotary_dim, group.layout)
     return StabilizerOfOnes(group.r) if centres else O(group.r)
+
+
+def add_score_gains(
+    contribution: Contribution,
+    module: nn.Module,
+    name: str,
+    norms: Sequence[str],
+    group: StructureGroup,
+) -> None:
+    """Count the numbers that can move from the gain of queries into that of keys.
+
+    A gain multiplies rows behind the norm: of a rotated plane both by s in the queries and by 1/s
+    in the keys, of a row that passes by itself.
+
+    Parameters
+    ----------
+    contribution : Contribution
+    module : Module
+        The attention.
+    name : str
+    norms : sequence of str
+        Paths of the norms of queries and of keys.
+    group : GL, RotaryCommutant or PlaneCommutant
+        The group without the norms.
+    """
+    parts = [module.get_submodule(path) for path in norms]
+    gains = [own_parameter(p, "weight") for p in parts if getattr(p, "weight", None) is not None]
+    if len(gains) != 2 or gains[0] is None or gains[1] is None or gains[0] is gains[1]:
+        return
+    queries, keys = (gain.numel() for gain in gains if gain is not None)
+    if keys % group.r or queries % keys:
+        return
+    count = group.r
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
+        count = len(group.planes) + len(group.pass_rows)
+    contribution.score_gains[qualified(name, norms[0], "weight")] = count * (keys // group.r)
 
 
 def _commutes(norm: nn.Module, group: StructureGroup, whole: bool) -> bool:
@@ -179,6 +226,9 @@ def _commutes(norm: nn.Module, group: StructureGroup, whole: bool) -> bool:
 
 def _mixed_rows(group: StructureGroup) -> list[list[int]]:
     """Sets of rows that the group mixes."""
+    if isinstance(group, PlaneCommutant):
+        mixed = [[row for plane in planes for row in plane] for planes in group.frequencies]
+        return [*mixed, *([list(group.pass_rows)] if group.pass_rows else [])]
     if isinstance(group, RotaryCommutant):
         return [*map(list, group.planes), *([list(group.pass_rows)] if group.pass_rows else [])]
     return [list(range(group.r))]

@@ -255,12 +255,24 @@ class Branch(NamedTuple):
         return cls(sublayer, before, after, cross=cross)
 
 
-def layer_adapter(*branches: Branch) -> Adapter:
-    """The adapter of layers made of those branches; a branch whose module is None is left out."""
+def layer_adapter(*branches: Branch, parallel: bool = False) -> Adapter:
+    """The adapter of layers made of those branches; a branch whose module is None is left out.
+
+    Parameters
+    ----------
+    *branches : Branch
+    parallel : bool
+        Whether all branches read the stream as it comes in, and are added to it together.
+    """
 
     def adapter(module: Any, name: str) -> Contribution:
         contribution = Contribution()
         add_branches(contribution, module, name, *branches)
+        if parallel and all(branch.after is None for branch in branches):
+            vectors = dict(module.named_parameters(prefix=name))
+            biases = sorted(n for n in contribution.writers if n in vectors)
+            biases = [name for name in biases if vectors[name].ndim == 1]
+            contribution.added_at_once.append(tuple(biases))
         return contribution
 
     return adapter

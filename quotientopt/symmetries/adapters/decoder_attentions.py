@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
 from quotientopt.symmetries.adapters.attention import (
+    add_score_gains,
     grouped_attention,
     normalised_group,
     projected_attention,
@@ -73,7 +74,7 @@ def rotary_attention(
             module.config, rank, partial=partial, layout=layout, layer_type=layer_type
         )
     used = [module.get_submodule(path) for path in query_key_norms]
-    return projected_attention(
+    contribution = projected_attention(
         module,
         name,
         rank=rank,
@@ -83,6 +84,9 @@ def rotary_attention(
         keys_move=not sinks,
         values_move=not sinks,
     )
+    if query_key_norms:
+        add_score_gains(contribution, module, name, query_key_norms, group)
+    return contribution
 
 
 def _is_rotated(module: Any) -> bool:
@@ -301,10 +305,14 @@ def gpt_neox_attention(module: Any, name: str) -> Contribution:
 def persimmon_attention(module: Any, name: str) -> Contribution:
     """Queries and keys are normalised, with gains, which leaves nothing on QK."""
     require_known_attention(module)
-    group: StructureGroup | None = _partly_rotated(module, module.head_dim)
-    if module.qk_layernorm and group is not None:
-        group = normalised_group((module.q_layernorm, module.k_layernorm), group)
-    return _fused_by_head(module, name, module.num_heads, module.head_dim, group)
+    rotary = _partly_rotated(module, module.head_dim)
+    group: StructureGroup | None = rotary
+    if module.qk_layernorm:
+        group = normalised_group((module.q_layernorm, module.k_layernorm), rotary)
+    contribution = _fused_by_head(module, name, module.num_heads, module.head_dim, group)
+    if module.qk_layernorm:
+        add_score_gains(contribution, module, name, ("q_layernorm", "k_layernorm"), rotary)
+    return contribution
 
 
 def _partly_rotated(module: Any, rank: int) -> StructureGroup:

@@ -150,27 +150,34 @@ known("olmo2.Olmo2DecoderLayer")(
         Branch("mlp", after="post_feedforward_layernorm"),
     )
 )
-PARALLEL = layer_adapter(ATTENTION_FIRST, Branch("mlp", before="input_layernorm"))
+PARALLEL = layer_adapter(ATTENTION_FIRST, Branch("mlp", before="input_layernorm"), parallel=True)
 known("cohere.CohereDecoderLayer", "cohere2.Cohere2DecoderLayer", "phi.PhiDecoderLayer")(PARALLEL)
 known("gptj.GPTJBlock", "codegen.CodeGenBlock")(
-    layer_adapter(Branch("attn", before="ln_1"), Branch("mlp", before="ln_1"))
+    layer_adapter(Branch("attn", before="ln_1"), Branch("mlp", before="ln_1"), parallel=True)
 )
 known("mpt.MptBlock")(
     layer_adapter(Branch("attn", before="norm_1"), Branch("ffn", before="norm_2"))
 )
-known("gpt_neox.GPTNeoXLayer")(
-    layer_adapter(
+
+
+@known("gpt_neox.GPTNeoXLayer")
+def gpt_neox_layer(module: Any, name: str) -> Contribution:
+    """Branches parallel, or one after the other."""
+    return layer_adapter(
         Branch("attention", before="input_layernorm"),
         Branch("mlp", before="post_attention_layernorm"),
-    )
-)
+        parallel=module.use_parallel_residual,
+    )(module, name)
 
 
 @known("stablelm.StableLmDecoderLayer")
 def stablelm_layer(module: Any, name: str) -> Contribution:
     """Branches parallel, or one after the other."""
     norm = "input_layernorm" if module.use_parallel_residual else "post_attention_layernorm"
-    return layer_adapter(ATTENTION_FIRST, Branch("mlp", before=norm))(module, name)
+    parallel = module.use_parallel_residual
+    return layer_adapter(ATTENTION_FIRST, Branch("mlp", before=norm), parallel=parallel)(
+        module, name
+    )
 
 
 @known("falcon.FalconDecoderLayer")
@@ -184,9 +191,11 @@ def falcon_layer(module: Any, name: str) -> Contribution:
         mlp = "post_attention_layernorm"
     elif not config.parallel_attn:
         raise NotUnderstoodError("branches one after the other in the new architecture")
-    return layer_adapter(Branch("self_attention", before=attention), Branch("mlp", before=mlp))(
-        module, name
-    )
+    return layer_adapter(
+        Branch("self_attention", before=attention),
+        Branch("mlp", before=mlp),
+        parallel=mlp != "post_attention_layernorm",
+    )(module, name)
 
 
 @known("bloom.BloomBlock")

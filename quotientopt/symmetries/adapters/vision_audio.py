@@ -9,6 +9,7 @@ from typing import Any
 
 from quotientopt.groups import GL, RotaryCommutant
 from quotientopt.symmetries.adapters.attention import (
+    add_score_gains,
     normalised_group,
     projected_attention,
     require_known_attention,
@@ -272,7 +273,7 @@ def timm_attention(module: Any, name: str) -> Contribution:
     if hasattr(module, "norm"):
         require(module.norm, IDENTITY)
     rank = module.head_dim
-    return stacked_attention(
+    contribution = stacked_attention(
         module,
         name,
         rank=rank,
@@ -280,6 +281,8 @@ def timm_attention(module: Any, name: str) -> Contribution:
         layers=("qkv", "proj"),
         qk_group=normalised_group((module.q_norm, module.k_norm), GL(rank)),
     )
+    add_score_gains(contribution, module, name, ("q_norm", "k_norm"), GL(rank))
+    return contribution
 
 
 @understands(TIMM_BLOCK)

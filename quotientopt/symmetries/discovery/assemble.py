@@ -110,12 +110,12 @@ def _translation(
     moved = (right[1],)
     if pair.scores:
         return Translation(moved) if silent_bias(rows, index) else None
-    slopes = rows.parts[1].gradient[:, index, 0]
+    slopes = rows.parts[1].gradients(index)[..., 0]
     for name in _output_biases(pair, parameters, gradients):
         through: Tensor | float = 0.0
         size: Tensor | float = 0.0
         # ∂b_V = W_Oᵀ ∂b_O is Noether's identity of the translation.
-        gradient = gradients.of[name].flatten(1)
+        gradient = gradients.of[name].whole().flatten(1)
         for left, members in pair.left:
             through = through + torch.einsum("hrd,kd->khr", left.parts[0].rows[members], gradient)
             size = size + torch.linalg.vector_norm(left.parts[0].rows[members], dim=-1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from quotientopt.symmetries.discovery.gradients import Gradient, Sums, in_rows
 from quotientopt.symmetries.discovery.point import Gradients
 
 # Charges are compared to this share of the sum of the absolute terms they are made of, or to this
@@ -29,10 +30,10 @@ class Part:
         None for a bias, a single column.
     rows : Tensor
         ``(rows, columns)``, at the generic point.
-    gradient : Tensor
-        ``(functions, rows, columns)``.
-    noise : Tensor
-        ``(rows,)``, of the diagonal charges.
+    gradient : Gradient
+        Of the whole parameter.
+    sums : Sums
+        Of the rows.
     start : int
         First of the parameter's rows that belong here: one bias may serve several matrices.
     """
@@ -41,8 +42,8 @@ class Part:
     parameter: nn.Parameter
     column_axis: int | None
     rows: Tensor
-    gradient: Tensor
-    noise: Tensor
+    gradient: Gradient
+    sums: Sums
     start: int = 0
 
     @classmethod
@@ -55,26 +56,18 @@ class Part:
         gradients: Gradients,
     ) -> Part:
         """Cut a parameter into rows."""
-
-        def rows(tensor: Tensor) -> Tensor:
-            # Leading axes are functions; no copy of a matrix.
-            lead = tensor.ndim - parameter.ndim
-            if column_axis is None:
-                return tensor.reshape(*tensor.shape[:lead], -1, 1)
-            return tensor.movedim(lead + column_axis, -1).flatten(lead, -2)
-
-        noise = rows(gradients.noise[name]).sum(-1)
-        return cls(name, parameter, column_axis, rows(values), rows(gradients.of[name]), noise)
+        sums = gradients.charges[name].sums(column_axis)
+        rows = in_rows(values, column_axis)
+        return cls(name, parameter, column_axis, rows, gradients.of[name], sums)
 
     @functools.cached_property
     def lengths(self) -> Tensor:
         """``|W_i|``, shape ``(rows,)``."""
         return torch.linalg.vector_norm(self.rows, dim=-1)
 
-    @functools.cached_property
-    def slopes(self) -> Tensor:
-        """``|∂W_i|``, the larger of the functions', shape ``(rows,)``."""
-        return torch.linalg.vector_norm(self.gradient, dim=-1).amax(0)
+    def gradients(self, index: Tensor) -> Tensor:
+        """``∂W_i`` of rows i, ``(functions, *index.shape, columns)``."""
+        return self.gradient.rows(self.column_axis, index + self.start)
 
     def narrow(self, start: int, length: int) -> Part:
         """Some of the rows, one after the other."""
@@ -82,8 +75,7 @@ class Part:
         return replace(
             self,
             rows=self.rows[chosen],
-            gradient=self.gradient[:, chosen],
-            noise=self.noise[chosen],
+            sums=self.sums.narrow(chosen),
             start=start,
         )
 
@@ -127,10 +119,12 @@ class Rows:
     precision: float = field(init=False)
 
     def __post_init__(self) -> None:
-        terms = [part.rows * part.gradient for part in self.parts]
-        charge = torch.stack([term.sum(-1) for term in terms]).sum(0)
-        scale = torch.stack([term.abs_().sum(-1).amax(0) for term in terms]).sum(0)
-        noise = torch.stack([part.noise for part in self.parts]).sum(0)
+        charge, scale, noise = (
+            torch.stack(of).sum(0)
+            for of in zip(
+                *((p.sums.charge, p.sums.size, p.sums.noise) for p in self.parts), strict=True
+            )
+        )
         share = (noise / scale.clamp_min(torch.finfo(scale.dtype).tiny)).nan_to_num(0.0)
         # One row whose terms happen to be tiny must not speak for all.
         typical = scale > 1e-3 * scale.mean()
@@ -168,8 +162,7 @@ class Rows:
         """
         total: Tensor | float = 0.0
         for part in self.parts:
-            gradient = part.gradient[:, second]
-            total = total + part.rows[first] @ gradient.mT
+            total = total + part.rows[first] @ part.gradients(second).mT
         assert isinstance(total, Tensor)
         return total
 
@@ -177,7 +170,7 @@ class Rows:
         """Bounds ``|W_i| |∂W_j|`` of the same products, ``(…, p, q)``."""
         total: Tensor | float = 0.0
         for part in self.parts:
-            lengths, slopes = part.lengths[first], part.slopes[second]
+            lengths, slopes = part.lengths[first], part.sums.slope[second]
             total = total + lengths.unsqueeze(-1) * slopes.unsqueeze(-2)
         assert isinstance(total, Tensor)
         return total
@@ -193,7 +186,9 @@ def rows_of(
     others.
     """
     for name, parameter in parameters.items():
-        if parameter.ndim < 2 or name not in gradients.of or not parameter.is_floating_point():
+        if parameter.ndim < 2 or not parameter.numel() or name not in gradients.of:
+            continue
+        if not parameter.is_floating_point():
             continue
         wide = [axis for axis in range(parameter.ndim) if parameter.shape[axis] > 1]
         contracted = gradients.contracted.get(name, {parameter.ndim - 1})
@@ -229,6 +224,7 @@ def _biases(
         and parameter.numel() in (rows, 2 * rows, 3 * rows)
         and parameter.ndim <= 2
         and other in gradients.of
+        and gradients.charges[other].small
     ]
     # W_Q before b_Q, in_proj_weight before in_proj_bias: the longest common ending or beginning.
     return sorted(found, key=lambda other: -_alike(own, other.rpartition(".")[2]))

@@ -60,6 +60,11 @@ class ContractionTrace(TorchDispatchMode):
             )
             self._origins[parameter.untyped_storage().data_ptr()] = _Origin(name, axes)
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._origins.clear()
+        self._copies.clear()
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from quotientopt.symmetries.discovery.linked_rows import (
     Index,
     grouped_values,
     linked_pairs,
+    may_be_units,
     several_readers,
 )
 from quotientopt.symmetries.discovery.pairs import FoundPair, Taken, common_module, within
@@ -28,14 +30,15 @@ from quotientopt.symmetries.discovery.queries_keys import (
     queries_and_keys,
     scores_alone,
     shared_rotary_keys,
+    wider_scores,
 )
 from quotientopt.symmetries.discovery.stream import FoundStream, analysed, find_stream
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.registry import looks_like_attention, qualified
 
-# Float64 copies at once: the point, two gradients, noise, a moved point and its gradient, their
-# stacks, what a proof moves (measured: 8 to 9 of a whole model).
-COPIES = 9
+# Float64 copies at once: the point, two gradients where a batch has more tokens than thin factors
+# of them have columns, and one that is being worked on.
+COPIES = 4
 # Of the memory that is free, the share that discovery may take before it goes module by module.
 SHARE = 0.5
 # In the names of attributes that hold the number or the size of heads.
@@ -166,7 +169,8 @@ def _examine(
         good = _all_proved(prover, members, pair.others)
         if members and not good and pair.rank > 1 and not pair.scores and len(pair.left) == 1:
             # A ReLU's units that were all active at once look like one linear map.
-            good = _all_proved(prover, symmetries(pair.units()))
+            alone = pair.units()
+            good = _all_proved(prover, symmetries(alone)) if may_be_units(alone) else []
         proved += good
     # Chains last: where they overlap with heads, heads are what an optimizer takes.
     heads = sorted((s for s in proved if not s.of_units), key=lambda s: "chain" in s.name)
@@ -214,10 +218,14 @@ def find_pairs(
     scores = [pair for pair in linear if pair.scores]
     for pair in kept:
         scores += queries_and_keys(pair, cuts, taken)
+    sizes_of_values = {(pair.heads, pair.rank) for pair in kept}
+    for pair in linear:
+        if pair.scores and pair.rank > 1 and (pair.heads, pair.rank) not in sizes_of_values:
+            scores += wider_scores(pair, cuts, taken)
     kept += [pair for pair in sorted(scores, key=_size) if taken.add(pair)]
     for pair in [pair for pair in kept if pair.scores]:
         kept += [found for found in shared_rotary_keys(pair, cuts, taken) if taken.add(found)]
-    units = [pair for pair in (*linear, *values) if pair.rank == 1]
+    units = [pair for pair in (*linear, *values) if pair.rank == 1 and may_be_units(pair)]
     kept += [pair for pair in sorted(units, key=_size) if taken.add(pair)]
     sizes = {*ranks, *(pair.rank for pair in kept)}
     alone = list(scores_alone(cuts, taken, sizes, attentions))
@@ -260,12 +268,12 @@ def _all_proved(
 
 def _proved(prover: Prover, symmetry: HeadSymmetry) -> HeadSymmetry | None:
     """The symmetry with the deviation of its proof as source; None if it fails, or its control."""
-    if symmetry.of_units:
+    if symmetry.rank == 1:
         symmetry = _with(symmetry, group=Scale(1))
     deviation = prover.deviation(symmetry)
     if deviation > prover.proved or prover.control(symmetry) <= prover.moved:
         return None
-    if symmetry.of_units and prover.signs(symmetry) <= prover.proved:
+    if symmetry.rank == 1 and prover.signs(symmetry) <= prover.proved:
         symmetry = _with(symmetry, group=GL(1))
     if symmetry.translation is not None:
         moved = prover.translation(symmetry)
@@ -388,7 +396,7 @@ def _idle(module: nn.Module, gradients: Gradients) -> list[str]:
     idle = {
         name
         for name, _ in module.named_parameters()
-        if name not in gradients.of or not bool(gradients.of[name].any())
+        if name not in gradients.of or not gradients.charges[name].any
     }
     found: list[str] = []
     for path, part in module.named_modules():
@@ -431,6 +439,14 @@ def _free_memory(model: nn.Module) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    try:
+        # Without the cache of files, which the system gives up.
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(
+            int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")
+        )
+    except (OSError, ValueError, StopIteration):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

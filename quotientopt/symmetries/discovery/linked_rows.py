@@ -30,7 +30,8 @@ from quotientopt.symmetries.discovery.pairs import (
 
 # Share of the sums over query heads that must have a charge, or they are too few to compare.
 MOST = 0.75
-# Share of the rows of a matrix that must find partners before idle ones are believed to follow.
+# Share of the rows of a matrix that must find partners before idle ones are believed to follow, or
+# single rows to be hidden units.
 SOME = 0.25
 # Sums that are looked at first, and rows of nearly the same charge that are compared with them.
 PROBES, NEIGHBOURS = 3, 6
@@ -130,6 +131,15 @@ def linked_pairs(index: Index, rank: dict[int, int]) -> Iterator[FoundPair]:
         for L, J in heads:
             if J.shape[-1] > 1 or not one.output:
                 yield _in_order(one, L.squeeze(-1), two, J)
+
+
+def may_be_units(pair: FoundPair) -> bool:
+    """Whether single rows are enough of their matrix to speak for its layer.
+
+    A few that this batch drives far enough are linear behind any activation.
+    """
+    sides = [rows for rows, _ in (*pair.left, pair.right)]
+    return pair.heads >= SOME * min(int(rows.exercised.sum()) for rows in sides)
 
 
 def _completed(one: Rows, two: Rows, links: Tensor) -> tuple[Tensor, Tensor]:

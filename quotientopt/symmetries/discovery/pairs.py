@@ -19,10 +19,12 @@ from torch import Tensor
 from quotientopt.groups import (
     GL,
     O,
+    PlaneCommutant,
     RotaryCommutant,
     RotaryPhases,
     StabilizerOfOnes,
     StructureGroup,
+    simplest_commutant,
 )
 from quotientopt.symmetries.discovery.charges import LIMIT, Rows
 
@@ -142,9 +144,70 @@ def largest_groups(
                 candidates.append(commutant)
             if bool(skew[rotated:, rotated:].all()):
                 candidates.append(RotaryPhases(r, rotated, layout))
+    for found in (_commutant(D, tolerance, zero, skew, trace), _phases(D, tolerance, skew)):
+        if found is not None and found not in candidates:
+            candidates.append(found)
     fitting = [group for group in candidates if holds(group)]
     largest = max((group.dim for group in fitting), default=0)
     return [group for group in fitting if group.dim == largest]
+
+
+def _commutant(
+    D: Tensor, tolerance: Tensor, zero: Tensor, skew: Tensor, trace: Tensor
+) -> StructureGroup | None:
+    """The commutant of rotations of planes wherever their rows lie, whatever frequencies repeat.
+
+    The charges of rows that pass vanish. Two rows are a plane where ``[[a, b], [b, −a]]`` is left
+    of their mismatch, which is all that is orthogonal to the complex numbers; planes share a
+    frequency where the same holds of the blocks between them.
+
+    Parameters
+    ----------
+    D : Tensor, shape (functions, heads, r, r)
+    tolerance : Tensor, shape (heads, r, r)
+    zero, skew, trace : Tensor, shape (r, r)
+        Where D, ``D − Dᵀ`` and ``D_ii + D_jj`` vanish.
+    """
+    turned = ~zero.diagonal()
+    partners = trace & skew & turned & turned.unsqueeze(-1)
+    partners = partners & ~torch.eye(len(zero), dtype=torch.bool, device=zero.device)
+    if not bool((partners.sum(-1) == turned).all()):
+        return None
+    return _of_planes(D, 2 * tolerance, partners)
+
+
+def _phases(D: Tensor, tolerance: Tensor, skew: Tensor) -> StructureGroup | None:
+    """The orthogonal part of such a commutant, which norms leave, as :func:`_commutant`.
+
+    Only ``D − Dᵀ`` tells of it: rows that pass are all linked, and each row of a plane to one.
+    """
+    linked = skew & ~torch.eye(len(skew), dtype=torch.bool, device=skew.device)
+    partners = linked & (linked.sum(-1) == 1) & (linked.sum(-1) == 1).unsqueeze(-1)
+    if not bool(partners.any()):
+        return None
+    group = _of_planes(D - D.mT, 4 * tolerance, partners)
+    return RotaryPhases.of(group) if isinstance(group, PlaneCommutant) else None
+
+
+def _of_planes(D: Tensor, tolerance: Tensor, partners: Tensor) -> StructureGroup:
+    """The commutant whose planes are pairs of partners; those share a frequency that D links."""
+    i, j = torch.triu(partners).nonzero(as_tuple=True)
+
+    def linear(k: Tensor, m: Tensor) -> Tensor:
+        """Planes (i, j) and (k, m) between which D is orthogonal to all complex numbers."""
+        one, two = i.unsqueeze(-1), j.unsqueeze(-1)
+        real, imaginary = D[..., one, k] + D[..., two, m], D[..., two, k] - D[..., one, m]
+        largest = torch.maximum(real.abs(), imaginary.abs())
+        vanishing = (largest <= tolerance[..., :1, :1]).flatten(0, 1).all(0)
+        return vanishing & vanishing.mT
+
+    same, opposite = linear(i, j), linear(j, i)
+    found: dict[int, list[tuple[int, int]]] = {}
+    for number, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
+        first = next((k for k in found if same[number, k] or opposite[number, k]), number)
+        turned_round = first != number and not same[number, first]
+        found.setdefault(first, []).append((b, a) if turned_round else (a, b))
+    return simplest_commutant(PlaneCommutant(len(partners), list(found.values())))
 
 
 class Taken:
@@ -205,8 +268,8 @@ def silent_bias(rows: Rows, index: Tensor) -> bool:
     if len(rows.parts) < 2:
         return False
     matrix, bias = rows.parts[:2]
-    slopes = torch.linalg.vector_norm(matrix.gradient[:, index], dim=-1)
-    return bool((bias.gradient[:, index, 0].abs() <= 1e-9 * slopes.amax()).all())
+    largest = matrix.sums.slope[index].amax()
+    return bool((bias.gradients(index).abs() <= 1e-9 * largest).all())
 
 
 def divisors(n: int) -> list[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from quotientopt.symmetries.discovery.contraction import ContractionTrace
+from quotientopt.symmetries.discovery.gradients import Charges, Gradient, Store, blocks
 from quotientopt.symmetries.verification import KeepFloat64, floating_tensors
 
 # Random functions of the outputs; the charges of two must agree where one could by chance.
@@ -35,16 +37,16 @@ class Gradients(NamedTuple):
 
     Attributes
     ----------
-    of : dict of str to Tensor
-        Parameter name to ``(FUNCTIONS, *shape)``; missing where no output depends on it.
-    noise : dict of str to Tensor
-        What rounding leaves undecided of ``W ∂``, entry by entry, ``(*shape,)``.
+    of : dict of str to Gradient
+        By parameter name; missing where no output depends on it.
+    charges : dict of str to Charges
+        ``W ∂`` summed along every axis, of the same parameters.
     contracted, looked_up : dict of str to set of int
         Of :class:`ContractionTrace`.
     """
 
-    of: dict[str, Tensor]
-    noise: dict[str, Tensor]
+    of: dict[str, Gradient]
+    charges: dict[str, Charges]
     contracted: dict[str, set[int]]
     looked_up: dict[str, set[int]]
 
@@ -74,26 +76,48 @@ class GenericPoint:
         self.module = module
         self.call = call
         self.generator = generator
-        self.parameters = {
-            name: self._near(parameter) for name, parameter in module.named_parameters()
-        }
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-
-    def _near(self, parameter: Tensor) -> Tensor:
+        given = dict(module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in given.items()}
+        self._given = {name: parameter.detach() for name, parameter in given.items()}
+        # By how much each is moved, and the seeds of that and of the direction of further steps.
+        self._moves = {name: self._move(parameter) for name, parameter in given.items()}
         # The same strides: blocks are views by the strides of their parameter.
-        point = torch.empty_strided(
-            parameter.shape, parameter.stride(), dtype=torch.float64, device=parameter.device
-        )
-        point.copy_(parameter.detach())
-        if parameter.requires_grad and parameter.numel():
-            size = SPREAD * point.square().mean().sqrt().item() or LEAST_SPREAD
-            point.add_(self._uniform(point), alpha=size)
-        return point
+        self.parameters = {
+            name: torch.empty_strided(p.shape, p.stride(), dtype=torch.float64, device=p.device)
+            for name, p in given.items()
+        }
+        self.restore(given)
 
-    def _uniform(self, like: Tensor) -> Tensor:
-        """Numbers of mean zero and variance one; uniform ones are made much faster than normal."""
-        numbers = torch.rand(like.shape, generator=self.generator, dtype=torch.float32)
-        return numbers.to(like.device, torch.float64).sub_(0.5).mul_(12**0.5)
+    def _move(self, parameter: Tensor) -> tuple[float, int, int]:
+        near, further = torch.randint(2**62, (2,), generator=self.generator).tolist()
+        if not (parameter.requires_grad and parameter.numel()):
+            return 0.0, near, further
+        squares = [b.to(torch.float64).square().sum() for _, b in blocks(parameter.detach())]
+        mean = torch.stack(squares).sum().item() / parameter.numel()
+        return SPREAD * mean**0.5 or LEAST_SPREAD, near, further
+
+    def restore(self, names: Iterable[str], steps: int = 0) -> None:
+        """Put parameters back to the point, to the bit; or by steps in a direction of all.
+
+        The point is made from the module's parameters and seeds again, so that whoever needs other
+        values may write them to :attr:`parameters`, without a copy.
+
+        Parameters
+        ----------
+        names : iterable of str
+        steps : int
+            Of the length ``STEP``, relative to every entry.
+        """
+        for name in names:
+            size, *seeds = self._moves[name]
+            near, further = (torch.Generator().manual_seed(seed) for seed in seeds)
+            pairs = zip(blocks(self.parameters[name]), blocks(self._given[name]), strict=True)
+            for (_, block), (_, given) in pairs:
+                block.copy_(given)
+                if size:
+                    block.add_(_uniform(block, near), alpha=size)
+                if steps:
+                    block.addcmul_(block, _uniform(block, further), value=steps * STEP)
 
     def _normal(self, like: Tensor) -> Tensor:
         numbers = torch.randn(like.shape, generator=self.generator, dtype=torch.float64)
@@ -170,31 +194,55 @@ class GenericPoint:
         """
         cotangents: dict[str, Tensor] = {}
         trace = ContractionTrace(self.parameters)
-        found = self._gradients(self.parameters, cotangents, trace)
-        # X(0) − 2 X(ε) + X(2ε): what is smooth cancels to ε², what is rounded does not.
-        direction = {name: value * self._uniform(value) for name, value in self.parameters.items()}
-        second = {name: self.parameters[name] * gradient[0] for name, gradient in found.items()}
-        for factor, times in ((-2.0, 1.0), (1.0, 2.0)):
-            values = {
-                name: value.add(direction[name], alpha=times * STEP)
-                for name, value in self.parameters.items()
-            }
-            for name, gradient in self._gradients(values, cotangents).items():
-                second[name].add_(values[name] * gradient[0], alpha=factor)
-        noise = {name: products.abs_() for name, products in second.items()}
-        return Gradients(found, noise, trace.contracted, trace.looked_up)
+        store = Store()
+        of = {name: Gradient(FUNCTIONS, store) for name in self.parameters}
+        charges = {n: Charges(FUNCTIONS, value, store) for n, value in self.parameters.items()}
 
-    def _gradients(
+        def take(name: str, index: int, gradient: Tensor) -> None:
+            charges[name].put(index, self.parameters[name], gradient)
+            of[name].put(index, gradient, self.generator)
+
+        self._backward(take, cotangents, trace)
+        complete = [name for name, gradient in of.items() if gradient.complete]
+        # X(0) − 2 X(ε) + X(2ε): what is smooth cancels to ε², what is rounded does not.
+        try:
+            for steps, factor in ((1, -2.0), (2, 1.0)):
+
+                def take_moved(name: str, _: int, gradient: Tensor, factor: float = factor) -> None:
+                    charges[name].put_moved(factor, self.parameters[name], gradient)
+
+                self.restore(self.parameters, steps)
+                self._backward(take_moved, cotangents)
+        finally:
+            self.restore(self.parameters)
+        return Gradients(
+            {name: of[name] for name in complete},
+            {name: charges[name] for name in complete},
+            trace.contracted,
+            trace.looked_up,
+        )
+
+    def _backward(
         self,
-        values: Mapping[str, Tensor],
+        take: Callable[[str, int, Tensor], None],
         cotangents: dict[str, Tensor],
         trace: ContractionTrace | None = None,
-    ) -> dict[str, Tensor]:
-        """Gradients by name: of all functions with a trace, of the first one without.
+    ) -> None:
+        """Hand on every gradient as it is ready: of all functions with a trace, else of the first.
 
         Draws the cotangents that are not there yet.
         """
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        current = 0
+
+        def receive(name: str, leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None
+            with torch.no_grad():
+                take(name, current, gradient)
+
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(partial(receive, name))
         with torch.enable_grad():
             with trace or nullcontext():
                 outputs = self.outputs(values=leaves)
@@ -208,23 +256,22 @@ class GenericPoint:
                 if key not in cotangents:
                     parts = [self._normal(value.real) for _ in range(FUNCTIONS)]
                     cotangents[key] = torch.stack(parts) / value.numel() ** 0.5
-            rows = []
             functions = FUNCTIONS if trace else 1
-            for index in range(functions):
-                terms = [(cotangents[k][index] * v.real).sum() for k, v in outputs.items()]
-                rows.append(
-                    torch.autograd.grad(
+            for current in range(functions):
+                terms = [(cotangents[k][current] * v.real).sum() for k, v in outputs.items()]
+                try:
+                    torch.autograd.backward(
                         torch.stack(terms).sum(),
-                        list(leaves.values()),
-                        retain_graph=index + 1 < functions,
-                        allow_unused=True,
+                        retain_graph=current + 1 < functions,
+                        inputs=list(leaves.values()),
                     )
-                )
-        return {
-            name: torch.stack(gradients)
-            for name, *gradients in zip(leaves, *rows, strict=True)
-            if all(gradient is not None for gradient in gradients)
-        }
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{type(self.module).__name__} cannot be differentiated on these example "
+                        f"inputs: {str(error).splitlines()[0]}"
+                    ) from error
 
     def calls(self, paths: Sequence[str]) -> dict[str, Call]:
         """Arguments of the first call of modules inside; missing where they are not called.
@@ -232,6 +279,12 @@ class GenericPoint:
         Also missing where the arguments cannot be copied.
         """
         return calls_of(self.module, paths, lambda: self.outputs())
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of mean zero and variance one; uniform ones are made much faster than normal."""
+    numbers = torch.rand(like.shape, generator=generator, dtype=torch.float32)
+    return numbers.to(like.device, torch.float64).sub_(0.5).mul_(12**0.5)
 
 
 def calls_of(module: nn.Module, paths: Sequence[str], run: Callable[[], object]) -> dict[str, Call]:

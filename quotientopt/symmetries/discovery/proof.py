@@ -116,12 +116,16 @@ class Prover:
         return self._deviation(_outwards(symmetry) if balanced else [self._last], values)
 
     def together(self, symmetries: Iterable[HeadSymmetry | ScaleSymmetry]) -> float:
-        """The change of the whole's outputs when all act at once."""
-        values: Values = {}
-        for symmetry in symmetries:
-            element = symmetry.random_element(COND, generator=self.generator)
-            self._act(symmetry.blocks, _elements(symmetry, element), values)
-        return self._deviation([""], values)
+        """The change of the whole's outputs when all act at once, on the point itself."""
+        members = list(symmetries)
+        names = {block.name for symmetry in members for block in symmetry.blocks}
+        try:
+            for symmetry in members:
+                element = symmetry.random_element(COND, generator=self.generator)
+                self._act(symmetry.blocks, _elements(symmetry, element), self.point.parameters)
+            return self._deviation([""], {})
+        finally:
+            self.point.restore(names)
 
     def _compare(
         self,

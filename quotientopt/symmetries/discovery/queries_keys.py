@@ -166,6 +166,21 @@ def scores_alone(
         yield from found
 
 
+def wider_scores(
+    pair: FoundPair, cuts: Sequence[Sequence[Rows]], taken: Taken
+) -> Iterator[FoundPair]:
+    """Queries and keys of which a pair is only the rows that no rotation turns.
+
+    Beside values their layout tells; without them the rows that pass show first, one by one.
+    """
+    keys = {pair.left[0][0].key, pair.right[0].key}
+    near = [cut for cut in cuts if cut[0].output and cut[0].key in keys]
+    free = [len(taken.free(cut[0])) for cut in near]
+    sizes = {n // (pair.heads * k) for n in free for k in (1, 2, 3) if n % (pair.heads * k) == 0}
+    for r in sorted(size for size in sizes if pair.rank < size <= LARGE_HEAD):
+        yield from _scores_of_size(near, taken, r, {r})
+
+
 def _may_share_a_scale(one: Rows, two: Rows, taken: Taken) -> bool:
     """Whether the free rows of two matrices may be queries and keys.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt.groups import O, StabilizerOfOnes
+from quotientopt.symmetries.discovery.gradients import blocks
 from quotientopt.symmetries.discovery.point import GenericPoint
 from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.verification import largest_deviation
@@ -129,12 +130,15 @@ def analysed(
         if isinstance(group, StabilizerOfOnes) and stream.width < 3:
             continue
         element = group.random(generator=generator, dtype=torch.float64)
-        values = dict(point.parameters)
-        for name, axis in stream.axes.items():
-            rows = values[name].movedim(axis, -1)
-            values[name] = (rows @ element.to(rows).mT).movedim(-1, axis)
-        with torch.no_grad():
-            outputs = point.outputs(values=values)
+        try:
+            with torch.no_grad():
+                for name, axis in stream.axes.items():
+                    rows = point.parameters[name].movedim(axis, -1)
+                    for _, block in blocks(rows) if rows.ndim > 1 else [(0, rows)]:
+                        block.copy_(block @ element.to(rows).mT)
+                outputs = point.outputs()
+        finally:
+            point.restore(stream.axes)
         if largest_deviation(outputs, reference) <= proved:
             return FoundStream(stream.width, stream.axes, broken)
     return stream
