@@ -171,6 +171,9 @@ def _patched_class(module: nn.Module) -> str | None:
     for base in cls.__mro__:
         if base is nn.Module:
             break
+        # The mixin that fully_shard puts before a module's class, which computes nothing anew.
+        if base.__module__.startswith("torch.distributed.") and "forward" not in vars(base):
+            continue
         # A class that is not where its name says may come from anywhere.
         scope = vars(sys.modules.get(base.__module__, sys))
         known = homes if scope.get(base.__qualname__) is base else None

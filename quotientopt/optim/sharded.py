@@ -1,0 +1,976 @@
+"""QuotientAdam on parameters that are sharded over processes (DTensors).
+
+Storage stays sharded, computation is owned. The unit of ownership is what frames tie together: all
+heads of a pair, with biases (of fused weights both pairs), or one matrix on the residual stream.
+Units are dealt to the processes by size, those of equal shape in turn, so that they stay in stacks.
+A step is
+
+1. one all-to-all: shards of gradients go to their owners, shards of weights only where frames are
+   made (and for the few units whose update reads the weights, see :class:`Unit`),
+2. an ordinary QuotientAdam on the owners' whole tensors, where what concerns all slices is reduced
+   over the processes: whether frames are due, the Grams that break ties, the norm to clip by. All
+   processes take the step or all refuse it,
+3. one all-to-all back: of the updates, or of new weights where the weights had come. Decay and
+   subtraction are done on the shards.
+
+Parameters without frames never move: each process steps its shard. Gradients come averaged, as
+``fully_shard`` and ``parallelize_module`` leave them. Nothing here depends on how a DTensor is
+placed: along any dimension, on meshes of several dimensions, replicated.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from quotientopt._linalg import compute_dtype
+from quotientopt.optim.checks import GradientError, StepRefusedError, refuse_nonfinite
+from quotientopt.optim.engine import Peers
+from quotientopt.optim.slices import Slice, find_slices, planned_groups
+from quotientopt.optim.translations import absorbed_biases, begin, put_back
+from quotientopt.optim.update import clip_scale
+from quotientopt.symmetries import SymmetryMap
+from quotientopt.symmetries.sharded import empty_like_whole
+
+if TYPE_CHECKING:
+    from quotientopt.optim.quotient_adam import PreparedStep, QuotientAdam
+
+# State tensors of no more elements than this are the same on all processes, not sharded.
+SMALL = 2
+
+
+class Region(NamedTuple):
+    """The part of a tensor that one process holds: along every axis, runs (start, length)."""
+
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Region:
+        """The part that this process holds of a parameter; all of a plain one."""
+        indices = [torch.arange(size) for size in parameter.shape]
+        if isinstance(parameter, DTensor):
+            mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+            assert coordinate is not None
+            for axis, placement in enumerate(parameter.placements):
+                if placement.is_replicate():
+                    continue
+                if placement.is_partial():
+                    raise ValueError(f"a parameter is a sum over processes ({placement})")
+                dim = placement.dim  # type: ignore[attr-defined]
+                # Also _StridedShard, of parameters that are split twice along one axis.
+                along = Shard(0)
+                if not isinstance(placement, Shard):
+                    along = type(placement)(0, split_factor=placement.split_factor)
+                shards, _ = along._split_tensor(
+                    indices[dim], mesh.size(axis), with_padding=False, contiguous=False
+                )
+                indices[dim] = shards[coordinate[axis]]
+            held = tuple(parameter.to_local().shape)
+            if held != tuple(map(len, indices)):
+                raise ValueError(f"a shard has shape {held}, expected {tuple(map(len, indices))}")
+        return cls(tuple(tuple(_runs(index.tolist())) for index in indices))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        return tuple(sum(length for _, length in runs) for runs in self.runs)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the part."""
+        return torch.Size(self.shape).numel()
+
+    def _index(self, device: torch.device) -> tuple[Any, ...]:
+        if all(len(runs) <= 1 for runs in self.runs):
+            ends = (runs[0] if runs else (0, 0) for runs in self.runs)
+            return tuple(slice(start, start + length) for start, length in ends)
+        axes = [
+            torch.cat([torch.arange(start, start + length) for start, length in runs])
+            for runs in self.runs
+        ]
+        return tuple(
+            axis.to(device).view(*(-1 if i == j else 1 for j in range(len(axes))))
+            for i, axis in enumerate(axes)
+        )
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This part of a whole tensor."""
+        return whole[self._index(whole.device)]
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Write this part of a whole tensor."""
+        whole[self._index(whole.device)] = part.view(self.shape)
+
+
+def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for end in range(1, len(indices) + 1):
+        if end == len(indices) or indices[end] != indices[end - 1] + 1:
+            yield indices[start], end - start
+            start = end
+
+
+@dataclass(eq=False)
+class Placed:
+    """A parameter, where its parts lie, and how it is stepped.
+
+    Attributes
+    ----------
+    parameter : Tensor
+    regions : list of Region
+        The part that each process of the group holds.
+    unit : Unit, optional
+        What it is stepped with; None for a parameter without frames, stepped shard by shard.
+    framed : bool
+        Whether frames are made for it every ``refresh_every`` steps.
+    local : Parameter, optional
+        What this process steps: the whole tensor of an owned unit, the shard without a unit.
+    steps : int
+        Updates so far.
+    """
+
+    parameter: Tensor
+    regions: list[Region]
+    unit: Unit | None = None
+    framed: bool = False
+    local: nn.Parameter | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        holders: dict[Region, list[int]] = defaultdict(list)
+        for rank, region in enumerate(self.regions):
+            holders[region].append(rank)
+        self.holders = holders
+        if sum(region.numel for region in holders) != self.parameter.numel():
+            raise ValueError("the shards of a parameter overlap, or do not cover it")
+
+    def sends(self, source: int, owner: int) -> bool:
+        """Whether a process sends its part to the owner, and none of the others that hold it."""
+        ranks = self.holders[self.regions[source]]
+        return source == (owner if owner in ranks else ranks[0])
+
+    @property
+    def shard(self) -> Tensor:
+        """The values that this process holds."""
+        return local_part(self.parameter)
+
+
+@dataclass(eq=False)
+class Unit:
+    """Parameters that frames tie together, and the process that steps them.
+
+    Attributes
+    ----------
+    members : list of Placed
+    owner : int
+        Rank in the group.
+    whole : bool
+        Whether the weights go to the owner in every step: where an update reads them (coordinates
+        of LoRA pairs, value biases that the output bias takes) and where new values are rounded to
+        a narrower dtype. The owner then keeps the tensors, and new weights come back.
+    """
+
+    members: list[Placed] = field(default_factory=list)
+    owner: int = 0
+    whole: bool = False
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The values that this process holds of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    local = tensor.detach().to_local()
+    return local.wait() if hasattr(local, "wait") else local
+
+
+class ShardedPeers(Peers):
+    """The other processes, asked for what concerns all slices of the model.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    streams : sequence of (int, dtype)
+        Width and dtype of computation of every residual stream, the same on all processes.
+    device : torch.device
+    """
+
+    def __init__(
+        self, group: Any, streams: Sequence[tuple[int, torch.dtype]], device: torch.device
+    ) -> None:
+        self.group = group
+        self.streams = list(streams)
+        self.device = device
+        self.of_step: tuple[int, int] | None = None
+
+    def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
+        """Of all slices, which is known everywhere before the step."""
+        return self.of_step
+
+    def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+        """The streams that one of the processes wants."""
+        flags = [float((width, dtype, self.device) in streams) for width, dtype in self.streams]
+        if not flags:
+            return streams
+        reduced = torch.tensor(flags, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        found = zip(self.streams, reduced.tolist(), strict=True)
+        return {(width, dtype, self.device) for (width, dtype), flag in found if flag}
+
+    def pooled(
+        self, grams: dict[tuple[Any, ...], Tensor], wanted: set[tuple[Any, ...]]
+    ) -> dict[tuple[Any, ...], Tensor]:
+        """Sums over all processes."""
+        total = {}
+        for width, dtype in self.streams:
+            key = (width, dtype, self.device)
+            if key in wanted:
+                gram = grams.get(key)
+                if gram is None:
+                    gram = torch.zeros(width, width, dtype=dtype, device=self.device)
+                total[key] = gram.contiguous()
+                dist.all_reduce(total[key], group=self.group)
+        return total
+
+
+class Sharded:
+    """The step of a QuotientAdam some of whose parameters are DTensors.
+
+    Parameters
+    ----------
+    optimizer : QuotientAdam
+        Its param groups, options and symmetries are read; its state is filed here.
+
+    Raises
+    ------
+    ValueError
+        For options that need one process, and parameters on meshes that do not belong together.
+    """
+
+    def __init__(self, optimizer: QuotientAdam) -> None:
+        self.optimizer = optimizer
+        groups = optimizer.param_groups
+        refuse_options(groups)
+        parameters = [p for group in groups for p in group["params"]]
+        tied = [b.parameter for s in optimizer.symmetries.heads for b in s.blocks]
+        extra = list({id(p): p for p in tied if not any(p is own for own in parameters)}.values())
+        self.group, self.mesh = common_group([*parameters, *extra])
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.device = local_part(parameters[0]).device
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(
+            gathered, [Region.of(p) for p in (*parameters, *extra)], group=self.group
+        )
+        if len({len(found) for found in gathered}) != 1:
+            raise ValueError("the processes have optimizers over different numbers of parameters")
+        placed = [
+            Placed(parameter, [Region(*found[i]) for found in gathered])
+            for i, parameter in enumerate((*parameters, *extra))
+        ]
+        self.placed = placed[: len(parameters)]
+        self._of = {id(own.parameter): own for own in placed}
+        self.units, streams, symmetries = self._deal()
+        if groups[0]["stochastic_rounding"] and any(
+            own.unit is None and len(own.holders) < self.size for own in self.placed
+        ):
+            raise ValueError(
+                "stochastic_rounding would round copies of one shard differently on different "
+                "processes; use master_weights=True"
+            )
+        self.inner = self._inner(symmetries)
+        self.peers = ShardedPeers(self.group, streams, self.device)
+        self.inner._peers = self.peers
+
+    # ---- ownership -----------------------------------------------------------------------------
+
+    def _deal(self) -> tuple[list[Unit], list[tuple[int, torch.dtype]], SymmetryMap]:
+        """Units with their owners, the residual streams, and the symmetries that make units."""
+        optimizer = self.optimizer
+        # Where frames are depends on shapes alone.
+        twins = {key: empty_like_whole(own.parameter) for key, own in self._of.items()}
+        original = {id(twin): self._of[key] for key, twin in twins.items()}
+        for key, twin in twins.items():
+            twin.requires_grad_(self._of[key].parameter.requires_grad)
+        groups = [
+            {**group, "params": [twins[id(p)] for p in group["params"]]}
+            for group in planned_groups(optimizer.param_groups)
+        ]
+        names = {id(twins[key]): name for key, name in optimizer._names.items() if key in twins}
+        symmetries = optimizer.symmetries.on(twins)
+        slices = find_slices(groups, symmetries, names)
+        absorbed = [symmetry for symmetry, _ in absorbed_biases(symmetries.heads, groups)]
+        root = {id(twin): id(twin) for twin in twins.values()}
+
+        def find(key: int) -> int:
+            while root[key] != key:
+                key = root[key]
+            return key
+
+        def tie(keys: Sequence[int]) -> None:
+            for key in keys[1:]:
+                root[find(key)] = find(keys[0])
+
+        own_slices = [*slices.framed, *slices.transported]
+        used = {id(s.symmetry): s.symmetry for s in own_slices if s.symmetry is not None}
+        used |= {id(symmetry): symmetry for symmetry in absorbed}
+        whole = {id(slice_.parameter) for slice_ in slices.transported}
+        in_units = {id(slice_.parameter) for slice_ in own_slices}
+        for symmetry in used.values():
+            keys = [id(block.parameter) for block in symmetry.blocks]
+            if symmetry in absorbed:
+                keys += [id(sink.parameter) for sink in symmetry._sinks()]
+                whole |= set(keys)
+            in_units |= set(keys)
+            tie(keys)
+        for slice_ in slices.framed:
+            original[id(slice_.parameter)].framed = True
+        units: dict[int, Unit] = defaultdict(Unit)
+        for key, own in original.items():
+            if key in in_units:
+                own.unit = unit = units[find(key)]
+                unit.members.append(own)
+                dtype = own.parameter.dtype
+                unit.whole |= key in whole or compute_dtype(dtype) != dtype
+        costs: dict[int, int] = defaultdict(int)
+        for slice_ in own_slices:
+            costs[find(id(slice_.parameter))] += _state_size(slice_)
+        loads = [0] * self.size
+        for key, unit in sorted(units.items(), key=lambda item: -costs[item[0]]):
+            unit.owner = loads.index(min(loads))
+            loads[unit.owner] += costs[key]
+        streams = {
+            (s.shape[-1], compute_dtype(s.parameter.dtype)) for s in slices.framed if s.residual
+        }
+        ordered = sorted(streams, key=lambda stream: (stream[0], str(stream[1])))
+        kept = {symmetry.name for symmetry in used.values()}
+        heads = [s for s in optimizer.symmetries.heads if s.name in kept]
+        return list(units.values()), ordered, SymmetryMap(heads, optimizer.symmetries.residual)
+
+    def _inner(self, symmetries: SymmetryMap) -> QuotientAdam:
+        """An optimizer of what this process steps, all of it plain tensors."""
+        from quotientopt.optim.quotient_adam import QuotientAdam
+
+        local: dict[int, Tensor] = {}
+        for key, own in self._of.items():
+            parameter = own.parameter
+            if own.unit is None:
+                values = local_part(parameter)
+            elif own.unit.owner == self.rank:
+                values = empty_like_whole(parameter, self.device)
+            else:
+                continue
+            own.local = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            if own.unit is not None:
+                local[key] = own.local
+        heads = [
+            symmetry
+            for symmetry in symmetries.heads
+            if all(id(block.parameter) in local for block in symmetry.blocks)
+        ]
+        stream = symmetries.residual
+        if stream is not None:
+            names = [name for name, p in stream.parameters.items() if id(p) in local]
+            stream = replace(
+                stream,
+                axes={name: stream.axes[name] for name in names},
+                parameters={name: stream.parameters[name] for name in names},
+            )
+        own_map = SymmetryMap(heads, stream).on(local)
+        # Other symmetries of the model are none of this process's parameters.
+        groups = [
+            {
+                **{k: v for k, v in group.items() if k not in ("params", "param_names")},
+                "params": [own.local for own in self._members(group) if own.local is not None],
+            }
+            for group in self.optimizer.param_groups
+        ]
+        inner = QuotientAdam(groups, **self.optimizer.defaults, symmetries=own_map)
+        inner._names = {
+            id(own.local): self.optimizer._name(own.parameter)
+            for own in self._of.values()
+            if own.local is not None
+        }
+        self._release()
+        return inner
+
+    def _members(self, group: Mapping[str, Any]) -> list[Placed]:
+        return [self._of[id(parameter)] for parameter in group["params"]]
+
+    def _owned(self) -> Iterator[Placed]:
+        for unit in self.units:
+            if unit.owner == self.rank:
+                yield from unit.members
+
+    def _hold(self) -> None:
+        """Give the whole tensors of owned units memory."""
+        for own in self._owned():
+            assert own.local is not None
+            storage = own.local.untyped_storage()
+            storage.resize_(own.parameter.numel() * own.parameter.element_size())
+
+    def _release(self) -> None:
+        """Take the memory back where the next step needs no weights."""
+        for own in self._owned():
+            assert own.local is not None
+            assert own.unit is not None
+            own.local.grad = None
+            if not own.unit.whole:
+                own.local.untyped_storage().resize_(0)
+
+    # ---- one step ------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Take one step, or refuse it, on all processes alike."""
+        given = self._given()
+        if not any(given.values()):
+            return
+        self._follow_options()
+        active = [self._of[key] for key, has in given.items() if has]
+        framed = [own.steps for own in active if own.framed]
+        extent = (min(framed), max(framed)) if framed else None
+        self.peers.of_step = extent
+        every = self.optimizer.param_groups[0]["refresh_every"]
+        due = extent is not None and (extent[0] == 0 or (extent[1] + 1) % every == 0)
+        self._hold()
+        self._gather({id(own) for own in active}, due)
+        try:
+            self._step_whole_tensors(due)
+            self._scatter(active, due)
+        finally:
+            self._release()
+        for own in active:
+            own.steps += 1
+        self._file()
+
+    def _step_whole_tensors(self, due: bool) -> None:
+        held = begin(self.inner._absorbed)
+        try:
+            prepared, problem = self._prepare()
+            scale = self._agree(prepared, problem)
+            assert prepared is not None
+            for own in self._owned():
+                assert own.local is not None
+                assert own.unit is not None
+                if not own.unit.whole and not due:
+                    own.local.detach().zero_()  # The step then leaves the update in its place.
+            self.inner._take(prepared, scale, None, held)
+        finally:
+            put_back(held)
+
+    def _given(self) -> dict[int, bool]:
+        """Which parameters have a gradient on any process."""
+        gradients = [own.parameter.grad for own in self.placed]
+        marks = [0 if g is None else 1 if g.layout == torch.strided else 2 for g in gradients]
+        reduced = torch.tensor(marks, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        found = reduced.tolist()
+        for own, mark in zip(self.placed, found, strict=True):
+            if mark == 2:
+                raise RuntimeError(
+                    f"the gradient of {self.optimizer._name(own.parameter)!r} is sparse; "
+                    "QuotientAdam needs dense gradients (for an embedding: sparse=False)"
+                )
+        return {
+            id(own.parameter): mark == 1 for own, mark in zip(self.placed, found, strict=True)
+        }
+
+    def _follow_options(self) -> None:
+        """Take over the options, which schedulers change, and what is frozen."""
+        for group, own in zip(
+            self.optimizer.param_groups, self.inner.param_groups, strict=True
+        ):
+            own.update({k: v for k, v in group.items() if k not in ("params", "param_names")})
+        for placed in self._of.values():
+            if placed.local is not None:
+                placed.local.requires_grad_(placed.parameter.requires_grad)
+
+    def _gradient(self, own: Placed) -> Tensor:
+        """This process's part of a gradient; zero where only others have one."""
+        gradient = own.parameter.grad
+        if gradient is None:
+            return torch.zeros_like(own.shard)
+        parameter = own.parameter
+        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+            if gradient.placements != parameter.placements:
+                gradient = gradient.redistribute(placements=parameter.placements)
+        return local_part(gradient).to(parameter.dtype)
+
+    def _gather(self, active: set[int], due: bool) -> None:
+        """Bring gradients, and weights where they are needed, to the owners."""
+        parcels = Parcels(self.group, self.device)
+        for own in self.placed:
+            if own.unit is None and own.local is not None:
+                own.local.data = own.shard
+                own.local.grad = self._gradient(own) if id(own) in active else None
+        for unit in self.units:
+            for own in unit.members:
+                whole, gradient = own.local, None
+                parts = [(own.shard, None)] if unit.whole or due else []
+                weights: Tensor | None = None
+                if whole is not None and parts:
+                    # What was not written to keeps its version, by which pairs know it.
+                    weights = torch.empty_like(whole) if unit.whole else whole.detach()
+                if whole is not None and id(own) in active:
+                    gradient = empty_like_whole(own.parameter, self.device)
+                    whole.grad = gradient
+                for source in range(self.size):
+                    if own.sends(source, unit.owner):
+                        region = own.regions[source]
+                        if parts:
+                            part = own.shard if source == self.rank else None
+                            parcels.add(source, unit.owner, region, own, part, weights)
+                        if id(own) in active:
+                            part = self._gradient(own) if source == self.rank else None
+                            parcels.add(source, unit.owner, region, own, part, gradient)
+                if weights is not None and unit.whole:
+                    assert whole is not None
+                    parcels.then(_renew(whole, weights))
+        parcels.exchange()
+
+    def _prepare(self) -> tuple[PreparedStep | None, Exception | None]:
+        try:
+            return self.inner._prepare(self.inner._gradients()), None
+        except Exception as problem:
+            # Told to the others, who would wait for this process in the next collective.
+            return None, problem
+
+    def _agree(self, prepared: PreparedStep | None, problem: Exception | None) -> Tensor | None:
+        """The factor to clip by; raises on all processes if one of them cannot step."""
+        norms, shares = [], list[float]()
+        if prepared is not None:
+            norms = prepared.norms
+            plain = [p for own in self.inner._slices.plain for p in own if p.grad is not None]
+            copies = {
+                id(own.local): len(own.holders[own.regions[self.rank]])
+                for own in self.placed
+                if own.unit is None
+            }
+            shares = [1.0] * len(prepared.dressed_stacks)
+            shares += [1 / copies.get(id(p), 1) for p in plain]
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.zeros(2, dtype=dtype, device=self.device)
+        if norms:
+            weights = torch.tensor(shares, dtype=dtype, device=self.device)
+            total[0] = (torch.stack(list(norms)).to(dtype).square() * weights).sum()
+        total[1] = float(problem is not None)
+        dist.all_reduce(total, group=self.group)
+        square, failed = total.tolist()
+        if failed:
+            self._refuse(problem)
+        if not square < float("inf"):
+            try:
+                refuse_nonfinite(norms, self.inner._gradients(), self.inner._name)
+            except GradientError as found:
+                problem = found
+            self._refuse(problem)
+        return clip_scale([total[0].sqrt()], self.optimizer.param_groups[0]["max_grad_norm"])
+
+    def _refuse(self, problem: Exception | None) -> NoReturn:
+        """Raise the first problem of any process on all of them."""
+        told: list[Any] = [None] * self.size
+        own = None if problem is None else (isinstance(problem, StepRefusedError), str(problem))
+        dist.all_gather_object(told, own, group=self.group)
+        rank, found = next(
+            ((i, found) for i, found in enumerate(told) if found is not None),
+            (0, (True, "the gradients overflow when squared; nothing was updated")),
+        )
+        if problem is not None and rank == self.rank:
+            raise problem
+        kind = GradientError if "gradient" in found[1] else StepRefusedError
+        raise (kind if found[0] else RuntimeError)(f"on process {rank}: {found[1]}")
+
+    def _scatter(self, active: Sequence[Placed], due: bool) -> None:
+        """Bring updates, or new weights, back to the shards."""
+        parcels = Parcels(self.group, self.device)
+        rates = {
+            id(p): 1 - group["lr"] * group["weight_decay"]
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        for own in active:
+            unit = own.unit
+            if unit is None:
+                continue
+            part = None
+            if own.regions[self.rank].numel:
+                part = torch.empty_like(own.shard)
+            for rank in range(self.size):
+                region = own.regions[rank]
+                sent = None if own.local is None else region.take(own.local.detach())
+                taken = part if rank == self.rank else None
+                parcels.add(unit.owner, rank, _whole(region), own, sent, taken)
+            if part is not None:
+                shard = own.shard
+                if unit.whole or due:
+                    parcels.then(_copy(shard, part))
+                else:
+                    parcels.then(_decay_and_add(shard, part, rates[id(own.parameter)]))
+        parcels.exchange()
+
+    # ---- frames between steps -------------------------------------------------------------------
+
+    def refresh_frames(self) -> None:
+        """Make frames afresh from the weights as they are now."""
+        if not self.inner.state and not any(own.steps for own in self.placed):
+            return
+        self._hold()
+        self._gather(set(), due=True)
+        counts = [own.steps for own in self.placed if own.framed]
+        self.peers.of_step = (min(counts), max(counts)) if counts else None
+        problem: Exception | None = None
+        engine, dressings = None, None
+        try:
+            engine = self.inner._current_engine()
+            dressings = engine.fresh_dressings()
+        except StepRefusedError as found:
+            problem = found
+        failed = torch.tensor(float(problem is not None), device=self.device)
+        dist.all_reduce(failed, group=self.group)
+        if failed:
+            self._release()
+            self._refuse(problem)
+        assert engine is not None
+        assert dressings is not None
+        engine.refresh(dressings)
+        self._release()
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def _file(self) -> None:
+        """Show each parameter's state in the optimizer: whole at the owner, else its shard."""
+        state = self.optimizer.state
+        for own in self.placed:
+            if own.local is not None and own.local in self.inner.state:
+                inner = self.inner.state[own.local]
+                if own.unit is not None:
+                    state[own.parameter] = inner
+                    continue
+                shown = state[own.parameter]
+                for key, value in inner.items():
+                    if isinstance(own.parameter, DTensor) and value.shape == own.shard.shape:
+                        if key not in shown or local_part(shown[key]) is not value:
+                            shown[key] = _as_shard(value, own.parameter)
+                    else:
+                        shown[key] = value
+            elif own.steps:
+                state[own.parameter]["step"] = torch.tensor(float(own.steps))
+
+    def collect(self) -> dict[int, dict[str, Any]]:
+        """The state of every parameter, by ``id``; every process calls it.
+
+        Tensors of owned units become DTensors, sharded along their longest axis, so that each
+        process saves its part.
+        """
+        own_tensors = {
+            i: dict(self.inner.state[own.local])
+            for i, own in enumerate(self.placed)
+            if own.unit is not None and own.local is not None and own.local in self.inner.state
+        }
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(
+            told,
+            {
+                i: {
+                    key: (value.cpu(), value.device.type == "cpu")
+                    if value.numel() <= SMALL
+                    else (value.shape, value.dtype)
+                    for key, value in own.items()
+                }
+                for i, own in own_tensors.items()
+            },
+            group=self.group,
+        )
+        found: dict[int, dict[str, Any]] = {}
+        for i, own in enumerate(self.placed):
+            parameter = own.parameter
+            if own.unit is None:
+                if parameter in self.optimizer.state:
+                    found[id(parameter)] = dict(self.optimizer.state[parameter])
+                continue
+            owner = own.unit.owner
+            entries = told[owner].get(i)
+            if entries is None:
+                continue
+            found[id(parameter)] = values = {}
+            for key, entry in entries.items():
+                if isinstance(entry[0], Tensor):
+                    small, on_host = entry
+                    values[key] = small if on_host else small.to(self.device)
+                    continue
+                shape, dtype = entry
+                if owner == self.rank:
+                    tensor = own_tensors[i][key].detach().contiguous()
+                else:
+                    tensor = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.broadcast(
+                    tensor, dist.get_global_rank(self.group, owner), group=self.group
+                )
+                values[key] = _sharded_along_longest(tensor, parameter)
+        return found
+
+    def restore(self, saved: Mapping[int, Mapping[str, Any]], groups: Sequence[Any]) -> None:
+        """Take over a state, whole or sharded in any way; every process calls it.
+
+        Parameters
+        ----------
+        saved : mapping
+            ``id`` of a parameter to its state.
+        groups : sequence of mapping
+            Options of the param groups.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit, on all processes; the state is then as it was.
+        """
+        inner = self.inner
+        index = {
+            id(p): i
+            for i, p in enumerate(p for group in inner.param_groups for p in group["params"])
+        }
+        state: dict[int, dict[str, Any]] = {}
+        counts: dict[int, int] = {}
+        for own in self.placed:
+            entries = saved.get(id(own.parameter), {})
+            counts[id(own.parameter)] = int(_whole_of(entries.get("step", 0)))
+            values = {}
+            for key in sorted(entries):
+                value = entries[key]
+                if own.unit is None and isinstance(value, Tensor) and value.ndim:
+                    value = self._part_of(value, own, key)
+                values[key] = _whole_of(value)
+            if own.local is not None and values:
+                state[index[id(own.local)]] = values
+        start = 0
+        packed = []
+        for group, own_group in zip(groups, inner.param_groups, strict=True):
+            stop = start + len(own_group["params"])
+            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            packed.append(options | {"params": list(range(start, stop))})
+            start = stop
+        before = inner.state, inner.param_groups
+        problem: Exception | None = None
+        self._hold()
+        try:
+            inner.load_state_dict({"state": state, "param_groups": packed})
+        except Exception as found:
+            problem = found
+        failed = torch.tensor(float(problem is not None), device=self.device)
+        dist.all_reduce(failed, group=self.group)
+        if failed:
+            inner.state, inner.param_groups = before
+            inner._plan()
+            self._release()
+            told: list[Any] = [None] * self.size
+            dist.all_gather_object(told, problem and str(problem), group=self.group)
+            raise problem or ValueError(next(text for text in told if text))
+        self._release()
+        for own in self.placed:
+            own.steps = counts[id(own.parameter)]
+        self.optimizer.state.clear()
+        self._file()
+
+
+    def _part_of(self, value: Tensor, own: Placed, key: str) -> Tensor:
+        """This process's part of a saved tensor of a parameter's shape."""
+        parameter = own.parameter
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"the saved {key!r} of {self.optimizer._name(parameter)!r} has shape "
+                f"{tuple(value.shape)}, expected {tuple(parameter.shape)}: it is not the state of "
+                "a QuotientAdam with these options on this model"
+            )
+        if isinstance(value, DTensor) and isinstance(parameter, DTensor):
+            alike = value.placements == parameter.placements
+            if alike and value.device_mesh == parameter.device_mesh:
+                return local_part(value)
+        return own.regions[self.rank].take(_whole_of(value))
+
+
+def common_group(parameters: Sequence[Tensor]) -> tuple[Any, DeviceMesh]:
+    """The process group of the largest mesh of some parameters, and that mesh.
+
+    Raises
+    ------
+    ValueError
+        If the mesh of another parameter has processes outside it.
+    """
+    meshes: list[DeviceMesh] = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor) and parameter.device_mesh not in meshes:
+            meshes.append(parameter.device_mesh)
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    ranks = sorted(largest.mesh.flatten().tolist())
+    for mesh in meshes:
+        if not set(mesh.mesh.flatten().tolist()) <= set(ranks):
+            raise ValueError(
+                f"parameters are on meshes of the processes {ranks} and "
+                f"{sorted(mesh.mesh.flatten().tolist())}, of which neither holds the other; make "
+                "one optimizer for each"
+            )
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD, largest
+    if largest.ndim == 1:
+        return largest.get_group(), largest
+    return dist.new_group(ranks, use_local_synchronization=True), largest
+
+
+def refuse_options(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that need all of a model in one process.
+
+    Raises
+    ------
+    ValueError
+        Naming the option.
+    """
+    for group in param_groups:
+        if group["residual_frame"] == "shared":
+            raise ValueError(
+                "residual_frame='shared' pools all matrices and is not there for sharded "
+                "parameters; use residual_frame='per_matrix'"
+            )
+        if group["capturable"]:
+            raise ValueError(
+                "capturable=True is not there for sharded parameters, whose steps wait for other "
+                "processes; leave it out"
+            )
+
+
+def _state_size(slice_: Slice) -> int:
+    """Elements of the state of a slice."""
+    blocks, heads, rank, columns = slice_.shape
+    count = 2 * blocks * heads * rank * columns
+    if slice_.residual:
+        count += 2 * columns**2
+    if slice_.symmetry is not None:
+        count += 2 * heads * rank**2
+    return count
+
+
+def _whole(region: Region) -> Region:
+    """The region of all of a tensor of a region's shape."""
+    return Region(tuple(((0, size),) for size in region.shape))
+
+
+def _renew(own: Tensor, values: Tensor) -> Any:
+    """Write values where they differ: what nobody wrote to keeps its version."""
+
+    def action() -> None:
+        if not torch.equal(own.detach(), values):
+            own.detach().copy_(values)
+
+    return action
+
+
+def _copy(shard: Tensor, part: Tensor) -> Any:
+    return lambda: shard.copy_(part)
+
+
+def _decay_and_add(shard: Tensor, part: Tensor, decay: float | Tensor) -> Any:
+    return lambda: shard.mul_(decay).add_(part)
+
+
+def _as_shard(local: Tensor, parameter: DTensor) -> DTensor:
+    """A DTensor placed as a parameter is, of this process's part."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _sharded_along_longest(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that all processes have, as a DTensor on the first axis of a parameter's mesh."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    dim = max(range(tensor.ndim), key=lambda axis: tensor.shape[axis])
+    chunks = tensor.chunk(mesh.size(0), dim)
+    mine = coordinate[0]
+    local = chunks[mine] if mine < len(chunks) else tensor.narrow(dim, 0, 0)
+    placements = [Shard(dim), *(Replicate() for _ in range(mesh.ndim - 1))]
+    return DTensor.from_local(
+        local.clone(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def _whole_of(value: Any) -> Any:
+    """All of a saved value, which every process asks for."""
+    return local_part(value.full_tensor()) if isinstance(value, DTensor) else value
+
+
+class Parcels:
+    """Parts of tensors on their way between processes, one packed all-to-all per dtype.
+
+    Every process adds the same parcels in the same order; only those that it sends have values
+    with it, and only those that it receives a place to put them.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._sent: dict[torch.dtype, list[list[Tensor]]] = {}
+        self._taken: dict[torch.dtype, list[list[tuple[Region, Tensor | None]]]] = {}
+        self._after: list[Any] = []
+
+    def add(
+        self,
+        source: int,
+        target: int,
+        region: Region,
+        own: Placed,
+        part: Tensor | None,
+        whole: Tensor | None,
+    ) -> None:
+        """Send ``part`` from one process to another, which writes it to a region of ``whole``."""
+        dtype = own.parameter.dtype
+        if dtype not in self._sent:
+            self._sent[dtype] = [[] for _ in range(self.size)]
+            self._taken[dtype] = [[] for _ in range(self.size)]
+        if source == self.rank:
+            assert part is not None
+            self._sent[dtype][target].append(part.reshape(-1))
+        if target == self.rank:
+            self._taken[dtype][source].append((region, whole))
+
+    def then(self, action: Any) -> None:
+        """Do something when all parcels have arrived."""
+        self._after.append(action)
+
+    def exchange(self) -> None:
+        """Send and receive, then do what was to be done."""
+        for dtype, by_target in self._sent.items():
+            taken = self._taken[dtype]
+            counts = [sum(part.numel() for part in parts) for parts in by_target]
+            parts = [part for parts in by_target for part in parts]
+            empty = torch.empty(0, dtype=dtype, device=self.device)
+            sent = torch.cat(parts) if parts else empty
+            expected = [sum(region.numel for region, _ in found) for found in taken]
+            received = torch.empty(sum(expected), dtype=dtype, device=self.device)
+            dist.all_to_all_single(received, sent, expected, counts, group=self.group)
+            place = 0
+            for found in taken:
+                for region, whole in found:
+                    part = received[place : place + region.numel]
+                    place += region.numel
+                    if whole is not None and region.numel:
+                        region.put(whole, part)
+        for action in self._after:
+            action()
