@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -259,6 +260,30 @@ def refuse_foreign_symmetries(
             "the symmetries belong to another model: none of its parameters is in the "
             "optimizer; pass find_symmetries(model) of the model that is trained"
         )
+
+
+_ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+def refuse_partitions() -> None:
+    """Refuse to be made by ZeroRedundancyOptimizer, which gives each process some parameters.
+
+    Raises
+    ------
+    ValueError
+        With the reason and the way out.
+    """
+    if _ZERO_REDUNDANCY not in sys.modules:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ZERO_REDUNDANCY:
+            raise ValueError(
+                "ZeroRedundancyOptimizer deals parameters out one by one, which cuts pairs, and "
+                "lets every process clip and refuse steps by itself; shard with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), where pairs stay whole"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:

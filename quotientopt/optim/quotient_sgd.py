@@ -24,6 +24,7 @@ from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries.sharded import any_sharded
 
 
 class QuotientSGD(SymmetricOptimizer):
@@ -133,6 +134,11 @@ class QuotientSGD(SymmetricOptimizer):
     def _plan(self) -> None:
         """Tell pairs, rests of fused parameters and plain parameters apart."""
         self._refuse_replaced()
+        if any_sharded(p for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "QuotientSGD steps whole parameters, and these are sharded over processes "
+                "(DTensors); use QuotientAdam, which steps them where pairs are whole"
+            )
         owners = {
             id(p): i
             for i, group in enumerate(self.param_groups)

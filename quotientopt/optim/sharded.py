@@ -21,9 +21,9 @@ placed: along any dimension, on meshes of several dimensions, replicated.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import GradientError, StepRefusedError, refuse_nonfinite
 from quotientopt.optim.engine import Peers
+from quotientopt.optim.parcels import Parcels, Region, local_part
 from quotientopt.optim.slices import Slice, find_slices, planned_groups
 from quotientopt.optim.translations import absorbed_biases, begin, put_back
 from quotientopt.optim.update import clip_scale
@@ -45,77 +46,6 @@ if TYPE_CHECKING:
 
 # State tensors of no more elements than this are the same on all processes, not sharded.
 SMALL = 2
-
-
-class Region(NamedTuple):
-    """The part of a tensor that one process holds: along every axis, runs (start, length)."""
-
-    runs: tuple[tuple[tuple[int, int], ...], ...]
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> Region:
-        """The part that this process holds of a parameter; all of a plain one."""
-        indices = [torch.arange(size) for size in parameter.shape]
-        if isinstance(parameter, DTensor):
-            mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
-            assert coordinate is not None
-            for axis, placement in enumerate(parameter.placements):
-                if placement.is_replicate():
-                    continue
-                if placement.is_partial():
-                    raise ValueError(f"a parameter is a sum over processes ({placement})")
-                dim = placement.dim  # type: ignore[attr-defined]
-                # Also _StridedShard, of parameters that are split twice along one axis.
-                along = Shard(0)
-                if not isinstance(placement, Shard):
-                    along = type(placement)(0, split_factor=placement.split_factor)
-                shards, _ = along._split_tensor(
-                    indices[dim], mesh.size(axis), with_padding=False, contiguous=False
-                )
-                indices[dim] = shards[coordinate[axis]]
-            held = tuple(parameter.to_local().shape)
-            if held != tuple(map(len, indices)):
-                raise ValueError(f"a shard has shape {held}, expected {tuple(map(len, indices))}")
-        return cls(tuple(tuple(_runs(index.tolist())) for index in indices))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the part."""
-        return tuple(sum(length for _, length in runs) for runs in self.runs)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the part."""
-        return torch.Size(self.shape).numel()
-
-    def _index(self, device: torch.device) -> tuple[Any, ...]:
-        if all(len(runs) <= 1 for runs in self.runs):
-            ends = (runs[0] if runs else (0, 0) for runs in self.runs)
-            return tuple(slice(start, start + length) for start, length in ends)
-        axes = [
-            torch.cat([torch.arange(start, start + length) for start, length in runs])
-            for runs in self.runs
-        ]
-        return tuple(
-            axis.to(device).view(*(-1 if i == j else 1 for j in range(len(axes))))
-            for i, axis in enumerate(axes)
-        )
-
-    def take(self, whole: Tensor) -> Tensor:
-        """This part of a whole tensor."""
-        return whole[self._index(whole.device)]
-
-    def put(self, whole: Tensor, part: Tensor) -> None:
-        """Write this part of a whole tensor."""
-        whole[self._index(whole.device)] = part.view(self.shape)
-
-
-def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for end in range(1, len(indices) + 1):
-        if end == len(indices) or indices[end] != indices[end - 1] + 1:
-            yield indices[start], end - start
-            start = end
 
 
 @dataclass(eq=False)
@@ -181,14 +111,6 @@ class Unit:
     members: list[Placed] = field(default_factory=list)
     owner: int = 0
     whole: bool = False
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The values that this process holds of a tensor."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    local = tensor.detach().to_local()
-    return local.wait() if hasattr(local, "wait") else local
 
 
 class ShardedPeers(Peers):
@@ -477,15 +399,11 @@ class Sharded:
                     f"the gradient of {self.optimizer._name(own.parameter)!r} is sparse; "
                     "QuotientAdam needs dense gradients (for an embedding: sparse=False)"
                 )
-        return {
-            id(own.parameter): mark == 1 for own, mark in zip(self.placed, found, strict=True)
-        }
+        return {id(own.parameter): mark == 1 for own, mark in zip(self.placed, found, strict=True)}
 
     def _follow_options(self) -> None:
         """Take over the options, which schedulers change, and what is frozen."""
-        for group, own in zip(
-            self.optimizer.param_groups, self.inner.param_groups, strict=True
-        ):
+        for group, own in zip(self.optimizer.param_groups, self.inner.param_groups, strict=True):
             own.update({k: v for k, v in group.items() if k not in ("params", "param_names")})
         for placed in self._of.values():
             if placed.local is not None:
@@ -498,8 +416,8 @@ class Sharded:
             return torch.zeros_like(own.shard)
         parameter = own.parameter
         if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-            if gradient.placements != parameter.placements:
-                gradient = gradient.redistribute(placements=parameter.placements)
+            # A norm's gain may come as a sum over the processes that split a sequence.
+            gradient = gradient.redistribute(placements=parameter.placements)
         return local_part(gradient).to(parameter.dtype)
 
     def _gather(self, active: set[int], due: bool) -> None:
@@ -511,6 +429,7 @@ class Sharded:
                 own.local.grad = self._gradient(own) if id(own) in active else None
         for unit in self.units:
             for own in unit.members:
+                dtype = own.parameter.dtype
                 whole, gradient = own.local, None
                 parts = [(own.shard, None)] if unit.whole or due else []
                 weights: Tensor | None = None
@@ -525,10 +444,10 @@ class Sharded:
                         region = own.regions[source]
                         if parts:
                             part = own.shard if source == self.rank else None
-                            parcels.add(source, unit.owner, region, own, part, weights)
+                            parcels.add(source, unit.owner, region, dtype, part, weights)
                         if id(own) in active:
                             part = self._gradient(own) if source == self.rank else None
-                            parcels.add(source, unit.owner, region, own, part, gradient)
+                            parcels.add(source, unit.owner, region, dtype, part, gradient)
                 if weights is not None and unit.whole:
                     assert whole is not None
                     parcels.then(_renew(whole, weights))
@@ -598,14 +517,14 @@ class Sharded:
             unit = own.unit
             if unit is None:
                 continue
-            part = None
+            dtype, part = own.parameter.dtype, None
             if own.regions[self.rank].numel:
                 part = torch.empty_like(own.shard)
             for rank in range(self.size):
                 region = own.regions[rank]
                 sent = None if own.local is None else region.take(own.local.detach())
                 taken = part if rank == self.rank else None
-                parcels.add(unit.owner, rank, _whole(region), own, sent, taken)
+                parcels.add(unit.owner, rank, region.alone, dtype, sent, taken)
             if part is not None:
                 shard = own.shard
                 if unit.whole or due:
@@ -709,9 +628,7 @@ class Sharded:
                     tensor = own_tensors[i][key].detach().contiguous()
                 else:
                     tensor = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.broadcast(
-                    tensor, dist.get_global_rank(self.group, owner), group=self.group
-                )
+                dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
                 values[key] = _sharded_along_longest(tensor, parameter)
         return found
 
@@ -776,7 +693,6 @@ class Sharded:
             own.steps = counts[id(own.parameter)]
         self.optimizer.state.clear()
         self._file()
-
 
     def _part_of(self, value: Tensor, own: Placed, key: str) -> Tensor:
         """This process's part of a saved tensor of a parameter's shape."""
@@ -854,12 +770,7 @@ def _state_size(slice_: Slice) -> int:
     return count
 
 
-def _whole(region: Region) -> Region:
-    """The region of all of a tensor of a region's shape."""
-    return Region(tuple(((0, size),) for size in region.shape))
-
-
-def _renew(own: Tensor, values: Tensor) -> Any:
+def _renew(own: Tensor, values: Tensor) -> Callable[[], object]:
     """Write values where they differ: what nobody wrote to keeps its version."""
 
     def action() -> None:
@@ -869,11 +780,11 @@ def _renew(own: Tensor, values: Tensor) -> Any:
     return action
 
 
-def _copy(shard: Tensor, part: Tensor) -> Any:
+def _copy(shard: Tensor, part: Tensor) -> Callable[[], object]:
     return lambda: shard.copy_(part)
 
 
-def _decay_and_add(shard: Tensor, part: Tensor, decay: float | Tensor) -> Any:
+def _decay_and_add(shard: Tensor, part: Tensor, decay: float | Tensor) -> Callable[[], object]:
     return lambda: shard.mul_(decay).add_(part)
 
 
@@ -913,64 +824,3 @@ def _sharded_along_longest(tensor: Tensor, parameter: Tensor) -> Tensor:
 def _whole_of(value: Any) -> Any:
     """All of a saved value, which every process asks for."""
     return local_part(value.full_tensor()) if isinstance(value, DTensor) else value
-
-
-class Parcels:
-    """Parts of tensors on their way between processes, one packed all-to-all per dtype.
-
-    Every process adds the same parcels in the same order; only those that it sends have values
-    with it, and only those that it receives a place to put them.
-    """
-
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self.group = group
-        self.device = device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._sent: dict[torch.dtype, list[list[Tensor]]] = {}
-        self._taken: dict[torch.dtype, list[list[tuple[Region, Tensor | None]]]] = {}
-        self._after: list[Any] = []
-
-    def add(
-        self,
-        source: int,
-        target: int,
-        region: Region,
-        own: Placed,
-        part: Tensor | None,
-        whole: Tensor | None,
-    ) -> None:
-        """Send ``part`` from one process to another, which writes it to a region of ``whole``."""
-        dtype = own.parameter.dtype
-        if dtype not in self._sent:
-            self._sent[dtype] = [[] for _ in range(self.size)]
-            self._taken[dtype] = [[] for _ in range(self.size)]
-        if source == self.rank:
-            assert part is not None
-            self._sent[dtype][target].append(part.reshape(-1))
-        if target == self.rank:
-            self._taken[dtype][source].append((region, whole))
-
-    def then(self, action: Any) -> None:
-        """Do something when all parcels have arrived."""
-        self._after.append(action)
-
-    def exchange(self) -> None:
-        """Send and receive, then do what was to be done."""
-        for dtype, by_target in self._sent.items():
-            taken = self._taken[dtype]
-            counts = [sum(part.numel() for part in parts) for parts in by_target]
-            parts = [part for parts in by_target for part in parts]
-            empty = torch.empty(0, dtype=dtype, device=self.device)
-            sent = torch.cat(parts) if parts else empty
-            expected = [sum(region.numel for region, _ in found) for found in taken]
-            received = torch.empty(sum(expected), dtype=dtype, device=self.device)
-            dist.all_to_all_single(received, sent, expected, counts, group=self.group)
-            place = 0
-            for found in taken:
-                for region, whole in found:
-                    part = received[place : place + region.numel]
-                    place += region.numel
-                    if whole is not None and region.numel:
-                        region.put(whole, part)
-        for action in self._after:
-            action()

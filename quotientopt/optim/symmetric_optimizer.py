@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quotientopt.optim.checks import refuse_foreign_symmetries
+from quotientopt.optim.checks import refuse_foreign_symmetries, refuse_partitions
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
+from quotientopt.symmetries.sharded import refuse_flattened
 
 
 @contextlib.contextmanager
@@ -76,6 +77,7 @@ class SymmetricOptimizer(Optimizer):
         example_inputs: Any = None,
     ) -> None:
         self._refuse_options(defaults)
+        refuse_partitions()
         if example_inputs is not None and not isinstance(model_or_params, nn.Module):
             raise TypeError(
                 f"{type(self).__name__} finds symmetries from example_inputs in a model; pass the "
@@ -109,6 +111,7 @@ class SymmetricOptimizer(Optimizer):
         # Parameters of the symmetries that were in a param group at the last plan.
         self._held: dict[int, str] = {}
         super().__init__(model_or_params, defaults)
+        refuse_flattened(None, (p for group in self.param_groups for p in group["params"]))
         refuse_foreign_symmetries(self.param_groups, symmetries)
         self._plan()
 
@@ -129,9 +132,17 @@ class SymmetricOptimizer(Optimizer):
 
         Its partner would be stepped along a geometry that is not the model's any more.
         """
-        own = {id(p) for group in self.param_groups for p in group["params"]}
+        own = {id(p): p for group in self.param_groups for p in group["params"]}
+        refuse_flattened(None, own.values())
         for key, name in self._held.items():
             if key not in own:
+                if own and all(p.ndim == 1 for p in own.values()):
+                    raise ValueError(
+                        f"the param groups hold flat tensors in place of {name!r} and the others, "
+                        "as DeepSpeed's ZeRO makes them: pairs and heads are cut anywhere there; "
+                        "shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps every "
+                        "parameter's shape"
+                    )
                 raise ValueError(
                     f"parameter {name!r}, which belongs to a symmetry, is not in the param groups "
                     "any more; make a new optimizer for the model as it is now"

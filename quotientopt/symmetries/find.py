@@ -84,9 +84,9 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     ValueError
         If a parameter has no plain floating-point values (meta device, uninitialised, quantised);
         the message names it. If FSDP1 or DeepSpeed has flattened the parameters; DTensors
-        (``fully_shard``) are understood, by class alone. A quantised base under low-rank adapters is listed as not
-        understood instead. If the model does not run on the inputs, its outputs have no gradient,
-        are not finite or differ between two runs, or there is too little memory.
+        (``fully_shard``) are understood, by class alone. A quantised base under low-rank adapters
+        is listed as not understood instead. If the model does not run on the inputs, its outputs
+        have no gradient, are not finite or differ between two runs, or there is too little memory.
 
     Warns
     -----
