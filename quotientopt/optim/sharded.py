@@ -335,7 +335,9 @@ class Sharded:
         for own in self._owned():
             assert own.local is not None
             storage = own.local.untyped_storage()
-            storage.resize_(own.parameter.numel() * own.parameter.element_size())
+            size = own.parameter.numel() * own.parameter.element_size()
+            if storage.nbytes() != size:
+                storage.resize_(size)
 
     def _release(self) -> None:
         """Take the memory back where the next step needs no weights."""

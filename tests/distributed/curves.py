@@ -2,11 +2,13 @@
 
 import torch
 
-from quotientopt import QuotientAdam
+from quotientopt import QuotientAdam, find_symmetries
+from quotientopt.optim.sharded import ShardedPeers
+from quotientopt.symmetries.map import RESIDUAL
 
 from .models import MODELS, batches, shard, state_size, train, whole
 
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 1.0}
+OPTIONS = {"lr": 5e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
 
 def compared(name, way, steps, options):
@@ -22,8 +24,8 @@ def compared(name, way, steps, options):
     found = train(model, together, data, way)
     deviation, moved = 0.0, 0.0
     for (n, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
-        deviation = max(deviation, float((p - whole(q)).abs().max()))
-        moved = max(moved, float((p - start[n]).abs().max()))
+        deviation = max(deviation, float((p - whole(q)).detach().abs().max()))
+        moved = max(moved, float((p - start[n]).detach().abs().max()))
     losses = torch.tensor([expected, found], dtype=torch.float64)
     return {
         "losses": float((losses[0] - losses[1]).abs().max()),
@@ -32,3 +34,46 @@ def compared(name, way, steps, options):
         "share": state_size(together) / state_size(optimizer),
         "heads": len(together.symmetries.heads),
     }
+
+
+def without_pooling(name):
+    """The same where every process breaks ties by its own matrices alone."""
+    pooled = ShardedPeers.pooled
+    ShardedPeers.pooled = lambda self, grams, wanted: grams
+    try:
+        return compared(name, "fsdp", 4, {})["losses"]
+    finally:
+        ShardedPeers.pooled = pooled
+
+
+def twins(name, way, steps, kind):
+    """Largest difference of losses from x and from g x, cond(g) = 1000, both sharded."""
+    losses = []
+    for moved in (False, True):
+        model = MODELS[name]()
+        if name == "lora":
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(7))
+        if moved:
+            symmetries = find_symmetries(model)
+            element = symmetries.random_element(1e3, generator=torch.Generator().manual_seed(3))
+            if name == "lora":
+                # Those of the frozen base are another gauge.
+                element = {n: g for n, g in element.items() if ".lora." in n}
+            elif name != "gpt":
+                element.pop(RESIDUAL, None)
+            heads = {symmetry.name for symmetry in symmetries.heads}
+            symmetries.act_({n: g for n, g in element.items() if _is_of_heads(n, heads)})
+        shard(model, way)
+        if kind == "adamw":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+        else:
+            optimizer = QuotientAdam(model, lr=3e-3, weight_decay=0.1, max_grad_norm=1.0)
+        losses.append(train(model, optimizer, batches(steps), way))
+    first, second = torch.tensor(losses, dtype=torch.float64)
+    return float((first - second).abs().max())
+
+
+def _is_of_heads(name, heads):
+    return name == RESIDUAL or name.removesuffix(".translation") in heads
