@@ -273,6 +273,13 @@ class QuotientAdam(SymmetricOptimizer):
         self._signature = signature_of(self.param_groups)
         return True
 
+    def _current_sharded(self) -> Sharded | None:
+        """The step of sharded parameters as they are now; None for whole ones."""
+        parameters = (p for group in self.param_groups for p in group["params"])
+        if any_sharded(parameters) and self._signature != signature_of(self.param_groups):
+            self._plan()
+        return self._sharded
+
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
         return find_slices(planned_groups(self.param_groups, also), self.symmetries, self._names)
@@ -311,11 +318,10 @@ class QuotientAdam(SymmetricOptimizer):
             frames.
         """
         loss = loss_of(closure)
-        if self._sharded is not None:
-            if self._signature != signature_of(self.param_groups):
-                self._plan()
+        sharded = self._current_sharded()
+        if sharded is not None:
             with full_precision():
-                self._sharded.step()
+                sharded.step()
             return loss
         gradients = self._gradients()
         if gradients:
@@ -392,8 +398,9 @@ class QuotientAdam(SymmetricOptimizer):
         ValueError
             For rank-deficient factors, and where an earlier gradient was not finite.
         """
-        if self._sharded is not None:
-            self._sharded.refresh_frames()
+        sharded = self._current_sharded()
+        if sharded is not None:
+            sharded.refresh_frames()
         elif self.state:
             engine = self._current_engine()
             self._nonfinite.refuse_earlier()
@@ -437,7 +444,8 @@ class QuotientAdam(SymmetricOptimizer):
         Of sharded parameters every tensor is a DTensor, so that torch.distributed.checkpoint saves
         and loads it on any number of processes; every process then has to call this.
         """
-        if self._sharded is None:
+        sharded = self._current_sharded()
+        if sharded is None:
             return super().state_dict()
         state, self.state = self.state, defaultdict(dict)
         try:
@@ -445,7 +453,7 @@ class QuotientAdam(SymmetricOptimizer):
         finally:
             self.state = state
         parameters = [p for group in self.param_groups for p in group["params"]]
-        found = self._sharded.collect()
+        found = sharded.collect()
         own = {i: found[id(p)] for i, p in enumerate(parameters) if id(p) in found}
         return packed | {"state": own}
 
@@ -463,7 +471,8 @@ class QuotientAdam(SymmetricOptimizer):
         ValueError
             If it does not fit; the optimizer is then as it was.
         """
-        if self._sharded is None:
+        sharded = self._current_sharded()
+        if sharded is None:
             super().load_state_dict(state_dict)
             return
         groups = state_dict["param_groups"]
@@ -474,8 +483,8 @@ class QuotientAdam(SymmetricOptimizer):
         state = state_dict["state"]
         saved = {id(p): state.get(i, {}) for i, p in zip(order, parameters, strict=True)}
         with full_precision():
-            self._sharded.restore(saved, groups)
-        for group, loaded in zip(self.param_groups, self._sharded.inner.param_groups, strict=True):
+            sharded.restore(saved, groups)
+        for group, loaded in zip(self.param_groups, sharded.inner.param_groups, strict=True):
             group.update({k: v for k, v in loaded.items() if k != "params"})
         self._signature = signature_of(self.param_groups)
 

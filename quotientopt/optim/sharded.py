@@ -20,6 +20,7 @@ placed: along any dimension, on meshes of several dimensions, replicated.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -313,7 +314,9 @@ class Sharded:
             }
             for group in self.optimizer.param_groups
         ]
-        inner = QuotientAdam(groups, **self.optimizer.defaults, symmetries=own_map)
+        known = inspect.signature(QuotientAdam).parameters  # torch adds some of its own
+        options = {k: v for k, v in self.optimizer.defaults.items() if k in known}
+        inner = QuotientAdam(groups, **options, symmetries=own_map)
         inner._names = {
             id(own.local): self.optimizer._name(own.parameter)
             for own in self._of.values()

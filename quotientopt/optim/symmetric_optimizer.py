@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from quotientopt.optim.checks import refuse_foreign_symmetries, refuse_partitions
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
-from quotientopt.symmetries.sharded import refuse_flattened
+from quotientopt.symmetries.sharded import is_sharded, refuse_flattened
 
 
 @contextlib.contextmanager
@@ -108,8 +108,9 @@ class SymmetricOptimizer(Optimizer):
         for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
             if block.name:
                 self._names.setdefault(id(block.parameter), block.name)
-        # Parameters of the symmetries that were in a param group at the last plan.
+        # Parameters of the symmetries that were in a param group at the last plan, and all that were.
         self._held: dict[int, str] = {}
+        self._places: list[list[Tensor]] = []
         super().__init__(model_or_params, defaults)
         refuse_flattened(None, (p for group in self.param_groups for p in group["params"]))
         refuse_foreign_symmetries(self.param_groups, symmetries)
@@ -132,6 +133,7 @@ class SymmetricOptimizer(Optimizer):
 
         Its partner would be stepped along a geometry that is not the model's any more.
         """
+        self._follow_sharding()
         own = {id(p): p for group in self.param_groups for p in group["params"]}
         refuse_flattened(None, own.values())
         for key, name in self._held.items():
@@ -149,6 +151,30 @@ class SymmetricOptimizer(Optimizer):
                 )
         blocks = (block for symmetry in self.symmetries.heads for block in symmetry.blocks)
         self._held = {id(b.parameter): b.name for b in blocks if id(b.parameter) in own}
+        self._places = [list(group["params"]) for group in self.param_groups]
+
+    def _follow_sharding(self) -> None:
+        """Go on with sharded parameters that have taken the places of whole ones.
+
+        As accelerate does, which shards a model after its optimizer was made.
+        """
+        places = [list(group["params"]) for group in self.param_groups]
+        if not self._places or list(map(len, places)) != list(map(len, self._places)):
+            return
+        pairs = [
+            (old, new)
+            for before, after in zip(self._places, places, strict=True)
+            for old, new in zip(before, after, strict=True)
+            if old is not new
+        ]
+        followed = all(is_sharded(new) and old.shape == new.shape for old, new in pairs)
+        if not pairs or not followed or self.state:
+            return
+        self.symmetries = self.symmetries.on({id(old): new for old, new in pairs})
+        for old, new in pairs:
+            if id(old) in self._names:
+                self._names[id(new)] = self._names.pop(id(old))
+        self._held = {}
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Check a state that torch has just loaded from ``loaded``, and undo its casts."""
@@ -230,6 +256,7 @@ class SymmetricOptimizer(Optimizer):
                 group.setdefault(option, value)
         if named is not None:
             self._held = {}
+            self._places = []
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()
 
