@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.checks import (
@@ -296,6 +297,7 @@ class QuotientAdam(SymmetricOptimizer):
         refuse_framed_state((p for own in slices.plain for p in own), self.state, self._name)
         return Engine(slices, self.param_groups, self.state, self._peers)
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import (
@@ -183,6 +184,7 @@ class QuotientSGD(SymmetricOptimizer):
             for group in self.param_groups
         )
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.

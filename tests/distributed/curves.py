@@ -1,12 +1,13 @@
 """Runs on several processes, next to the same on one."""
 
 import torch
+import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.optim.sharded import ShardedPeers
 from quotientopt.symmetries.map import RESIDUAL
 
-from .models import MODELS, batches, shard, state_size, train, whole
+from .models import MODELS, batches, loss_of, part_of, shard, state_size, train, whole
 
 OPTIONS = {"lr": 5e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
@@ -77,3 +78,41 @@ def twins(name, way, steps, kind):
 
 def _is_of_heads(name, heads):
     return name == RESIDUAL or name.removesuffix(".translation") in heads
+
+
+def traffic(name):
+    """Collectives of the steps of one run, and the bytes that this process sends to others."""
+    model = MODELS[name]()
+    shard(model, "fsdp")
+    optimizer = QuotientAdam(model, lr=5e-3, refresh_every=4)
+    rank, calls = dist.get_rank(), []
+    exchange, reduce = dist.all_to_all_single, dist.all_reduce
+
+    def counted_exchange(received, sent, expected, counts, group=None):
+        others = sum(count for i, count in enumerate(counts) if i != rank)
+        calls[-1].append(("exchange", others * sent.element_size()))
+        return exchange(received, sent, expected, counts, group=group)
+
+    def counted_reduce(tensor, *arguments, **options):
+        calls[-1].append(("reduce", tensor.numel() * tensor.element_size()))
+        return reduce(tensor, *arguments, **options)
+
+    for tokens in batches(6):
+        loss_of(model, part_of(tokens, "fsdp")).backward()
+        calls.append([])
+        dist.all_to_all_single, dist.all_reduce = counted_exchange, counted_reduce
+        try:
+            optimizer.step()
+        finally:
+            dist.all_to_all_single, dist.all_reduce = exchange, reduce
+        optimizer.zero_grad()
+    sharded = optimizer._sharded
+    away = back = 0
+    for unit in sharded.units:
+        for own in unit.members:
+            local = own.shard.numel() * own.parameter.element_size()
+            if unit.owner != rank:
+                away += local
+            else:
+                back += own.parameter.numel() * own.parameter.element_size() - local
+    return calls, away, back

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .curves import compared, twins, without_pooling
+from .curves import compared, traffic, twins, without_pooling
 
 HEADS = {"gpt": 6, "llama": 6, "gpt2": 6, "lora": 12}
 
@@ -59,3 +59,17 @@ def test_sharded_twins(two, name):
 
 def test_sharded_adamw_sees_the_gauge(two):
     assert min(two.run(twins, "gpt", "fsdp", 8, "adamw")) > 1e-4
+
+
+def test_what_a_step_sends(two):
+    """Gradients to the owners and updates back; weights too where frames are made."""
+    for calls, away, back in two.run(traffic, "gpt"):
+        assert away > 0
+        for step, own in enumerate(calls):
+            fresh = step in (0, 3)
+            exchanged = [size for kind, size in own if kind == "exchange"]
+            reduced = [size for kind, size in own if kind == "reduce"]
+            assert exchanged == [away * (2 if fresh else 1), back]
+            # Which gradients there are, the norm, streams without frames, their Grams at first.
+            assert len(reduced) == 2 + fresh + (step == 0)
+            assert max(reduced) <= 8 * 32**2
