@@ -1,6 +1,7 @@
 """QuotientAdam as trainers make their optimizers: ``qo.integrations``.
 
-Imports none of them. ``import quotientopt.integrations.timm`` makes ``"quotientadam"`` known to timm.
+Imports none of them; ``import quotientopt.integrations.timm`` makes ``"quotientadam"`` known to
+timm.
 """
 
 from __future__ import annotations

@@ -265,11 +265,13 @@ class QuotientAdam(SymmetricOptimizer):
             return False
         # Only here: torch.distributed is not there on every platform.
         from quotientopt.optim.sharded import Sharded
+        from quotientopt.optim.sharded_state import collect, restore
 
-        saved = None if self._sharded is None else self._sharded.collect()
-        self._sharded = Sharded(self)
+        saved = None if self._sharded is None else collect(self._sharded)
+        sharded = Sharded(self)
         if saved:
-            self._sharded.restore(saved, self.param_groups)
+            restore(sharded, saved, self.param_groups)
+        self._sharded = sharded
         self._absorbed = []
         self._signature = signature_of(self.param_groups)
         return True
@@ -455,7 +457,9 @@ class QuotientAdam(SymmetricOptimizer):
         finally:
             self.state = state
         parameters = [p for group in self.param_groups for p in group["params"]]
-        found = sharded.collect()
+        from quotientopt.optim.sharded_state import collect
+
+        found = collect(sharded)
         own = {i: found[id(p)] for i, p in enumerate(parameters) if id(p) in found}
         return packed | {"state": own}
 
@@ -477,6 +481,8 @@ class QuotientAdam(SymmetricOptimizer):
         if sharded is None:
             super().load_state_dict(state_dict)
             return
+        from quotientopt.optim.sharded_state import restore
+
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("the saved param groups have other numbers of parameters")
@@ -485,7 +491,7 @@ class QuotientAdam(SymmetricOptimizer):
         state = state_dict["state"]
         saved = {id(p): state.get(i, {}) for i, p in zip(order, parameters, strict=True)}
         with full_precision():
-            sharded.restore(saved, groups)
+            restore(sharded, saved, groups)
         for group, loaded in zip(self.param_groups, sharded.inner.param_groups, strict=True):
             group.update({k: v for k, v in loaded.items() if k != "params"})
         self._signature = signature_of(self.param_groups)

@@ -21,97 +21,27 @@ placed: along any dimension, on meshes of several dimensions, replicated.
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import GradientError, StepRefusedError, refuse_nonfinite
 from quotientopt.optim.engine import Peers
+from quotientopt.optim.ownership import Placed, deal
 from quotientopt.optim.parcels import Parcels, Region, local_part
-from quotientopt.optim.slices import Slice, find_slices, planned_groups
-from quotientopt.optim.translations import absorbed_biases, begin, put_back
+from quotientopt.optim.translations import begin, put_back
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.sharded import empty_like_whole
 
 if TYPE_CHECKING:
     from quotientopt.optim.quotient_adam import PreparedStep, QuotientAdam
-
-# State tensors of no more elements than this are the same on all processes, not sharded.
-SMALL = 2
-
-
-@dataclass(eq=False)
-class Placed:
-    """A parameter, where its parts lie, and how it is stepped.
-
-    Attributes
-    ----------
-    parameter : Tensor
-    regions : list of Region
-        The part that each process of the group holds.
-    unit : Unit, optional
-        What it is stepped with; None for a parameter without frames, stepped shard by shard.
-    framed : bool
-        Whether frames are made for it every ``refresh_every`` steps.
-    local : Parameter, optional
-        What this process steps: the whole tensor of an owned unit, the shard without a unit.
-    steps : int
-        Updates so far.
-    """
-
-    parameter: Tensor
-    regions: list[Region]
-    unit: Unit | None = None
-    framed: bool = False
-    local: nn.Parameter | None = None
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        holders: dict[Region, list[int]] = defaultdict(list)
-        for rank, region in enumerate(self.regions):
-            holders[region].append(rank)
-        self.holders = holders
-        if sum(region.numel for region in holders) != self.parameter.numel():
-            raise ValueError("the shards of a parameter overlap, or do not cover it")
-
-    def sends(self, source: int, owner: int) -> bool:
-        """Whether a process sends its part to the owner, and none of the others that hold it."""
-        ranks = self.holders[self.regions[source]]
-        return source == (owner if owner in ranks else ranks[0])
-
-    @property
-    def shard(self) -> Tensor:
-        """The values that this process holds."""
-        return local_part(self.parameter)
-
-
-@dataclass(eq=False)
-class Unit:
-    """Parameters that frames tie together, and the process that steps them.
-
-    Attributes
-    ----------
-    members : list of Placed
-    owner : int
-        Rank in the group.
-    whole : bool
-        Whether the weights go to the owner in every step: where an update reads them (coordinates
-        of LoRA pairs, value biases that the output bias takes) and where new values are rounded to
-        a narrower dtype. The owner then keeps the tensors, and new weights come back.
-    """
-
-    members: list[Placed] = field(default_factory=list)
-    owner: int = 0
-    whole: bool = False
 
 
 class ShardedPeers(Peers):
@@ -199,7 +129,7 @@ class Sharded:
         ]
         self.placed = placed[: len(parameters)]
         self._of = {id(own.parameter): own for own in placed}
-        self.units, streams, symmetries = self._deal()
+        self.units, streams, symmetries = deal(optimizer, self._of, self.size)
         if groups[0]["stochastic_rounding"] and any(
             own.unit is None and len(own.holders) < self.size for own in self.placed
         ):
@@ -210,71 +140,6 @@ class Sharded:
         self.inner = self._inner(symmetries)
         self.peers = ShardedPeers(self.group, streams, self.device)
         self.inner._peers = self.peers
-
-    # ---- ownership -----------------------------------------------------------------------------
-
-    def _deal(self) -> tuple[list[Unit], list[tuple[int, torch.dtype]], SymmetryMap]:
-        """Units with their owners, the residual streams, and the symmetries that make units."""
-        optimizer = self.optimizer
-        # Where frames are depends on shapes alone.
-        twins = {key: empty_like_whole(own.parameter) for key, own in self._of.items()}
-        original = {id(twin): self._of[key] for key, twin in twins.items()}
-        for key, twin in twins.items():
-            twin.requires_grad_(self._of[key].parameter.requires_grad)
-        groups = [
-            {**group, "params": [twins[id(p)] for p in group["params"]]}
-            for group in planned_groups(optimizer.param_groups)
-        ]
-        names = {id(twins[key]): name for key, name in optimizer._names.items() if key in twins}
-        symmetries = optimizer.symmetries.on(twins)
-        slices = find_slices(groups, symmetries, names)
-        absorbed = [symmetry for symmetry, _ in absorbed_biases(symmetries.heads, groups)]
-        root = {id(twin): id(twin) for twin in twins.values()}
-
-        def find(key: int) -> int:
-            while root[key] != key:
-                key = root[key]
-            return key
-
-        def tie(keys: Sequence[int]) -> None:
-            for key in keys[1:]:
-                root[find(key)] = find(keys[0])
-
-        own_slices = [*slices.framed, *slices.transported]
-        used = {id(s.symmetry): s.symmetry for s in own_slices if s.symmetry is not None}
-        used |= {id(symmetry): symmetry for symmetry in absorbed}
-        whole = {id(slice_.parameter) for slice_ in slices.transported}
-        in_units = {id(slice_.parameter) for slice_ in own_slices}
-        for symmetry in used.values():
-            keys = [id(block.parameter) for block in symmetry.blocks]
-            if symmetry in absorbed:
-                keys += [id(sink.parameter) for sink in symmetry._sinks()]
-                whole |= set(keys)
-            in_units |= set(keys)
-            tie(keys)
-        for slice_ in slices.framed:
-            original[id(slice_.parameter)].framed = True
-        units: dict[int, Unit] = defaultdict(Unit)
-        for key, own in original.items():
-            if key in in_units:
-                own.unit = unit = units[find(key)]
-                unit.members.append(own)
-                dtype = own.parameter.dtype
-                unit.whole |= key in whole or compute_dtype(dtype) != dtype
-        costs: dict[int, int] = defaultdict(int)
-        for slice_ in own_slices:
-            costs[find(id(slice_.parameter))] += _state_size(slice_)
-        loads = [0] * self.size
-        for key, unit in sorted(units.items(), key=lambda item: -costs[item[0]]):
-            unit.owner = loads.index(min(loads))
-            loads[unit.owner] += costs[key]
-        streams = {
-            (s.shape[-1], compute_dtype(s.parameter.dtype)) for s in slices.framed if s.residual
-        }
-        ordered = sorted(streams, key=lambda stream: (stream[0], str(stream[1])))
-        kept = {symmetry.name for symmetry in used.values()}
-        heads = [s for s in optimizer.symmetries.heads if s.name in kept]
-        return list(units.values()), ordered, SymmetryMap(heads, optimizer.symmetries.residual)
 
     def _inner(self, symmetries: SymmetryMap) -> QuotientAdam:
         """An optimizer of what this process steps, all of it plain tensors."""
@@ -322,7 +187,7 @@ class Sharded:
             for own in self._of.values()
             if own.local is not None
         }
-        self._release()
+        self.release()
         return inner
 
     def _members(self, group: Mapping[str, Any]) -> list[Placed]:
@@ -333,7 +198,7 @@ class Sharded:
             if unit.owner == self.rank:
                 yield from unit.members
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
         """Give the whole tensors of owned units memory."""
         for own in self._owned():
             assert own.local is not None
@@ -342,7 +207,7 @@ class Sharded:
             if storage.nbytes() != size:
                 storage.resize_(size)
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Take the memory back where the next step needs no weights."""
         for own in self._owned():
             assert own.local is not None
@@ -365,16 +230,16 @@ class Sharded:
         self.peers.of_step = extent
         every = self.optimizer.param_groups[0]["refresh_every"]
         due = extent is not None and (extent[0] == 0 or (extent[1] + 1) % every == 0)
-        self._hold()
+        self.hold()
         self._gather({id(own) for own in active}, due)
         try:
             self._step_whole_tensors(due)
             self._scatter(active, due)
         finally:
-            self._release()
+            self.release()
         for own in active:
             own.steps += 1
-        self._file()
+        self.file()
 
     def _step_whole_tensors(self, due: bool) -> None:
         held = begin(self.inner._absorbed)
@@ -544,7 +409,7 @@ class Sharded:
         """Make frames afresh from the weights as they are now."""
         if not self.inner.state and not any(own.steps for own in self.placed):
             return
-        self._hold()
+        self.hold()
         self._gather(set(), due=True)
         counts = [own.steps for own in self.placed if own.framed]
         self.peers.of_step = (min(counts), max(counts)) if counts else None
@@ -558,16 +423,16 @@ class Sharded:
         failed = torch.tensor(float(problem is not None), device=self.device)
         dist.all_reduce(failed, group=self.group)
         if failed:
-            self._release()
+            self.release()
             self._refuse(problem)
         assert engine is not None
         assert dressings is not None
         engine.refresh(dressings)
-        self._release()
+        self.release()
 
     # ---- state ---------------------------------------------------------------------------------
 
-    def _file(self) -> None:
+    def file(self) -> None:
         """Show each parameter's state in the optimizer: whole at the owner, else its shard."""
         state = self.optimizer.state
         for own in self.placed:
@@ -585,134 +450,6 @@ class Sharded:
                         shown[key] = value
             elif own.steps:
                 state[own.parameter]["step"] = torch.tensor(float(own.steps))
-
-    def collect(self) -> dict[int, dict[str, Any]]:
-        """The state of every parameter, by ``id``; every process calls it.
-
-        Tensors of owned units become DTensors, sharded along their longest axis, so that each
-        process saves its part.
-        """
-        own_tensors = {
-            i: dict(self.inner.state[own.local])
-            for i, own in enumerate(self.placed)
-            if own.unit is not None and own.local is not None and own.local in self.inner.state
-        }
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(
-            told,
-            {
-                i: {
-                    key: (value.cpu(), value.device.type == "cpu")
-                    if value.numel() <= SMALL
-                    else (value.shape, value.dtype)
-                    for key, value in own.items()
-                }
-                for i, own in own_tensors.items()
-            },
-            group=self.group,
-        )
-        found: dict[int, dict[str, Any]] = {}
-        for i, own in enumerate(self.placed):
-            parameter = own.parameter
-            if own.unit is None:
-                if parameter in self.optimizer.state:
-                    found[id(parameter)] = dict(self.optimizer.state[parameter])
-                continue
-            owner = own.unit.owner
-            entries = told[owner].get(i)
-            if entries is None:
-                continue
-            found[id(parameter)] = values = {}
-            for key, entry in entries.items():
-                if isinstance(entry[0], Tensor):
-                    small, on_host = entry
-                    values[key] = small if on_host else small.to(self.device)
-                    continue
-                shape, dtype = entry
-                if owner == self.rank:
-                    tensor = own_tensors[i][key].detach().contiguous()
-                else:
-                    tensor = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
-                values[key] = _sharded_along_longest(tensor, parameter)
-        return found
-
-    def restore(self, saved: Mapping[int, Mapping[str, Any]], groups: Sequence[Any]) -> None:
-        """Take over a state, whole or sharded in any way; every process calls it.
-
-        Parameters
-        ----------
-        saved : mapping
-            ``id`` of a parameter to its state.
-        groups : sequence of mapping
-            Options of the param groups.
-
-        Raises
-        ------
-        ValueError
-            If it does not fit, on all processes; the state is then as it was.
-        """
-        inner = self.inner
-        index = {
-            id(p): i
-            for i, p in enumerate(p for group in inner.param_groups for p in group["params"])
-        }
-        state: dict[int, dict[str, Any]] = {}
-        counts: dict[int, int] = {}
-        for own in self.placed:
-            entries = saved.get(id(own.parameter), {})
-            counts[id(own.parameter)] = int(_whole_of(entries.get("step", 0)))
-            values = {}
-            for key in sorted(entries):
-                value = entries[key]
-                if own.unit is None and isinstance(value, Tensor) and value.ndim:
-                    value = self._part_of(value, own, key)
-                values[key] = _whole_of(value)
-            if own.local is not None and values:
-                state[index[id(own.local)]] = values
-        start = 0
-        packed = []
-        for group, own_group in zip(groups, inner.param_groups, strict=True):
-            stop = start + len(own_group["params"])
-            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            packed.append(options | {"params": list(range(start, stop))})
-            start = stop
-        before = inner.state, inner.param_groups
-        problem: Exception | None = None
-        self._hold()
-        try:
-            inner.load_state_dict({"state": state, "param_groups": packed})
-        except Exception as found:
-            problem = found
-        failed = torch.tensor(float(problem is not None), device=self.device)
-        dist.all_reduce(failed, group=self.group)
-        if failed:
-            inner.state, inner.param_groups = before
-            inner._plan()
-            self._release()
-            told: list[Any] = [None] * self.size
-            dist.all_gather_object(told, problem and str(problem), group=self.group)
-            raise problem or ValueError(next(text for text in told if text))
-        self._release()
-        for own in self.placed:
-            own.steps = counts[id(own.parameter)]
-        self.optimizer.state.clear()
-        self._file()
-
-    def _part_of(self, value: Tensor, own: Placed, key: str) -> Tensor:
-        """This process's part of a saved tensor of a parameter's shape."""
-        parameter = own.parameter
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"the saved {key!r} of {self.optimizer._name(parameter)!r} has shape "
-                f"{tuple(value.shape)}, expected {tuple(parameter.shape)}: it is not the state of "
-                "a QuotientAdam with these options on this model"
-            )
-        if isinstance(value, DTensor) and isinstance(parameter, DTensor):
-            alike = value.placements == parameter.placements
-            if alike and value.device_mesh == parameter.device_mesh:
-                return local_part(value)
-        return own.regions[self.rank].take(_whole_of(value))
 
 
 def common_group(parameters: Sequence[Tensor]) -> tuple[Any, DeviceMesh]:
@@ -764,17 +501,6 @@ def refuse_options(param_groups: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _state_size(slice_: Slice) -> int:
-    """Elements of the state of a slice."""
-    blocks, heads, rank, columns = slice_.shape
-    count = 2 * blocks * heads * rank * columns
-    if slice_.residual:
-        count += 2 * columns**2
-    if slice_.symmetry is not None:
-        count += 2 * heads * rank**2
-    return count
-
-
 def _renew(own: Tensor, values: Tensor) -> Callable[[], object]:
     """Write values where they differ: what nobody wrote to keeps its version."""
 
@@ -803,29 +529,3 @@ def _as_shard(local: Tensor, parameter: DTensor) -> DTensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _sharded_along_longest(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that all processes have, as a DTensor on the first axis of a parameter's mesh."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
-    assert coordinate is not None
-    dim = max(range(tensor.ndim), key=lambda axis: tensor.shape[axis])
-    chunks = tensor.chunk(mesh.size(0), dim)
-    mine = coordinate[0]
-    local = chunks[mine] if mine < len(chunks) else tensor.narrow(dim, 0, 0)
-    placements = [Shard(dim), *(Replicate() for _ in range(mesh.ndim - 1))]
-    return DTensor.from_local(
-        local.clone(),
-        mesh,
-        placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-
-
-def _whole_of(value: Any) -> Any:
-    """All of a saved value, which every process asks for."""
-    return local_part(value.full_tensor()) if isinstance(value, DTensor) else value

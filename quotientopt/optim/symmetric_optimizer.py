@@ -108,7 +108,7 @@ class SymmetricOptimizer(Optimizer):
         for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
             if block.name:
                 self._names.setdefault(id(block.parameter), block.name)
-        # Parameters of the symmetries that were in a param group at the last plan, and all that were.
+        # At the last plan: parameters of the symmetries in a param group, and all parameters.
         self._held: dict[int, str] = {}
         self._places: list[list[Tensor]] = []
         super().__init__(model_or_params, defaults)

@@ -89,6 +89,11 @@ def stand_ins(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         for name, parameter in module._parameters.items():
             if parameter is None or not is_sharded(parameter):
                 continue
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"parameter {name!r} of a {type(module).__name__} is on the meta device; load "
+                    "its values before asking for symmetries"
+                )
             if id(parameter) not in made:
                 made[id(parameter)] = stand_in = _stand_in(parameter)
                 found[id(stand_in)] = parameter

@@ -17,14 +17,14 @@ from quotientopt import QuotientAdam
 
 from .models import MODELS, batches, shard, train, whole
 
-SAVED, MORE = 12, 4
+SAVED, MORE = 7, 3
 
 
 def make(name, way):
     model = MODELS[name]()
     if way is not None:
         shard(model, way)
-    return model, QuotientAdam(model, lr=5e-3, weight_decay=0.1)
+    return model, QuotientAdam(model, lr=5e-3, weight_decay=0.1, refresh_every=4)
 
 
 def states(model, optimizer):

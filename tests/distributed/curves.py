@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.optim.sharded import ShardedPeers
+from quotientopt.peft import create_quotient_optimizer
 from quotientopt.symmetries.map import RESIDUAL
 
 from .models import MODELS, batches, loss_of, part_of, shard, state_size, train, whole
@@ -35,6 +36,32 @@ def compared(name, way, steps, options):
         "share": state_size(together) / state_size(optimizer),
         "heads": len(together.symmetries.heads),
     }
+
+
+def same_batch(dtype, options):
+    """Weights after steps in which all processes see one batch, next to those of one process."""
+    models = []
+    for way in (None, "fsdp"):
+        model = MODELS["gpt"]().to(dtype)
+        if way:
+            shard(model, way)
+        optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **options)
+        train(model, optimizer, batches(8), None)
+        models.append(model)
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    return max(float((p - whole(q)).detach().abs().max()) for p, q in pairs)
+
+
+def factory(steps):
+    """PEFT's factory on a sharded model."""
+    losses = []
+    for way in (None, "fsdp"):
+        model = MODELS["lora"]()
+        if way:
+            shard(model, way)
+        optimizer = create_quotient_optimizer(model, lr=5e-3)
+        losses.append(train(model, optimizer, batches(steps), way))
+    return max(abs(a - b) for a, b in zip(*losses, strict=True))
 
 
 def without_pooling(name):

@@ -65,17 +65,17 @@ def gpt2():
     return model
 
 
-def lora():
+def lora(rank=4):
     import peft
 
     torch.manual_seed(0)
     config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        r=rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(llama(), config).double()
 
 
-MODELS = {"gpt": gpt, "llama": llama, "gpt2": gpt2, "lora": lora}
+MODELS = {"gpt": gpt, "llama": llama, "gpt2": gpt2, "lora": lora, "thin": lambda: lora(1)}
 
 
 def layers_of(model):

@@ -34,6 +34,15 @@ def fsdp1(original):
     ]
 
 
+def fsdp1_later():
+    """The optimizer is older than the wrapper."""
+    model = gpt()
+    optimizer = qo.QuotientAdam(model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    loss_of(wrapped, batches(1)[0]).backward()
+    return [message(optimizer.step)]
+
+
 def zero_redundancy():
     model = gpt()
     symmetries = qo.find_symmetries(model)

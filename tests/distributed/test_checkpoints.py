@@ -8,8 +8,10 @@ import torch
 from .checkpointing import damaged, full, killed_in_a_save, load, same, save
 from .workers import Workers
 
+SHORT = ["gpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama", "gpt2", "lora"))]
 
-@pytest.mark.parametrize("name", ["gpt", "gpt2", "lora"])
+
+@pytest.mark.parametrize("name", SHORT)
 def test_two_processes_resume_bit_for_bit(two, name, tmp_path):
     written = two.run(save, name, "fsdp", str(tmp_path))
     for first, second in zip(written, two.run(load, name, "fsdp", str(tmp_path)), strict=True):
@@ -19,7 +21,7 @@ def test_two_processes_resume_bit_for_bit(two, name, tmp_path):
         assert same(first[2], second[2]) == []
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "gpt2", "lora"])
+@pytest.mark.parametrize("name", SHORT)
 def test_one_process_loads_what_two_have_saved(two, name, tmp_path):
     values, losses, _ = two.run(save, name, "fsdp", str(tmp_path))[0]
     loaded, others, _ = load(name, None, str(tmp_path))
@@ -27,7 +29,7 @@ def test_one_process_loads_what_two_have_saved(two, name, tmp_path):
     assert max(abs(a - b) for a, b in zip(losses, others, strict=True)) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["gpt", "lora"])
+@pytest.mark.parametrize("name", SHORT)
 def test_two_processes_load_what_one_has_saved(two, name, tmp_path):
     values, losses, _ = save(name, None, str(tmp_path))
     for loaded, others, _ in two.run(load, name, "fsdp", str(tmp_path)):
@@ -50,7 +52,7 @@ def test_four_processes_load_what_two_have_saved(two, four, way, tmp_path):
         assert max(abs(a - b) for a, b in zip(losses, others, strict=True)) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["gpt", "lora"])
+@pytest.mark.parametrize("name", SHORT)
 def test_full_state_dicts(two, name):
     for complete, different in two.run(full, name, "fsdp"):
         assert complete
@@ -66,6 +68,7 @@ def test_a_state_that_does_not_fit_is_refused_by_all(two):
         assert different == []
 
 
+@pytest.mark.long
 def test_a_process_killed_in_a_save_leaves_the_old_checkpoint(two, tmp_path):
     dying = Workers(2)
     try:

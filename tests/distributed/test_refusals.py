@@ -6,7 +6,7 @@ import torch
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.models import GPT
 
-from .refusals import data_parallel, fsdp1, of_sharded_models, zero_redundancy
+from .refusals import data_parallel, fsdp1, fsdp1_later, of_sharded_models, zero_redundancy
 
 
 @pytest.mark.parametrize("original", [False, True])
@@ -16,6 +16,12 @@ def test_fsdp1_is_refused(two, original):
             assert "FSDP1" in text
             assert "fully_shard" in text
             assert "\n" not in text
+
+
+def test_fsdp1_around_a_model_with_an_optimizer_is_refused(two):
+    for (text,) in two.run(fsdp1_later):
+        assert "FSDP1" in text
+        assert "fully_shard" in text
 
 
 def test_zero_redundancy_is_refused(two):

@@ -139,4 +139,10 @@ def resumed(folder, way):
         dist.barrier()
     (log, weights, heads, sharded), (later, others, _, _) = found
     equal = all(map(torch.equal, weights, others))
-    return [log[step] for step in range(1, 9)], [later[s] for s in range(5, 9)], equal, heads, sharded
+    return (
+        [log[step] for step in range(1, 9)],
+        [later[s] for s in range(5, 9)],
+        equal,
+        heads,
+        sharded,
+    )
