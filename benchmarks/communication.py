@@ -1,8 +1,8 @@
-"""Bytes that a training step of a sharded model sends, on paper: FSDP2 with AdamW, QuotientAdam, Muon.
+"""Bytes that a training step of a sharded model sends, on paper: with AdamW and QuotientAdam.
 
 Of the shapes of a Llama of 7 billion parameters, dealt to 8 and to 64 processes as
-:mod:`quotientopt.optim.ownership` deals them. Nothing is run; the formula for QuotientAdam is the one
-that ``tests/distributed/test_curves.py`` counts in a small run.
+:mod:`quotientopt.optim.ownership` deals them. Nothing is run; the formula for QuotientAdam is the
+one that ``tests/distributed/test_curves.py`` counts in a small run.
 
     python benchmarks/communication.py
 """

@@ -1,5 +1,7 @@
 """The examples of docs/trainers.md run, with AdamW's line and with the one that takes its place."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def importable(package):
 
 
 def chosen(line):
-    """A line of a diff that is kept; added ones have their mark before the code, or in its place."""
+    """A line of a diff that is kept: added ones without their mark."""
     if not line.startswith("+"):
         return line
     return f" {line[1:]}" if line.startswith("+  ") else line[2:]
@@ -53,3 +55,13 @@ def test_bad_models_are_refused():
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="nothing of the Linear is trained"):
         qo.integrations.make_optimizer(frozen)
+
+
+def test_the_table_of_bytes_is_the_computed_one(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    module = importlib.import_module("communication")
+    rows = [module.bytes_sent(processes) for processes in (8, 64)]
+    recorded = json.loads((root / "benchmarks/results/communication.json").read_text())
+    assert recorded["gigabytes_per_gpu_and_step"] == rows
+    assert module.table(rows) in (root / "docs/distributed.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ def test_a_compiled_step_is_the_step(make):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model = GPT(32, 2, 16, 2, 8, generator=torch.Generator().manual_seed(0)).double()
-        optimizer = make(model)
+        optimizer = kind(model, lr=1e-2)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for _ in range(4):
             out = model(tokens[:, :-1])
