@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype
+from quotientopt._linalg import compute_dtype, wide_dtype
 from quotientopt.optim.buckets import Bucket, stream_of
 from quotientopt.optim.frames import FreshDressing, HeadFrames, SharedResidualFrame
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
@@ -375,9 +375,11 @@ class Engine:
                 heads = bucket.heads
                 field = None if heads is None else dressings[id(heads)].contragredient
                 grams[id(bucket)] = gram = bucket.dressed_weights_gram(field)
-                total = gram.sum(0)
+                # Summed in the widest precision, so that the order does not matter.
+                total = gram.to(wide_dtype(gram.device)).sum(0)
                 pooled[bucket.stream] = pooled.get(bucket.stream, torch.zeros_like(total)) + total
-        return grams, self.peers.pooled(pooled, wanted)
+        pooled = self.peers.pooled(pooled, wanted)
+        return grams, {stream: gram.to(stream[1]) for stream, gram in pooled.items()}
 
     def move_(self, element: Mapping[str, Tensor]) -> None:
         """Move the state along with parameters on which ``element`` acts.

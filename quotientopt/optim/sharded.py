@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from quotientopt._linalg import wide_dtype
 from quotientopt.optim.checks import GradientError, StepRefusedError, refuse_nonfinite
 from quotientopt.optim.engine import Peers
 from quotientopt.optim.ownership import Placed, deal
@@ -87,7 +88,8 @@ class ShardedPeers(Peers):
             if key in wanted:
                 gram = grams.get(key)
                 if gram is None:
-                    gram = torch.zeros(width, width, dtype=dtype, device=self.device)
+                    wide = wide_dtype(self.device)
+                    gram = torch.zeros(width, width, dtype=wide, device=self.device)
                 total[key] = gram.contiguous()
                 dist.all_reduce(total[key], group=self.group)
         return total
@@ -343,7 +345,7 @@ class Sharded:
             }
             shares = [1.0] * len(prepared.dressed_stacks)
             shares += [1 / copies.get(id(p), 1) for p in plain]
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        dtype = wide_dtype(self.device)
         total = torch.zeros(2, dtype=dtype, device=self.device)
         if norms:
             weights = torch.tensor(shares, dtype=dtype, device=self.device)
