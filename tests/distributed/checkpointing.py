@@ -137,3 +137,20 @@ def killed_in_a_save(name, way, folder):
         torch.save(values, f"{folder}/values.pt")
     dist.barrier()
     dcp.save(states(model, optimizer), storage_writer=Dying(f"{folder}/new"))
+
+
+def killed_in_a_step(name, way, folder):
+    """Save, and die on the last process between the two exchanges of the next step."""
+    data = batches(SAVED + MORE)
+    model, optimizer = make(name, way)
+    train(model, optimizer, data[:SAVED], way)
+    dcp.save(states(model, optimizer), checkpoint_id=folder)
+    scatter = type(optimizer._sharded)._scatter
+
+    def dying(self, *arguments):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            os._exit(9)
+        return scatter(self, *arguments)
+
+    type(optimizer._sharded)._scatter = dying
+    train(model, optimizer, data[SAVED:], way)

@@ -5,7 +5,15 @@ import os
 import pytest
 import torch
 
-from .checkpointing import damaged, full, killed_in_a_save, load, same, save
+from .checkpointing import (
+    damaged,
+    full,
+    killed_in_a_save,
+    killed_in_a_step,
+    load,
+    same,
+    save,
+)
 from .workers import Workers
 
 SHORT = ["gpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama", "gpt2", "lora"))]
@@ -80,3 +88,23 @@ def test_a_process_killed_in_a_save_leaves_the_old_checkpoint(two, tmp_path):
     values = torch.load(tmp_path / "values.pt")
     for loaded, _, _ in two.run(load, "gpt", "fsdp", str(tmp_path / "old")):
         assert same(values, loaded) == []
+
+
+@pytest.mark.long
+def test_a_process_killed_in_a_step_ends_the_others(two, tmp_path):
+    """They end with an error instead of waiting; the run goes on from the checkpoint."""
+    dying = Workers(2)
+    try:
+        with pytest.raises(EOFError):
+            dying.run(killed_in_a_step, "gpt", "fsdp", str(tmp_path / "own"), timeout=120)
+        dying.processes[0].join(60)
+        ok, problem = dying.results[0]
+    finally:
+        dying.close()
+    assert not ok
+    assert "Connection closed by peer" in problem or "reset by peer" in problem
+    uninterrupted = two.run(save, "gpt", "fsdp", str(tmp_path / "whole"))
+    resumed = two.run(load, "gpt", "fsdp", str(tmp_path / "own"))
+    for first, second in zip(uninterrupted, resumed, strict=True):
+        assert first[1] == second[1]
+        assert same(first[2], second[2]) == []

@@ -19,7 +19,7 @@ class Workers:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = mp.get_context("spawn")
-        self.ends, self.processes = [], []
+        self.ends, self.processes, self.results = [], [], []
         for rank in range(size):
             here, there = context.Pipe()
             process = context.Process(target=serve, args=(there, rank, size, port), daemon=True)
@@ -32,13 +32,13 @@ class Workers:
         task = (function.__module__, function.__name__, arguments)
         for end in self.ends:
             end.send(task)
-        results = []
+        self.results = []
         for rank, end in enumerate(self.ends):
             assert end.poll(timeout), f"process {rank} is silent"
-            results.append(end.recv())
-        failures = [text for ok, text in results if not ok]
+            self.results.append(end.recv())
+        failures = [text for ok, text in self.results if not ok]
         assert not failures, failures[0]
-        return [value for _, value in results]
+        return [value for _, value in self.results]
 
     def close(self):
         for end in self.ends:
