@@ -52,6 +52,24 @@ def same_batch(dtype, options):
     return max(float((p - whole(q)).detach().abs().max()) for p, q in pairs)
 
 
+def in_float32(name, steps):
+    """Differences of losses from one process that splits its batches alike: ours and AdamW's."""
+    found = []
+    for quotient in (True, False):
+        runs = []
+        for way in (None, "fsdp"):
+            model = MODELS[name]().float()
+            if way:
+                shard(model, way)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
+            if quotient:
+                optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1)
+            parts = 1 if way else dist.get_world_size()
+            runs.append(train(model, optimizer, batches(steps), way, parts))
+        found.append(max(abs(a - b) for a, b in zip(*runs, strict=True)))
+    return found
+
+
 def factory(steps):
     """PEFT's factory on a sharded model."""
     losses = []

@@ -134,16 +134,18 @@ def part_of(tokens, way):
     return tokens.chunk(size)[rank]
 
 
-def train(model, optimizer, data, way=None):
-    """The losses of one run, of whole batches."""
+def train(model, optimizer, data, way=None, parts=1):
+    """The losses of one run, of whole batches; their gradients are added up from ``parts``."""
     losses = []
     for tokens in data:
         own = tokens if way is None else part_of(tokens, way)
-        loss = loss_of(model, own)
-        loss.backward()
+        value = torch.zeros((), dtype=next(model.parameters()).dtype)
+        for part in own.chunk(parts):
+            loss = loss_of(model, part) / parts
+            loss.backward()
+            value += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.detach()
         if way not in (None, "tp"):
             dist.all_reduce(value)
             value = value / dist.get_world_size()

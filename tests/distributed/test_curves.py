@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from .curves import compared, factory, same_batch, traffic, twins, without_pooling
+from .curves import (
+    compared,
+    factory,
+    in_float32,
+    same_batch,
+    traffic,
+    twins,
+    without_pooling,
+)
 
 HEADS = {"gpt": 6, "llama": 6, "gpt2": 6, "lora": 12, "thin": 12}
 
@@ -102,6 +110,13 @@ def test_other_dtypes(two, dtype, options, least):
     for deviation in two.run(same_batch, dtype, options):
         print(dtype, options, deviation)
         assert deviation <= least
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_float32_differs_no_more_than_adamw(two, name):
+    for own, adamw in two.run(in_float32, name, 10):
+        print(name, own, adamw)
+        assert own <= 10 * max(adamw, 1e-7)
 
 
 @pytest.mark.long
