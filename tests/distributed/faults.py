@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 
-from quotientopt import QuotientAdam
+from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.optim.checks import StepRefusedError
 
-from .models import batches, gpt, local, loss_of, part_of, shard
+from .models import batches, gpt, local, loss_of, part_of, shard, train
 
 
 def ready(**options):
@@ -122,3 +122,58 @@ def thawed():
         models.append(model)
     pairs = zip(*(m.parameters() for m in models), strict=True)
     return max(float((p - q.full_tensor()).detach().abs().max()) for p, q in pairs)
+
+
+def found_before_sharding():
+    """Symmetries found from a batch on whole parameters, then on the shards."""
+    data = batches(4)
+    losses = []
+    for way in (None, "fsdp"):
+        model = gpt()
+        symmetries = find_symmetries(model, data[0][:, :-1])
+        if way:
+            shard(model, way)
+            symmetries = symmetries.for_model(model)
+        optimizer = QuotientAdam(model, lr=5e-3, symmetries=symmetries)
+        losses.append(train(model, optimizer, data, way))
+    try:
+        symmetries.for_model(torch.nn.Linear(2, 2))
+    except ValueError as error:
+        return max(abs(a - b) for a, b in zip(*losses, strict=True)), str(error)
+    return None
+
+
+def added_group(tensor_rate):
+    """A group that is added after some steps, and rates that a scheduler changes."""
+    runs = []
+    for way in (None, "fsdp"):
+        model = gpt()
+        if way:
+            shard(model, way)
+        rate = torch.tensor(5e-3, dtype=torch.float64) if tensor_rate else 5e-3
+        symmetries = find_symmetries(model)
+        later = list(model.blocks[2].parameters())
+        first = [p for p in model.parameters() if not any(p is own for own in later)]
+        optimizer = QuotientAdam(first, lr=rate, weight_decay=0.1, symmetries=symmetries)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        losses = []
+        for i, tokens in enumerate(batches(6)):
+            if i == 3:
+                optimizer.add_param_group({"params": later, "lr": 1e-3, "weight_decay": 0.0})
+            losses += train(model, optimizer, tokens[None], way)
+            if i < 3:
+                scheduler.step()
+            if i == 4:
+                optimizer.refresh_frames()
+        runs.append(losses)
+    return max(abs(a - b) for a, b in zip(*runs, strict=True))
+
+
+def example_of(text):
+    """Run an example of the documents, and take a step."""
+    names = {}
+    exec(text, names)
+    model, optimizer = names["model"], names["optimizer"]
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    return len(optimizer.symmetries.heads), optimizer._sharded is not None

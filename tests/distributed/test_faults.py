@@ -1,8 +1,20 @@
 """What goes wrong on one process is refused on all, or taken by all."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from .faults import deficient_pair, missing_gradient, nan_on_one, no_gradients, thawed
+from .faults import (
+    added_group,
+    deficient_pair,
+    example_of,
+    found_before_sharding,
+    missing_gradient,
+    nan_on_one,
+    no_gradients,
+    thawed,
+)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -42,3 +54,21 @@ def test_a_step_without_gradients_does_nothing(two):
 
 def test_layers_that_are_trained_later(two):
     assert max(two.run(thawed)) < 1e-8
+
+
+def test_symmetries_that_were_found_before_sharding(two):
+    for deviation, message in two.run(found_before_sharding):
+        assert deviation < 1e-10
+        assert "belong to another model" in message
+
+
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_a_group_that_is_added_later(two, tensor_rate):
+    assert max(two.run(added_group, tensor_rate)) < 1e-10
+
+
+def test_the_example_of_the_document(two):
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    text = page.read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert two.run(example_of, example) == [(4, True), (4, True)]
