@@ -100,36 +100,36 @@ def local_part(tensor: Tensor) -> Tensor:
 class Parcels:
     """Parts of tensors on their way between processes, one packed all-to-all per dtype.
 
-    Every process adds the same parcels in the same order; only those that it sends have values
-    with it, and only those that it receives a place to put them.
+    The two processes of a parcel add it in the same order among those that they exchange: the
+    sender with its values, the receiver with a place to put them.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    device : torch.device
+    dtypes : sequence of dtype
+        All that travel, the same on all processes.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(self, group: Any, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
         self.group = group
         self.device = device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._sent: dict[torch.dtype, list[list[Tensor]]] = {}
-        self._taken: dict[torch.dtype, list[list[tuple[Region, Tensor | None]]]] = {}
+        self._sent: dict[torch.dtype, list[list[Tensor]]] = {
+            dtype: [[] for _ in range(self.size)] for dtype in dtypes
+        }
+        self._taken: dict[torch.dtype, list[list[tuple[Region, Tensor]]]] = {
+            dtype: [[] for _ in range(self.size)] for dtype in dtypes
+        }
         self._after: list[Callable[[], object]] = []
 
-    def add(
-        self,
-        source: int,
-        target: int,
-        region: Region,
-        dtype: torch.dtype,
-        part: Tensor | None,
-        whole: Tensor | None,
-    ) -> None:
-        """Send ``part`` from one process to another, which writes it to a region of ``whole``."""
-        if dtype not in self._sent:
-            self._sent[dtype] = [[] for _ in range(self.size)]
-            self._taken[dtype] = [[] for _ in range(self.size)]
-        if source == self.rank:
-            assert part is not None
-            self._sent[dtype][target].append(part.reshape(-1))
-        if target == self.rank:
-            self._taken[dtype][source].append((region, whole))
+    def send(self, target: int, part: Tensor) -> None:
+        """Send a part to a process."""
+        self._sent[part.dtype][target].append(part.reshape(-1))
+
+    def take(self, source: int, region: Region, whole: Tensor) -> None:
+        """Write what comes from a process to a region of ``whole``."""
+        self._taken[whole.dtype][source].append((region, whole))
 
     def then(self, action: Callable[[], object]) -> None:
         """Do something when all parcels have arrived."""
@@ -151,7 +151,7 @@ class Parcels:
                 for region, whole in found:
                     part = received[place : place + region.numel]
                     place += region.numel
-                    if whole is not None and region.numel:
+                    if region.numel:
                         region.put(whole, part)
         for action in self._after:
             action()

@@ -139,6 +139,9 @@ class Sharded:
                 "stochastic_rounding would round copies of one shard differently on different "
                 "processes; use master_weights=True"
             )
+        # Those that travel, in one order.
+        tied_dtypes = [own.parameter.dtype for unit in self.units for own in unit.members]
+        self.dtypes = list(dict.fromkeys(tied_dtypes))
         self.inner = self._inner(symmetries)
         self.peers = ShardedPeers(self.group, streams, self.device)
         self.inner._peers = self.peers
@@ -294,35 +297,38 @@ class Sharded:
 
     def _gather(self, active: set[int], due: bool) -> None:
         """Bring gradients, and weights where they are needed, to the owners."""
-        parcels = Parcels(self.group, self.device)
+        parcels = Parcels(self.group, self.device, self.dtypes)
+        # On all processes, in one order: sums over processes are reduced here.
+        gradients = {id(own): self._gradient(own) for own in self.placed if id(own) in active}
         for own in self.placed:
             if own.unit is None and own.local is not None:
                 own.local.data = own.shard
-                own.local.grad = self._gradient(own) if id(own) in active else None
+                own.local.grad = gradients.get(id(own))
         for unit in self.units:
             for own in unit.members:
-                dtype = own.parameter.dtype
-                whole, gradient = own.local, None
-                parts = [(own.shard, None)] if unit.whole or due else []
-                weights: Tensor | None = None
-                if whole is not None and parts:
+                parts = [own.shard] if unit.whole or due else []
+                parts += [gradients[id(own)]] if id(own) in active else []
+                if own.sends(self.rank, unit.owner):
+                    for part in parts:
+                        parcels.send(unit.owner, part)
+                if own.local is None:
+                    continue
+                whole = own.local
+                places = []
+                if unit.whole:
                     # What was not written to keeps its version, by which pairs know it.
-                    weights = torch.empty_like(whole) if unit.whole else whole.detach()
-                if whole is not None and id(own) in active:
-                    gradient = empty_like_whole(own.parameter, self.device)
-                    whole.grad = gradient
-                for source in range(self.size):
-                    if own.sends(source, unit.owner):
-                        region = own.regions[source]
-                        if parts:
-                            part = own.shard if source == self.rank else None
-                            parcels.add(source, unit.owner, region, dtype, part, weights)
-                        if id(own) in active:
-                            part = self._gradient(own) if source == self.rank else None
-                            parcels.add(source, unit.owner, region, dtype, part, gradient)
-                if weights is not None and unit.whole:
-                    assert whole is not None
+                    weights = torch.empty_like(whole)
+                    places.append(weights)
                     parcels.then(_renew(whole, weights))
+                elif due:
+                    places.append(whole.detach())
+                if id(own) in active:
+                    whole.grad = empty_like_whole(own.parameter, self.device)
+                    places.append(whole.grad)
+                sources = [rank for rank in range(self.size) if own.sends(rank, unit.owner)]
+                for source in sources:
+                    for place in places:
+                        parcels.take(source, own.regions[source], place)
         parcels.exchange()
 
     def _prepare(self) -> tuple[PreparedStep | None, Exception | None]:
@@ -379,7 +385,7 @@ class Sharded:
 
     def _scatter(self, active: Sequence[Placed], due: bool) -> None:
         """Bring updates, or new weights, back to the shards."""
-        parcels = Parcels(self.group, self.device)
+        parcels = Parcels(self.group, self.device, self.dtypes)
         rates = {
             id(p): 1 - group["lr"] * group["weight_decay"]
             for group in self.optimizer.param_groups
@@ -389,20 +395,16 @@ class Sharded:
             unit = own.unit
             if unit is None:
                 continue
-            dtype, part = own.parameter.dtype, None
-            if own.regions[self.rank].numel:
-                part = torch.empty_like(own.shard)
-            for rank in range(self.size):
-                region = own.regions[rank]
-                sent = None if own.local is None else region.take(own.local.detach())
-                taken = part if rank == self.rank else None
-                parcels.add(unit.owner, rank, region.alone, dtype, sent, taken)
-            if part is not None:
-                shard = own.shard
-                if unit.whole or due:
-                    parcels.then(_copy(shard, part))
-                else:
-                    parcels.then(_decay_and_add(shard, part, rates[id(own.parameter)]))
+            if own.local is not None:
+                for rank, region in enumerate(own.regions):
+                    parcels.send(rank, region.take(own.local.detach()))
+            shard = own.shard
+            part = torch.empty_like(shard)
+            parcels.take(unit.owner, own.regions[self.rank].alone, part)
+            if unit.whole or due:
+                parcels.then(_copy(shard, part))
+            else:
+                parcels.then(_decay_and_add(shard, part, rates[id(own.parameter)]))
         parcels.exchange()
 
     # ---- frames between steps -------------------------------------------------------------------
