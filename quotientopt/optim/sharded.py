@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -114,8 +113,10 @@ class Sharded:
         groups = optimizer.param_groups
         refuse_options(groups)
         parameters = [p for group in groups for p in group["params"]]
+        known = {id(p) for p in parameters}
         tied = [b.parameter for s in optimizer.symmetries.heads for b in s.blocks]
-        extra = list({id(p): p for p in tied if not any(p is own for own in parameters)}.values())
+        # Partners that are frozen, which serve as geometry.
+        extra = list({id(p): p for p in tied if id(p) not in known}.values())
         self.group, self.mesh = common_group([*parameters, *extra])
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.device = local_part(parameters[0]).device
@@ -162,21 +163,8 @@ class Sharded:
             own.local = nn.Parameter(values, requires_grad=parameter.requires_grad)
             if own.unit is not None:
                 local[key] = own.local
-        heads = [
-            symmetry
-            for symmetry in symmetries.heads
-            if all(id(block.parameter) in local for block in symmetry.blocks)
-        ]
-        stream = symmetries.residual
-        if stream is not None:
-            names = [name for name, p in stream.parameters.items() if id(p) in local]
-            stream = replace(
-                stream,
-                axes={name: stream.axes[name] for name in names},
-                parameters={name: stream.parameters[name] for name in names},
-            )
-        own_map = SymmetryMap(heads, stream).on(local)
-        # Other symmetries of the model are none of this process's parameters.
+        owned = [own.parameter for key, own in self._of.items() if key in local]
+        own_map = symmetries.within(owned).on(local)
         groups = [
             {
                 **{k: v for k, v in group.items() if k not in ("params", "param_names")},

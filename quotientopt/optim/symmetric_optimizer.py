@@ -170,7 +170,9 @@ class SymmetricOptimizer(Optimizer):
         followed = all(is_sharded(new) and old.shape == new.shape for old, new in pairs)
         if not pairs or not followed or self.state:
             return
-        self.symmetries = self.symmetries.on({id(old): new for old, new in pairs})
+        # What was not sharded along, a frozen base under adapters say, is let go.
+        moved = self.symmetries.on({id(old): new for old, new in pairs})
+        self.symmetries = moved.within(new for group in places for new in group)
         for old, new in pairs:
             if id(old) in self._names:
                 self._names[id(new)] = self._names.pop(id(old))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -216,6 +216,43 @@ class SymmetryMap:
             overlapping=self.overlapping,
             left_alone=self.left_alone,
             further=replace(self.further, directions=tuple(directions)),
+        )
+
+    def within(self, parameters: Iterable[Tensor]) -> SymmetryMap:
+        """The symmetries of heads and the part of the stream on some parameters alone.
+
+        Raises
+        ------
+        ValueError
+            If a pair has one factor among them and the other elsewhere.
+        """
+        own = {id(parameter) for parameter in parameters}
+        heads = []
+        for symmetry in self.heads:
+            inside = [id(block.parameter) in own for block in symmetry.blocks]
+            if all(inside):
+                heads.append(symmetry)
+            elif any(inside):
+                names = [block.name for block in symmetry.blocks]
+                raise ValueError(
+                    f"symmetry {symmetry.name!r}: {names[inside.index(True)]!r} is among the "
+                    f"parameters, {names[inside.index(False)]!r} is not"
+                )
+        stream = self.residual
+        if stream is not None:
+            names = [name for name, p in stream.parameters.items() if id(p) in own]
+            stream = replace(
+                stream,
+                axes={name: stream.axes[name] for name in names},
+                parameters={name: stream.parameters[name] for name in names},
+            )
+        return SymmetryMap(
+            heads,
+            stream,
+            residual_reason=self.residual_reason,
+            unrecognized=self.unrecognized,
+            gauge_free=self.gauge_free,
+            left_alone=self.left_alone,
         )
 
     def for_model(self, model: nn.Module) -> SymmetryMap:
