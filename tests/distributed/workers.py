@@ -53,7 +53,7 @@ def serve(end, rank, size, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
+    limit = datetime.timedelta(seconds=180)
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit)
     while True:
         try:
