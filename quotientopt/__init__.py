@@ -34,10 +34,11 @@ from quotientopt.symmetries import (
 
 if TYPE_CHECKING:  # on first use, see below
     from quotientopt import geoopt as geoopt
+    from quotientopt import integrations as integrations
     from quotientopt import peft as peft
     from quotientopt import pymanopt as pymanopt
 
-ADAPTERS = ("geoopt", "peft", "pymanopt")
+ADAPTERS = ("geoopt", "integrations", "peft", "pymanopt")
 
 __all__ = [
     "ChargeLog",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -333,6 +334,29 @@ def refuse_foreign_symmetries(
 
 # Options of the whole optimizer, in every param group.
 WHOLE = ("max_grad_norm", "refresh_every", "capturable")
+
+_ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+def refuse_partitions() -> None:
+    """Refuse to be made by ZeroRedundancyOptimizer, which gives each process some parameters.
+
+    Raises
+    ------
+    ValueError
+        With the reason and the way out.
+    """
+    if _ZERO_REDUNDANCY not in sys.modules:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ZERO_REDUNDANCY:
+            raise ValueError(
+                "ZeroRedundancyOptimizer deals parameters out one by one, which cuts pairs, and "
+                "lets every process clip and refuse steps by itself; shard with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), where pairs stay whole"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:

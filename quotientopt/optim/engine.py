@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype
+from quotientopt._linalg import compute_dtype, wide_dtype
 from quotientopt.optim.buckets import Bucket, stream_of
 from quotientopt.optim.frames import FreshDressing, HeadFrames, SharedResidualFrame
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
@@ -28,6 +28,29 @@ State = Mapping[Tensor, dict[str, Any]]
 Dressings = Mapping[int, FreshDressing]
 
 
+class Peers:
+    """What a step has to know of slices that other processes step: here there are none.
+
+    :class:`quotientopt.optim.sharded.ShardedPeers` asks them.
+    """
+
+    none = True
+
+    def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
+        """Fewest and most updates among the slices that have a gradient; None if there is none."""
+        return (min(steps), max(steps)) if steps else None
+
+    def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+        """The streams with a slice that has no frame yet."""
+        return streams
+
+    def pooled(
+        self, grams: dict[tuple[Any, ...], Tensor], wanted: set[tuple[Any, ...]]
+    ) -> dict[tuple[Any, ...], Tensor]:
+        """Grams of the weights summed over all slices of each wanted stream."""
+        return grams
+
+
 class Engine:
     """Buckets of framed slices and one step of Adam on all of them.
 
@@ -38,11 +61,18 @@ class Engine:
     state : mapping
         The optimizer's state. What it holds for the slices is taken over; afterwards its entries
         are views of the buckets' stacked tensors.
+    peers : Peers, optional
+        Other processes that step slices of the same model.
     """
 
     def __init__(
-        self, slices: Slices, param_groups: Sequence[dict[str, Any]], state: State
+        self,
+        slices: Slices,
+        param_groups: Sequence[dict[str, Any]],
+        state: State,
+        peers: Peers | None = None,
     ) -> None:
+        self.peers = Peers() if peers is None else peers
         self.param_groups = param_groups
         self.heads: list[HeadFrames] = []
         self.shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
@@ -186,15 +216,18 @@ class Engine:
         for pairs, own in prepared:
             pairs.step(own, self.param_groups[pairs.group_index], gate)
 
-    def refresh_due(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+    def extent(self, active: Sequence[tuple[Bucket, list[int]]]) -> tuple[int, int] | None:
+        """Fewest and most updates of the slices that have a gradient; None if there is none."""
+        return self.peers.extent([bucket.steps[i] for bucket, rows in active for i in rows])
+
+    def refresh_due(self, extent: tuple[int, int]) -> bool:
         """Whether frames are made afresh in this step: every K steps, or for a new slice."""
-        steps = [bucket.steps[i] for bucket, rows in active for i in rows]
-        every = self.param_groups[0]["refresh_every"]
-        return min(steps) == 0 or (max(steps) + 1) % every == 0
+        fewest, most = extent
+        return fewest == 0 or (most + 1) % self.param_groups[0]["refresh_every"] == 0
 
     def due_dressings(
         self,
-        active: Sequence[tuple[Bucket, list[int]]],
+        extent: tuple[int, int],
         before: Callable[[], None],
         *,
         look: bool,
@@ -203,19 +236,20 @@ class Engine:
 
         Others may have written to factors since the last step. As far as torch tells, a sample of
         the values differs, or :meth:`ask` was called, the host looks whether the frames still fit;
-        values that came back leave the path as it is.
+        values that came back leave the path as it is. Where other processes step slices of the same
+        model, frames are made by schedule alone: all have to do so at once.
 
         Parameters
         ----------
-        active : sequence
-            From :meth:`active`.
+        extent : tuple of int
+            From :meth:`extent`.
         before : callable
             Called before the host waits for the device.
         look : bool
             Whether to compare a sample of the factors, which must be on the host for that.
         """
-        due = self.refresh_due(active)
-        if not due and not self._was_written(look):
+        due = self.refresh_due(extent)
+        if not due and not (self.peers.none and self._was_written(look)):
             return None
         before()
         dressings = self.fresh_dressings()
@@ -311,7 +345,7 @@ class Engine:
         With a ``gate`` of zero, and dressed gradients of zero, no average and no parameter changes.
         """
         changes = {} if dressings is None else self._begin_refresh(dressings)
-        if self._samples(active):
+        if self._samples(self.extent(active)):
             self._accumulate(active, dressed, gate)
         if dressings is not None:
             dressed = self._refresh(active, dressed, dressings, changes)
@@ -336,11 +370,12 @@ class Engine:
     def _part(self, bucket: Bucket, rows: list[int]) -> Bucket:
         return bucket if len(rows) == len(bucket.slices) else bucket.subset(rows)
 
-    def _samples(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
+    def _samples(self, extent: tuple[int, int] | None) -> bool:
         """Whether covariances take this step's gradients: every second time, and at first."""
-        steps = [bucket.steps[i] for bucket, rows in active for i in rows]
+        if extent is None:
+            return False
         every = 1 if self.param_groups[0]["capturable"] else COVARIANCE_EVERY
-        return min(steps) == 0 or (max(steps) + 1) % every == 0
+        return extent[0] == 0 or (extent[1] + 1) % every == 0
 
     def _accumulate(
         self,
@@ -406,15 +441,18 @@ class Engine:
         """
         grams: dict[int, Tensor] = {}
         pooled: dict[tuple[Any, ...], Tensor] = {}
-        wanted = {b.stream for b in self.buckets if b.residual and not b.has_frames}
+        missing = {b.stream for b in self.buckets if b.residual and not b.has_frames}
+        wanted = self.peers.wanted(missing)
         for bucket in self.buckets:
             if bucket.residual and bucket.stream in wanted:
                 heads = bucket.heads
                 field = None if heads is None else dressings[id(heads)].contragredient
                 grams[id(bucket)] = gram = bucket.dressed_weights_gram(field)
-                total = gram.sum(0)
+                # Summed in the widest precision, so that the order does not matter.
+                total = gram.to(wide_dtype(gram.device)).sum(0)
                 pooled[bucket.stream] = pooled.get(bucket.stream, torch.zeros_like(total)) + total
-        return grams, pooled
+        pooled = self.peers.pooled(pooled, wanted)
+        return grams, {stream: gram.to(stream[1]) for stream, gram in pooled.items()}
 
     def move_(self, element: Mapping[str, Tensor]) -> None:
         """Move the state along with parameters on which ``element`` acts.

@@ -36,6 +36,7 @@ from quotientopt.symmetries import (
     find_symmetries,
     warn_of_gaps,
 )
+from quotientopt.symmetries.sharded import any_sharded
 
 _uncovered: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDictionary()
 
@@ -99,6 +100,11 @@ def invariant_grad_norm(
         known = ", ".join(map(repr, (*PAIR_METRICS, *HEAD_FRAMES)))
         raise ValueError(f"metric must be one of {known}, got {metric!r}")
     parameters, symmetries = _resolve(model_or_optimizer_or_params, symmetries)
+    if any_sharded(parameters):
+        raise ValueError(
+            "no process has whole gradients of parameters that are sharded (DTensors); "
+            "QuotientAdam(max_grad_norm=...) clips them by this norm"
+        )
     own = {id(parameter) for parameter in parameters}
     covered = {id(b.parameter) for symmetry in symmetries.heads for b in symmetry.blocks}
     if covered and not covered & own:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
+from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.checks import (
     WHOLE,
     NonfiniteGate,
@@ -20,7 +23,9 @@ from quotientopt.optim.checks import (
     refuse_unmovable,
     refuse_untaken_translations,
 )
-from quotientopt.optim.engine import Engine
+from quotientopt.optim.engine import Dressings, Engine, Peers
+from quotientopt.optim.low_rank_pairs import LowRankPairs
+from quotientopt.optim.low_rank_stack import Prepared
 from quotientopt.optim.plain import adamw_step, keeps_wide
 from quotientopt.optim.saved import refuse_replaced, refuse_unfit
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
@@ -35,6 +40,27 @@ from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_preci
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.sharded import any_sharded
+
+if TYPE_CHECKING:
+    from quotientopt.optim.sharded import Sharded
+
+
+class PreparedStep(NamedTuple):
+    """A step that is ready to be taken: ``framed`` tells whether any slice has a gradient."""
+
+    engine: Engine
+    framed: bool
+    active: list[tuple[Bucket, list[int]]]
+    dressings: Dressings | None
+    pairs: list[tuple[LowRankPairs, Prepared]]
+    dressed: list[Tensor]
+    norms: list[Tensor]
+
+    @property
+    def dressed_stacks(self) -> list[Tensor]:
+        """All dressed gradients, in stacks."""
+        return [*self.dressed, *(stack for _, own in self.pairs for stack in own.dressed)]
 
 
 class QuotientAdam(SymmetricOptimizer):
@@ -219,6 +245,9 @@ class QuotientAdam(SymmetricOptimizer):
             "capturable": capturable,
         }
         self._engine: Engine | None = None
+        # Other processes that step slices of the same model, and the step of sharded parameters.
+        self._peers = Peers()
+        self._sharded: Sharded | None = None
         self._slices = Slices()
         self._nonfinite = NonfiniteGate()
         self._checked_options: list[list[Any]] = []
@@ -235,10 +264,37 @@ class QuotientAdam(SymmetricOptimizer):
         """Cut the parameters into slices; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
         self._refuse_replaced()
+        if self._plan_sharded():
+            return
         self._slices = self._find_slices()
         self._absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         self._signature = signature_of(self.param_groups)
         self._engine = None
+
+    def _plan_sharded(self) -> bool:
+        """Plan the steps of sharded parameters, if there are any; a state moves along."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if not any_sharded(parameters):
+            return False
+        # Only here: torch.distributed is not there on every platform.
+        from quotientopt.optim.sharded import Sharded
+        from quotientopt.optim.sharded_state import collect, restore
+
+        saved = None if self._sharded is None else collect(self._sharded)
+        sharded = Sharded(self)
+        if saved:
+            restore(sharded, saved, self.param_groups)
+        self._sharded = sharded
+        self._absorbed = []
+        self._signature = signature_of(self.param_groups)
+        return True
+
+    def _current_sharded(self) -> Sharded | None:
+        """The step of sharded parameters as they are now; None for whole ones."""
+        parameters = (p for group in self.param_groups for p in group["params"])
+        if any_sharded(parameters) and self._signature != signature_of(self.param_groups):
+            self._plan()
+        return self._sharded
 
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
@@ -263,8 +319,9 @@ class QuotientAdam(SymmetricOptimizer):
 
     def _engine_of(self, slices: Slices) -> Engine:
         refuse_framed_state((p for own in slices.plain for p in own), self.state, self._name)
-        return Engine(slices, self.param_groups, self.state)
+        return Engine(slices, self.param_groups, self.state, self._peers)
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.
@@ -287,6 +344,11 @@ class QuotientAdam(SymmetricOptimizer):
             frames.
         """
         loss = loss_of(closure)
+        sharded = self._current_sharded()
+        if sharded is not None:
+            with full_precision():
+                sharded.step()
+            return loss
         gradients = self._gradients()
         if gradients:
             with full_precision():
@@ -301,46 +363,66 @@ class QuotientAdam(SymmetricOptimizer):
 
     def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
         """One step with the gradients of the parameters that have one."""
+        prepared = self._prepare(gradients)
+        norms, limit = prepared.norms, self.param_groups[0]["max_grad_norm"]
+        gate = None
+        if self._nonfinite.is_needed(norms):
+            gate = self._nonfinite.close_on_nonfinite(norms, prepared.dressed_stacks)
+        else:
+            measured = [*prepared.dressed_stacks, *self._plain_gradients()]
+            norms, limit = kept_from_overflow(norms, measured, limit)
+            refuse_nonfinite(norms, gradients, self._name)
+        scale = clip_scale(norms, limit)
+        self._take(prepared, scale, gate, held)
+
+    def _prepare(self, gradients: dict[Tensor, Tensor]) -> PreparedStep:
+        """Frames that are due and dressed gradients; changes nothing."""
         refuse_sparse(gradients, self._name)
         self._check_changed_options()
         for own in self._slices.plain:
             refuse_replaced(own, self.state, PLAIN_KEYS, self._name)
         engine = self._current_engine()
         active = engine.active()
+        extent = engine.extent(active)
         dressings = None
         capturing = engine.is_recorded(active)
         # Where it need not wait for the device, the host looks at more.
         look = not self._nonfinite.is_needed(list(gradients.values()))
         if self._asked:
             engine.ask()
-        if active and not capturing:
-            dressings = engine.due_dressings(active, self._nonfinite.refuse_earlier, look=look)
+        if extent is not None and not capturing:
+            dressings = engine.due_dressings(extent, self._nonfinite.refuse_earlier, look=look)
         pairs = engine.prepare_pairs(capturing, look=look)
         if dressings is None and any(own.turns for _, own in pairs):
             self._nonfinite.refuse_earlier()
         dressed = engine.dressed_gradients(active, dressings)
-        of_pairs = [stack for _, own in pairs for stack in own.dressed]
-        plain = [p.grad for own in self._slices.plain for p in own if p.grad is not None]
-        limit = self.param_groups[0]["max_grad_norm"]
-        measured = [*dressed, *of_pairs, *plain]
-        norms = norms_of(measured, clipped=limit is not None)
-        gate = None
-        if self._nonfinite.is_needed(norms):
-            gate = self._nonfinite.close_on_nonfinite(norms, [*dressed, *of_pairs])
-        else:
-            norms, limit = kept_from_overflow(norms, measured, limit)
-            refuse_nonfinite(norms, gradients, self._name)
-        scale = clip_scale(norms, limit)
+        prepared = PreparedStep(engine, extent is not None, active, dressings, pairs, dressed, [])
+        clipped = self.param_groups[0]["max_grad_norm"] is not None
+        measured = [*prepared.dressed_stacks, *self._plain_gradients()]
+        return prepared._replace(norms=norms_of(measured, clipped=clipped))
+
+    def _plain_gradients(self) -> list[Tensor]:
+        return [p.grad for own in self._slices.plain for p in own if p.grad is not None]
+
+    def _take(
+        self,
+        prepared: PreparedStep,
+        scale: Tensor | None,
+        gate: Tensor | None,
+        held: Sequence[Held],
+    ) -> None:
+        """Take a prepared step, its gradients times ``scale``."""
         if scale is not None:
-            for stack in (*dressed, *of_pairs):
+            for stack in prepared.dressed_stacks:
                 stack.mul_(scale)
-        if active:
-            engine.step(active, dressed, dressings, gate)
-        engine.step_pairs(pairs, gate)
+        engine = prepared.engine
+        if prepared.framed:
+            engine.step(prepared.active, prepared.dressed, prepared.dressings, gate)
+        engine.step_pairs(prepared.pairs, gate)
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         finish(held, self._absorbed, gate, self.state)
-        engine.mark(look)
+        engine.mark(gate is None)
         self._asked = False
 
     @torch.no_grad()
@@ -356,7 +438,10 @@ class QuotientAdam(SymmetricOptimizer):
         ValueError
             For factors that are not finite, and where an earlier gradient was not finite.
         """
-        if self.state:
+        sharded = self._current_sharded()
+        if sharded is not None:
+            sharded.refresh_frames()
+        elif self.state:
             engine = self._current_engine()
             self._nonfinite.refuse_earlier()
             engine.refresh(engine.fresh_dressings())
@@ -382,6 +467,7 @@ class QuotientAdam(SymmetricOptimizer):
             transformation, or translates biases of values whose output bias is not trained.
             Nothing is changed then.
         """
+        self.symmetries.refuse_sharded()
         # Frozen parameters may have state too, which must not be left behind.
         slices = self._find_slices(also=self.state)
         refuse_unmovable(element, self.symmetries, slices)
@@ -397,6 +483,68 @@ class QuotientAdam(SymmetricOptimizer):
 
     def _takes_states_of_torch(self) -> bool:
         return True  # framed parameters miss their frames there
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as of any torch optimizer.
+
+        Of sharded parameters every tensor is a DTensor, so that torch.distributed.checkpoint saves
+        and loads it on any number of processes; every process then has to call this.
+        """
+        sharded = self._current_sharded()
+        if sharded is None:
+            return super().state_dict()
+        state, self.state = self.state, defaultdict(dict)
+        try:
+            packed = super().state_dict()
+        finally:
+            self.state = state
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        from quotientopt.optim.sharded_state import collect
+
+        found = collect(sharded)
+        own = {i: found[id(p)] for i, p in enumerate(parameters) if id(p) in found}
+        return packed | {"state": own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state; training then continues bit for bit.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From :meth:`state_dict`. For sharded parameters its tensors may be whole or sharded in
+            any way, and every process has to call this.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit; the optimizer is then as it was.
+        """
+        sharded = self._current_sharded()
+        if sharded is None:
+            super().load_state_dict(state_dict)
+            return
+        from quotientopt.optim.sharded_state import restore
+
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("the saved param groups have other numbers of parameters")
+        order = [i for group in groups for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        state = state_dict["state"]
+        saved = {id(p): state.get(i, {}) for i, p in zip(order, parameters, strict=True)}
+        with full_precision():
+            restore(sharded, saved, groups)
+        for group, loaded in zip(self.param_groups, sharded.inner.param_groups, strict=True):
+            group.update({k: v for k, v in loaded.items() if k != "params"})
+        self._signature = signature_of(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._sharded is not None:
+            raise TypeError(
+                "a QuotientAdam of sharded parameters is tied to its processes and cannot be "
+                "copied or pickled; save state_dict() with torch.distributed.checkpoint"
+            )
+        return super().__getstate__()
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Undo torch's cast of the state of slices and of wide copies, and take it over."""
@@ -418,6 +566,8 @@ class QuotientAdam(SymmetricOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._nonfinite = NonfiniteGate()
         self._checked_options = []
+        self.__dict__.setdefault("_peers", Peers())
+        self.__dict__.setdefault("_sharded", None)
         for group in state.get("param_groups", ()):
             if "head_frame" in group and "row_frame" not in group:
                 # Of version 0.1.0, whose state goes on in the frames it is written in.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import (
@@ -26,6 +27,7 @@ from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_preci
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries.sharded import any_sharded
 
 
 class QuotientSGD(SymmetricOptimizer):
@@ -142,6 +144,11 @@ class QuotientSGD(SymmetricOptimizer):
     def _plan(self) -> None:
         """Tell pairs, rests of fused parameters and plain parameters apart."""
         self._refuse_replaced()
+        if any_sharded(p for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "QuotientSGD steps whole parameters, and these are sharded over processes "
+                "(DTensors); use QuotientAdam, which steps them where pairs are whole"
+            )
         owners = {
             id(p): i
             for i, group in enumerate(self.param_groups)
@@ -187,6 +194,7 @@ class QuotientSGD(SymmetricOptimizer):
             for group in self.param_groups
         )
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quotientopt.optim.checks import refuse_foreign_symmetries
+from quotientopt.optim.checks import refuse_foreign_symmetries, refuse_partitions
 from quotientopt.optim.saved import (
     NAMES,
     arranged,
@@ -22,6 +22,7 @@ from quotientopt.optim.saved import (
 )
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
+from quotientopt.symmetries.sharded import is_sharded, refuse_flattened
 
 
 @contextlib.contextmanager
@@ -88,6 +89,7 @@ class SymmetricOptimizer(Optimizer):
         example_inputs: Any = None,
     ) -> None:
         self._refuse_options(defaults)
+        refuse_partitions()
         if example_inputs is not None and not isinstance(model_or_params, nn.Module):
             raise TypeError(
                 f"{type(self).__name__} finds symmetries from example_inputs in a model; pass the "
@@ -120,9 +122,11 @@ class SymmetricOptimizer(Optimizer):
         for block in (block for symmetry in symmetries.heads for block in symmetry.blocks):
             if block.name:
                 self._names.setdefault(id(block.parameter), block.name)
-        # Parameters of the symmetries that were in a param group at the last plan.
+        # At the last plan: parameters of the symmetries in a param group, and all parameters.
         self._held: dict[int, str] = {}
+        self._places: list[list[Tensor]] = []
         super().__init__(model_or_params, defaults)
+        refuse_flattened(None, (p for group in self.param_groups for p in group["params"]))
         refuse_foreign_symmetries(self.param_groups, symmetries)
         self._plan()
 
@@ -143,15 +147,50 @@ class SymmetricOptimizer(Optimizer):
 
         Its partner would be stepped along a geometry that is not the model's any more.
         """
-        own = {id(p) for group in self.param_groups for p in group["params"]}
+        self._follow_sharding()
+        own = {id(p): p for group in self.param_groups for p in group["params"]}
+        refuse_flattened(None, own.values())
         for key, name in self._held.items():
             if key not in own:
+                if own and all(p.ndim == 1 for p in own.values()):
+                    raise ValueError(
+                        f"the param groups hold flat tensors in place of {name!r} and the others, "
+                        "as DeepSpeed's ZeRO makes them: pairs and heads are cut anywhere there; "
+                        "shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps every "
+                        "parameter's shape"
+                    )
                 raise ValueError(
                     f"parameter {name!r}, which belongs to a symmetry, is not in the param groups "
                     "any more; make a new optimizer for the model as it is now"
                 )
         blocks = (block for symmetry in self.symmetries.heads for block in symmetry.blocks)
         self._held = {id(b.parameter): b.name for b in blocks if id(b.parameter) in own}
+        self._places = [list(group["params"]) for group in self.param_groups]
+
+    def _follow_sharding(self) -> None:
+        """Go on with sharded parameters that have taken the places of whole ones.
+
+        As accelerate does, which shards a model after its optimizer was made.
+        """
+        places = [list(group["params"]) for group in self.param_groups]
+        if not self._places or list(map(len, places)) != list(map(len, self._places)):
+            return
+        pairs = [
+            (old, new)
+            for before, after in zip(self._places, places, strict=True)
+            for old, new in zip(before, after, strict=True)
+            if old is not new
+        ]
+        followed = all(is_sharded(new) and old.shape == new.shape for old, new in pairs)
+        if not pairs or not followed or self.state:
+            return
+        # What was not sharded along, a frozen base under adapters say, is let go.
+        moved = self.symmetries.on({id(old): new for old, new in pairs})
+        self.symmetries = moved.within(new for group in places for new in group)
+        for old, new in pairs:
+            if id(old) in self._names:
+                self._names[id(new)] = self._names.pop(id(old))
+        self._held = {}
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Check a state that torch has just loaded from ``loaded``, and undo its casts."""
@@ -296,6 +335,7 @@ class SymmetricOptimizer(Optimizer):
         if named is not None:
             self._asked = False
             self._held = {}
+            self._places = []
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()
 

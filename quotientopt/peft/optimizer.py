@@ -39,7 +39,8 @@ def create_quotient_optimizer(
     optimizer_cls : type
         :class:`quotientopt.QuotientAdam` or a subclass.
     lr : float or Tensor
-        Learning rate. The step of a pair is absolute in B A, whatever the scale of the factors.
+        Learning rate. The step of a pair is absolute in B A, whatever the scale of the factors. Of
+        a tensor every param group gets a copy of its own.
     weight_decay : float
         Decoupled, of the pairs and of other matrices; parameters of one dimension (biases, gains,
         magnitudes) have none.
@@ -119,7 +120,8 @@ def _param_groups(
     return [
         {
             "params": parameters,
-            "lr": rates[kind],
+            # Schedulers multiply a tensor in place, once for each group.
+            "lr": rate.clone() if isinstance(rate := rates[kind], Tensor) else rate,
             "weight_decay": 0.0 if kind == "vectors" else weight_decay,
         }
         for kind, parameters in groups

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from quotientopt.symmetries import HeadSymmetry, NotUnderstoodError, SymmetryMap
 from quotientopt.symmetries.exactness import Ownership, with_one_dtype, without_conflicts
 from quotientopt.symmetries.registry import class_names, lookup
+from quotientopt.symmetries.sharded import any_sharded, refuse_flattened, stand_ins
 
 _LAYERS = "peft.tuners.lora."
 # Parameters of a layer of peft that hold the factors of its adapters.
@@ -39,8 +40,8 @@ def find_trained_pairs(model: nn.Module) -> SymmetryMap:
     TypeError
         If ``model`` is no Module.
     ValueError
-        If there is no adapter, none is trained, a pair is half frozen, or a factor is quantised,
-        sharded or on the meta device; the message names it.
+        If there is no adapter, none is trained, a pair is half frozen, or a factor is quantised or
+        on the meta device; the message names it. If FSDP1 or DeepSpeed has flattened parameters.
 
     Warns
     -----
@@ -49,6 +50,11 @@ def find_trained_pairs(model: nn.Module) -> SymmetryMap:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    refuse_flattened(model, model.parameters())
+    if any_sharded(model.parameters()):
+        with stand_ins(model) as stood_for:
+            symmetries = find_trained_pairs(model)
+        return symmetries.on(stood_for)
     factors = {name: p for name, p in model.named_parameters() if _is_factor(name)}
     if not factors:
         raise ValueError(
@@ -94,7 +100,7 @@ def _require_plain(name: str, factor: Tensor) -> None:
     if is_traceable_wrapper_subclass(factor) or not factor.dtype.is_floating_point:
         kind = factor.dtype if type(factor) in (Tensor, nn.Parameter) else type(factor).__name__
         raise ValueError(
-            f"LoRA factor {name!r} is quantised or sharded ({kind}); only plain floating-point "
+            f"LoRA factor {name!r} is quantised ({kind}); only plain floating-point "
             "factors can be trained, over a quantised base if need be"
         )
 

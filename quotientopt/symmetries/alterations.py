@@ -171,6 +171,8 @@ def _patched_class(module: nn.Module) -> str | None:
     for base in cls.__mro__:
         if base is nn.Module:
             break
+        if only_shards(base):
+            continue
         # A class that is not where its name says may come from anywhere.
         scope = vars(sys.modules.get(base.__module__, sys))
         known = homes if scope.get(base.__qualname__) is base else None
@@ -181,6 +183,20 @@ def _patched_class(module: nn.Module) -> str | None:
         if "forward" in vars(base):
             break
     return None
+
+
+def only_shards(base: type) -> bool:
+    """Whether a class is one that ``fully_shard`` puts before a module's own: it computes as that.
+
+    A base of both may wrap the forward of every subclass, as those of transformers do.
+    """
+    if not base.__module__.startswith("torch.distributed."):
+        return False
+    if "forward" not in vars(base):
+        return True
+    own, *inherited = [vars(b)["forward"] for b in base.__mro__ if "forward" in vars(b)]
+    innermost = [list(_layers(function))[-1] for function in (own, *inherited[:1])]
+    return len(innermost) == 2 and innermost[0] is innermost[1]
 
 
 def _belongs(

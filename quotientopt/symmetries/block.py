@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quotientopt.symmetries.sharded import is_sharded, refuse_values
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -111,6 +113,8 @@ class Block:
         ValueError
             If the parameter's memory layout has changed since the block was made, or it is smaller.
         """
+        if tensor is None and is_sharded(self.parameter):
+            refuse_values(self.name)
         if self.parameter.stride() != self.layout:
             raise ValueError(
                 f"the memory layout of parameter {self.name!r} has changed from strides "

@@ -42,6 +42,7 @@ from quotientopt.symmetries.residual import (
     norm_breakers,
     unknown_layers,
 )
+from quotientopt.symmetries.sharded import any_sharded, refuse_flattened, stand_ins
 
 _SHOWN = 3
 
@@ -81,10 +82,11 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     TypeError
         If ``model`` is not a Module.
     ValueError
-        If a parameter has no plain floating-point values (meta device, uninitialised, quantised,
-        sharded); the message names it. A quantised base under low-rank adapters is listed as not
-        understood instead. If the model does not run on the inputs, its outputs have no gradient,
-        are not finite or differ between two runs, or there is too little memory.
+        If a parameter has no plain floating-point values (meta device, uninitialised, quantised);
+        the message names it. If FSDP1 or DeepSpeed has flattened the parameters; DTensors
+        (``fully_shard``) are understood, by class alone. A quantised base under low-rank adapters
+        is listed as not understood instead. If the model does not run on the inputs, its outputs
+        have no gradient, are not finite or differ between two runs, or there is too little memory.
 
     Warns
     -----
@@ -105,6 +107,10 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     >>> print(find_symmetries(model, tokens))  # doctest: +SKIP
     >>> find_symmetries(model, **batch).unrecognized  # doctest: +SKIP
     """
+    if isinstance(model, nn.Module):
+        refuse_flattened(model, model.parameters())
+        if any_sharded(model.parameters()):
+            return _of_sharded(model, bool(inputs or kwargs))
     findings = collect(model)
     ownership = Ownership(model)
     contributions = findings.contributions.values()
@@ -146,6 +152,18 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         not_exercised=[*found.not_exercised, *found.not_examined],
         overlapping=overlapping,
     )
+
+
+def _of_sharded(model: nn.Module, with_inputs: bool) -> SymmetryMap:
+    """The symmetries of a model with DTensor parameters, by the classes of its modules."""
+    if with_inputs:
+        raise ValueError(
+            "symmetries are found from example inputs on whole parameters, and the model's are "
+            "sharded: find them before fully_shard, and pass symmetries.for_model(model) after it"
+        )
+    with stand_ins(model) as stood_for:
+        symmetries = find_symmetries(model)
+    return symmetries.on(stood_for)
 
 
 def _dropouts(model: nn.Module) -> tuple[str, ...]:

@@ -148,10 +148,11 @@ class HeadSymmetry:
 
     def renamed(self, name_of: Callable[[Block], str]) -> HeadSymmetry:
         """The same symmetry with the blocks' parameters under other names."""
-        new = {
-            id(block): replace(block, name=name_of(block))
-            for block in (*self.blocks, *self._sinks())
-        }
+        return self.with_blocks(lambda block: replace(block, name=name_of(block)))
+
+    def with_blocks(self, change: Callable[[Block], Block]) -> HeadSymmetry:
+        """The same symmetry with every block, the output bias's too, replaced by another."""
+        new = {id(block): change(block) for block in (*self.blocks, *self._sinks())}
         translation = self.translation
         if translation is not None:
             sink = translation.sink

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import outside_autocast
+from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.census import (
     HEADS,
     LENGTHS,
@@ -23,7 +25,9 @@ from quotientopt.symmetries.census import (
 )
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.head_blocks import HeadBlocks, head_blocks
+from quotientopt.symmetries.registry import plain
 from quotientopt.symmetries.residual import ResidualStream
+from quotientopt.symmetries.sharded import any_sharded, refuse_values
 from quotientopt.symmetries.verification import deviations, unchanged_outputs
 
 RESIDUAL = "residual"
@@ -174,6 +178,111 @@ class SymmetryMap:
             further=self.further,
         )
 
+    def on(self, parameters: Mapping[int, Tensor]) -> SymmetryMap:
+        """The same symmetries on other parameters of the same shapes and strides.
+
+        Parameters
+        ----------
+        parameters : mapping of int to Tensor
+            ``id`` of a parameter to the one that takes its place; others stay.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            return parameters.get(id(tensor), tensor)
+
+        def change(block: Block) -> Block:
+            return replace(block, parameter=moved(block.parameter))
+
+        stream = self.residual
+        if stream is not None:
+            own = {name: moved(parameter) for name, parameter in stream.parameters.items()}
+            stream = replace(stream, parameters=own)
+        directions = [
+            replace(found, parameters=tuple(map(moved, found.parameters)))
+            for found in self.further.directions
+        ]
+        return SymmetryMap(
+            [symmetry.with_blocks(change) for symmetry in self.heads],
+            stream,
+            residual_reason=self.residual_reason,
+            unrecognized=self.unrecognized,
+            gauge_free=self.gauge_free,
+            hidden_units=[symmetry.with_blocks(change) for symmetry in self.hidden_units],
+            scales=[
+                ScaleSymmetry([change(b) for b in scale.blocks], scale.name, source=scale.source)
+                for scale in self.scales
+            ],
+            not_exercised=self.not_exercised,
+            overlapping=self.overlapping,
+            left_alone=self.left_alone,
+            further=replace(self.further, directions=tuple(directions)),
+        )
+
+    def within(self, parameters: Iterable[Tensor]) -> SymmetryMap:
+        """The symmetries of heads and the part of the stream on some parameters alone.
+
+        Raises
+        ------
+        ValueError
+            If a pair has one factor among them and the other elsewhere.
+        """
+        own = {id(parameter) for parameter in parameters}
+        heads = []
+        for symmetry in self.heads:
+            inside = [id(block.parameter) in own for block in symmetry.blocks]
+            if all(inside):
+                heads.append(symmetry)
+            elif any(inside):
+                names = [block.name for block in symmetry.blocks]
+                raise ValueError(
+                    f"symmetry {symmetry.name!r}: {names[inside.index(True)]!r} is among the "
+                    f"parameters, {names[inside.index(False)]!r} is not"
+                )
+        stream = self.residual
+        if stream is not None:
+            names = [name for name, p in stream.parameters.items() if id(p) in own]
+            stream = replace(
+                stream,
+                axes={name: stream.axes[name] for name in names},
+                parameters={name: stream.parameters[name] for name in names},
+            )
+        return SymmetryMap(
+            heads,
+            stream,
+            residual_reason=self.residual_reason,
+            unrecognized=self.unrecognized,
+            gauge_free=self.gauge_free,
+            left_alone=self.left_alone,
+        )
+
+    def for_model(self, model: nn.Module) -> SymmetryMap:
+        """The same symmetries on the parameters of the same names of another copy of the model.
+
+        For symmetries that are found from example inputs, which takes whole parameters: find them,
+        shard the model with ``fully_shard``, and pass ``symmetries.for_model(model)``.
+
+        Raises
+        ------
+        ValueError
+            If the model has no parameter of a name, or one of another shape.
+        """
+        named = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        found: dict[int, Tensor] = {}
+        owned = [block for symmetry in self.linear for block in symmetry.blocks]
+        owned += [sink for s in self._translated() for sink in s._sinks()]
+        used = [(block.name, block.parameter) for block in owned]
+        used += [] if self.residual is None else list(self.residual.parameters.items())
+        for name, parameter in used:
+            other = named.get(plain(name))
+            if other is None or other.shape != parameter.shape:
+                shape = "no such parameter" if other is None else f"shape {tuple(other.shape)}"
+                raise ValueError(
+                    f"the symmetries act on {name!r} of shape {tuple(parameter.shape)}, and the "
+                    f"model has {shape}: they belong to another model"
+                )
+            found[id(parameter)] = other
+        return self.on(found)
+
     def head_blocks(self) -> list[HeadBlocks]:
         """Views ``(heads, r, n)`` of every query, key, value and output matrix of an attention.
 
@@ -261,6 +370,7 @@ class SymmetryMap:
             with unchanged_outputs(model, example_inputs, "this group element"):
                 self.act_(element)
             return
+        self.refuse_sharded()
         known = self._actors()
         translated = {symmetry.name + TRANSLATION: symmetry for symmetry in self._translated()}
         names = {*known, *translated, *([RESIDUAL] if self.residual is not None else [])}
@@ -278,6 +388,12 @@ class SymmetryMap:
             actors[name].act_(g)  # type: ignore[union-attr]
         for name, t in shifts.items():
             translated[name].translate_(t)
+
+    def refuse_sharded(self) -> None:
+        """Refuse what needs values of parameters that are sharded over processes (ValueError)."""
+        for name in self.names:
+            if any_sharded(self.parameters_of(name)):
+                refuse_values(name)
 
     def _translated(self) -> list[HeadSymmetry]:
         """The head symmetries with an affine part."""

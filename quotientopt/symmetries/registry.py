@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import nn
 
-from quotientopt.symmetries.alterations import alteration, replaced_rotary
+from quotientopt.symmetries.alterations import alteration, only_shards, replaced_rotary
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.sources import class_text, named_text
 
@@ -252,7 +252,8 @@ def follows(module: nn.Module, class_name: str) -> bool:
         for attribute, value in vars(base).items()
         if callable(value) and not isinstance(value, type) and not attribute.startswith("__")
     } | {"forward", "__call__"}
-    overridden = {attribute for base in ancestors[:position] for attribute in vars(base)}
+    added = [base for base in ancestors[:position] if not only_shards(base)]
+    overridden = {attribute for base in added for attribute in vars(base)}
     return not (methods - _HARMLESS) & overridden
 
 

@@ -12,6 +12,7 @@ from quotientopt.groups import O, StabilizerOfOnes
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.norm import Norm, Reader
 from quotientopt.symmetries.registry import Contribution, bare_modules, inside, plain, qualified
+from quotientopt.symmetries.sharded import is_sharded, refuse_values
 
 SHOWN = 3
 
@@ -91,6 +92,9 @@ class ResidualStream:
             If O(d) is broken, or the shape is wrong.
         """
         self.check_element(element)
+        for name, parameter in self.parameters.items():
+            if is_sharded(parameter):
+                refuse_values(name)
         for name, axis in self.axes.items():
             rows = self.parameters[name].detach().movedim(axis, -1)
             q = element.to(device=rows.device, dtype=torch.float64)

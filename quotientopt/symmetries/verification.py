@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from quotientopt._progress import progress
+from quotientopt.symmetries.sharded import is_sharded, refuse_values
 
 if TYPE_CHECKING:
     from quotientopt.symmetries.map import SymmetryMap
@@ -272,6 +273,9 @@ def _float64_copies(
     Tensors that share memory go on sharing it: a buffer may be a view of a weight. Yields a
     function that resets the buffers, and the copies of the given parameters.
     """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            refuse_values(name)
     training = {module: module.training for module in model.modules()}
     # A forward may register or replace buffers, so the dictionaries are kept as well.
     buffers = {module: dict(module._buffers) for module in model.modules()}

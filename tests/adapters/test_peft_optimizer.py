@@ -174,6 +174,17 @@ def test_conv1d_and_embeddings():
     assert losses[-1] < losses[0]
 
 
+def test_schedulers_of_a_tensor_lr_reach_every_group_once():
+    model = adapted(modules_to_save=["lm_head"])
+    optimizer = create_quotient_optimizer(model, lr=torch.tensor(1e-3))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert len({id(rate) for rate in rates}) == len(rates) > 1
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    optimizer.step()
+    scheduler.step()
+    assert [float(rate) for rate in rates] == pytest.approx([5e-4] * len(rates))
+
+
 def test_the_active_one_of_several_adapters():
     model = adapted()
     model.add_adapter("other", peft.LoraConfig(r=5, target_modules=["q_proj", "o_proj"]))

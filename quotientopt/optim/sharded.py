@@ -1,0 +1,525 @@
+"""QuotientAdam on parameters that are sharded over processes (DTensors).
+
+Storage stays sharded, computation is owned. The unit of ownership is what frames tie together: all
+heads of a pair, with biases (of fused weights both pairs), or one matrix on the residual stream.
+Units are dealt to the processes by size, those of equal shape in turn, so that they stay in stacks.
+A step is
+
+1. one all-to-all: shards of gradients go to their owners, shards of weights only where frames are
+   made (and for the few units whose update reads the weights, see :class:`Unit`),
+2. an ordinary QuotientAdam on the owners' whole tensors, where what concerns all slices is reduced
+   over the processes: whether frames are due, the Grams that break ties, the norm to clip by. All
+   processes take the step or all refuse it,
+3. one all-to-all back: of the updates, or of new weights where the weights had come. Decay and
+   subtraction are done on the shards.
+
+Parameters without frames never move: each process steps its shard. Gradients come averaged, as
+``fully_shard`` and ``parallelize_module`` leave them. Nothing here depends on how a DTensor is
+placed: along any dimension, on meshes of several dimensions, replicated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from quotientopt._linalg import wide_dtype
+from quotientopt.optim.checks import GradientError, StepRefusedError, refuse_nonfinite
+from quotientopt.optim.engine import Peers
+from quotientopt.optim.ownership import Placed, deal
+from quotientopt.optim.parcels import Parcels, Region, local_part
+from quotientopt.optim.translations import begin, put_back
+from quotientopt.optim.update import clip_scale
+from quotientopt.symmetries import SymmetryMap
+from quotientopt.symmetries.sharded import empty_like_whole
+
+if TYPE_CHECKING:
+    from quotientopt.optim.quotient_adam import PreparedStep, QuotientAdam
+
+
+class ShardedPeers(Peers):
+    """The other processes, asked for what concerns all slices of the model.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    streams : sequence of (int, dtype)
+        Width and dtype of computation of every residual stream, the same on all processes.
+    device : torch.device
+    """
+
+    none = False
+
+    def __init__(
+        self, group: Any, streams: Sequence[tuple[int, torch.dtype]], device: torch.device
+    ) -> None:
+        self.group = group
+        self.streams = list(streams)
+        self.device = device
+        self.of_step: tuple[int, int] | None = None
+
+    def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
+        """Of all slices, which is known everywhere before the step."""
+        return self.of_step
+
+    def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+        """The streams that one of the processes wants."""
+        flags = [float((width, dtype, self.device) in streams) for width, dtype in self.streams]
+        if not flags:
+            return streams
+        reduced = torch.tensor(flags, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        found = zip(self.streams, reduced.tolist(), strict=True)
+        return {(width, dtype, self.device) for (width, dtype), flag in found if flag}
+
+    def pooled(
+        self, grams: dict[tuple[Any, ...], Tensor], wanted: set[tuple[Any, ...]]
+    ) -> dict[tuple[Any, ...], Tensor]:
+        """Sums over all processes."""
+        total = {}
+        for width, dtype in self.streams:
+            key = (width, dtype, self.device)
+            if key in wanted:
+                gram = grams.get(key)
+                if gram is None:
+                    wide = wide_dtype(self.device)
+                    gram = torch.zeros(width, width, dtype=wide, device=self.device)
+                total[key] = gram.contiguous()
+                dist.all_reduce(total[key], group=self.group)
+        return total
+
+
+class Sharded:
+    """The step of a QuotientAdam some of whose parameters are DTensors.
+
+    Parameters
+    ----------
+    optimizer : QuotientAdam
+        Its param groups, options and symmetries are read; its state is filed here.
+
+    Raises
+    ------
+    ValueError
+        For options that need one process, and parameters on meshes that do not belong together.
+    """
+
+    def __init__(self, optimizer: QuotientAdam) -> None:
+        self.optimizer = optimizer
+        groups = optimizer.param_groups
+        refuse_options(groups)
+        parameters = [p for group in groups for p in group["params"]]
+        known = {id(p) for p in parameters}
+        tied = [b.parameter for s in optimizer.symmetries.heads for b in s.blocks]
+        # Partners that are frozen, which serve as geometry.
+        extra = list({id(p): p for p in tied if id(p) not in known}.values())
+        self.group, self.mesh = common_group([*parameters, *extra])
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.device = local_part(parameters[0]).device
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(
+            gathered, [Region.of(p) for p in (*parameters, *extra)], group=self.group
+        )
+        if len({len(found) for found in gathered}) != 1:
+            raise ValueError("the processes have optimizers over different numbers of parameters")
+        placed = [
+            Placed(parameter, [Region(*found[i]) for found in gathered])
+            for i, parameter in enumerate((*parameters, *extra))
+        ]
+        self.placed = placed[: len(parameters)]
+        self._of = {id(own.parameter): own for own in placed}
+        self.units, streams, symmetries = deal(optimizer, self._of, self.size)
+        if groups[0]["stochastic_rounding"] and any(
+            own.unit is None and len(own.holders) < self.size for own in self.placed
+        ):
+            raise ValueError(
+                "stochastic_rounding would round copies of one shard differently on different "
+                "processes; use master_weights=True"
+            )
+        # Those that travel, in one order.
+        tied_dtypes = [own.parameter.dtype for unit in self.units for own in unit.members]
+        self.dtypes = list(dict.fromkeys(tied_dtypes))
+        self.inner = self._inner(symmetries)
+        self.peers = ShardedPeers(self.group, streams, self.device)
+        self.inner._peers = self.peers
+
+    def _inner(self, symmetries: SymmetryMap) -> QuotientAdam:
+        """An optimizer of what this process steps, all of it plain tensors."""
+        from quotientopt.optim.quotient_adam import QuotientAdam
+
+        local: dict[int, Tensor] = {}
+        for key, own in self._of.items():
+            parameter = own.parameter
+            if own.unit is None:
+                values = local_part(parameter)
+            elif own.unit.owner == self.rank:
+                values = empty_like_whole(parameter, self.device)
+            else:
+                continue
+            own.local = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            if own.unit is not None:
+                local[key] = own.local
+        owned = [own.parameter for key, own in self._of.items() if key in local]
+        own_map = symmetries.within(owned).on(local)
+        groups = [
+            {
+                **{k: v for k, v in group.items() if k not in ("params", "param_names")},
+                "params": [own.local for own in self._members(group) if own.local is not None],
+            }
+            for group in self.optimizer.param_groups
+        ]
+        known = inspect.signature(QuotientAdam).parameters  # torch adds some of its own
+        options = {k: v for k, v in self.optimizer.defaults.items() if k in known}
+        inner = QuotientAdam(groups, **options, symmetries=own_map)
+        inner._names = {
+            id(own.local): self.optimizer._name(own.parameter)
+            for own in self._of.values()
+            if own.local is not None
+        }
+        self.release()
+        return inner
+
+    def _members(self, group: Mapping[str, Any]) -> list[Placed]:
+        return [self._of[id(parameter)] for parameter in group["params"]]
+
+    def _owned(self) -> Iterator[Placed]:
+        for unit in self.units:
+            if unit.owner == self.rank:
+                yield from unit.members
+
+    def hold(self) -> None:
+        """Give the whole tensors of owned units memory."""
+        for own in self._owned():
+            assert own.local is not None
+            storage = own.local.untyped_storage()
+            size = own.parameter.numel() * own.parameter.element_size()
+            if storage.nbytes() != size:
+                storage.resize_(size)
+
+    def release(self) -> None:
+        """Take the memory back where the next step needs no weights."""
+        for own in self._owned():
+            assert own.local is not None
+            assert own.unit is not None
+            own.local.grad = None
+            if not own.unit.whole:
+                own.local.untyped_storage().resize_(0)
+
+    # ---- one step ------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Take one step, or refuse it, on all processes alike."""
+        given = self._given()
+        if not any(given.values()):
+            return
+        self._follow_options()
+        active = [self._of[key] for key, has in given.items() if has]
+        framed = [own.steps for own in active if own.framed]
+        extent = (min(framed), max(framed)) if framed else None
+        self.peers.of_step = extent
+        every = self.optimizer.param_groups[0]["refresh_every"]
+        due = extent is not None and (extent[0] == 0 or (extent[1] + 1) % every == 0)
+        self.hold()
+        self._gather({id(own) for own in active}, due)
+        try:
+            self._step_whole_tensors(due)
+            self._scatter(active, due)
+        finally:
+            self.release()
+        for own in active:
+            own.steps += 1
+        self.file()
+
+    def _step_whole_tensors(self, due: bool) -> None:
+        held = begin(self.inner._absorbed)
+        try:
+            prepared, problem = self._prepare()
+            scale = self._agree(prepared, problem)
+            assert prepared is not None
+            for own in self._owned():
+                assert own.local is not None
+                assert own.unit is not None
+                if not own.unit.whole and not due:
+                    own.local.detach().zero_()  # The step then leaves the update in its place.
+            self.inner._take(prepared, scale, None, held)
+        finally:
+            put_back(held)
+
+    def _given(self) -> dict[int, bool]:
+        """Which parameters have a gradient on any process."""
+        gradients = [own.parameter.grad for own in self.placed]
+        marks = [0 if g is None else 1 if g.layout == torch.strided else 2 for g in gradients]
+        reduced = torch.tensor(marks, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        found = reduced.tolist()
+        for own, mark in zip(self.placed, found, strict=True):
+            if mark == 2:
+                raise RuntimeError(
+                    f"the gradient of {self.optimizer._name(own.parameter)!r} is sparse; "
+                    "QuotientAdam needs dense gradients (for an embedding: sparse=False)"
+                )
+        return {id(own.parameter): mark == 1 for own, mark in zip(self.placed, found, strict=True)}
+
+    def _follow_options(self) -> None:
+        """Take over the options, which schedulers change, and what is frozen."""
+        for group, own in zip(self.optimizer.param_groups, self.inner.param_groups, strict=True):
+            own.update({k: v for k, v in group.items() if k not in ("params", "param_names")})
+        for placed in self._of.values():
+            if placed.local is not None:
+                placed.local.requires_grad_(placed.parameter.requires_grad)
+
+    def _gradient(self, own: Placed) -> Tensor:
+        """This process's part of a gradient; zero where only others have one."""
+        gradient = own.parameter.grad
+        if gradient is None:
+            return torch.zeros_like(own.shard)
+        parameter = own.parameter
+        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+            # A norm's gain may come as a sum over the processes that split a sequence.
+            gradient = gradient.redistribute(placements=parameter.placements)
+        return local_part(gradient).to(parameter.dtype)
+
+    def _gather(self, active: set[int], due: bool) -> None:
+        """Bring gradients, and weights where they are needed, to the owners."""
+        parcels = Parcels(self.group, self.device, self.dtypes)
+        # On all processes, in one order: sums over processes are reduced here.
+        gradients = {id(own): self._gradient(own) for own in self.placed if id(own) in active}
+        for own in self.placed:
+            if own.unit is None and own.local is not None:
+                own.local.data = own.shard
+                own.local.grad = gradients.get(id(own))
+        for unit in self.units:
+            for own in unit.members:
+                parts = [own.shard] if unit.whole or due else []
+                parts += [gradients[id(own)]] if id(own) in active else []
+                if own.sends(self.rank, unit.owner):
+                    for part in parts:
+                        parcels.send(unit.owner, part)
+                if own.local is None:
+                    continue
+                whole = own.local
+                places = []
+                if unit.whole:
+                    # What was not written to keeps its version, by which pairs know it.
+                    weights = torch.empty_like(whole)
+                    places.append(weights)
+                    parcels.then(_renew(whole, weights))
+                elif due:
+                    places.append(whole.detach())
+                if id(own) in active:
+                    whole.grad = empty_like_whole(own.parameter, self.device)
+                    places.append(whole.grad)
+                sources = [rank for rank in range(self.size) if own.sends(rank, unit.owner)]
+                for source in sources:
+                    for place in places:
+                        parcels.take(source, own.regions[source], place)
+        parcels.exchange()
+
+    def _prepare(self) -> tuple[PreparedStep | None, Exception | None]:
+        try:
+            return self.inner._prepare(self.inner._gradients()), None
+        except Exception as problem:
+            # Told to the others, who would wait for this process in the next collective.
+            return None, problem
+
+    def _agree(self, prepared: PreparedStep | None, problem: Exception | None) -> Tensor | None:
+        """The factor to clip by; raises on all processes if one of them cannot step."""
+        norms, shares = [], list[float]()
+        if prepared is not None:
+            norms = prepared.norms
+            plain = [p for own in self.inner._slices.plain for p in own if p.grad is not None]
+            copies = {
+                id(own.local): len(own.holders[own.regions[self.rank]])
+                for own in self.placed
+                if own.unit is None
+            }
+            shares = [1.0] * len(prepared.dressed_stacks)
+            shares += [1 / copies.get(id(p), 1) for p in plain]
+        dtype = wide_dtype(self.device)
+        total = torch.zeros(2, dtype=dtype, device=self.device)
+        if norms:
+            weights = torch.tensor(shares, dtype=dtype, device=self.device)
+            total[0] = (torch.stack(list(norms)).to(dtype).square() * weights).sum()
+        total[1] = float(problem is not None)
+        dist.all_reduce(total, group=self.group)
+        square, failed = total.tolist()
+        if failed:
+            self._refuse(problem)
+        if not square < float("inf"):
+            try:
+                refuse_nonfinite(norms, self.inner._gradients(), self.inner._name)
+            except GradientError as found:
+                problem = found
+            self._refuse(problem)
+        return clip_scale([total[0].sqrt()], self.optimizer.param_groups[0]["max_grad_norm"])
+
+    def _refuse(self, problem: Exception | None) -> NoReturn:
+        """Raise the first problem of any process on all of them."""
+        told: list[Any] = [None] * self.size
+        own = None if problem is None else (isinstance(problem, StepRefusedError), str(problem))
+        dist.all_gather_object(told, own, group=self.group)
+        rank, found = next(
+            ((i, found) for i, found in enumerate(told) if found is not None),
+            (0, (True, "the gradients overflow when squared; nothing was updated")),
+        )
+        if problem is not None and rank == self.rank:
+            raise problem
+        kind = GradientError if "gradient" in found[1] else StepRefusedError
+        raise (kind if found[0] else RuntimeError)(f"on process {rank}: {found[1]}")
+
+    def _scatter(self, active: Sequence[Placed], due: bool) -> None:
+        """Bring updates, or new weights, back to the shards."""
+        parcels = Parcels(self.group, self.device, self.dtypes)
+        rates = {
+            id(p): 1 - group["lr"] * group["weight_decay"]
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        for own in active:
+            unit = own.unit
+            if unit is None:
+                continue
+            if own.local is not None:
+                for rank, region in enumerate(own.regions):
+                    parcels.send(rank, region.take(own.local.detach()))
+            shard = own.shard
+            part = torch.empty_like(shard)
+            parcels.take(unit.owner, own.regions[self.rank].alone, part)
+            if unit.whole or due:
+                parcels.then(_copy(shard, part))
+            else:
+                parcels.then(_decay_and_add(shard, part, rates[id(own.parameter)]))
+        parcels.exchange()
+
+    # ---- frames between steps -------------------------------------------------------------------
+
+    def refresh_frames(self) -> None:
+        """Make frames afresh from the weights as they are now."""
+        if not self.inner.state and not any(own.steps for own in self.placed):
+            return
+        self.hold()
+        self._gather(set(), due=True)
+        counts = [own.steps for own in self.placed if own.framed]
+        self.peers.of_step = (min(counts), max(counts)) if counts else None
+        problem: Exception | None = None
+        engine, dressings = None, None
+        try:
+            engine = self.inner._current_engine()
+            dressings = engine.fresh_dressings()
+        except StepRefusedError as found:
+            problem = found
+        failed = torch.tensor(float(problem is not None), device=self.device)
+        dist.all_reduce(failed, group=self.group)
+        if failed:
+            self.release()
+            self._refuse(problem)
+        assert engine is not None
+        assert dressings is not None
+        engine.refresh(dressings)
+        self.release()
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def file(self) -> None:
+        """Show each parameter's state in the optimizer: whole at the owner, else its shard."""
+        state = self.optimizer.state
+        for own in self.placed:
+            if own.local is not None and own.local in self.inner.state:
+                inner = self.inner.state[own.local]
+                if own.unit is not None:
+                    state[own.parameter] = inner
+                    continue
+                shown = state[own.parameter]
+                for key, value in inner.items():
+                    if isinstance(own.parameter, DTensor) and value.shape == own.shard.shape:
+                        if key not in shown or local_part(shown[key]) is not value:
+                            shown[key] = _as_shard(value, own.parameter)
+                    else:
+                        shown[key] = value
+            elif own.steps:
+                state[own.parameter]["step"] = torch.tensor(float(own.steps))
+
+
+def common_group(parameters: Sequence[Tensor]) -> tuple[Any, DeviceMesh]:
+    """The process group of the largest mesh of some parameters, and that mesh.
+
+    Raises
+    ------
+    ValueError
+        If the mesh of another parameter has processes outside it.
+    """
+    meshes: list[DeviceMesh] = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor) and parameter.device_mesh not in meshes:
+            meshes.append(parameter.device_mesh)
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    ranks = sorted(largest.mesh.flatten().tolist())
+    for mesh in meshes:
+        if not set(mesh.mesh.flatten().tolist()) <= set(ranks):
+            raise ValueError(
+                f"parameters are on meshes of the processes {ranks} and "
+                f"{sorted(mesh.mesh.flatten().tolist())}, of which neither holds the other; make "
+                "one optimizer for each"
+            )
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD, largest
+    if largest.ndim == 1:
+        return largest.get_group(), largest
+    return dist.new_group(ranks, use_local_synchronization=True), largest
+
+
+def refuse_options(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that need all of a model in one process.
+
+    Raises
+    ------
+    ValueError
+        Naming the option.
+    """
+    for group in param_groups:
+        if group["residual_frame"] == "shared":
+            raise ValueError(
+                "residual_frame='shared' pools all matrices and is not there for sharded "
+                "parameters; use residual_frame='per_matrix'"
+            )
+        if group["capturable"]:
+            raise ValueError(
+                "capturable=True is not there for sharded parameters, whose steps wait for other "
+                "processes; leave it out"
+            )
+
+
+def _renew(own: Tensor, values: Tensor) -> Callable[[], object]:
+    """Write values where they differ: what nobody wrote to keeps its version."""
+
+    def action() -> None:
+        if not torch.equal(own.detach(), values):
+            own.detach().copy_(values)
+
+    return action
+
+
+def _copy(shard: Tensor, part: Tensor) -> Callable[[], object]:
+    return lambda: shard.copy_(part)
+
+
+def _decay_and_add(shard: Tensor, part: Tensor, decay: float | Tensor) -> Callable[[], object]:
+    return lambda: shard.mul_(decay).add_(part)
+
+
+def _as_shard(local: Tensor, parameter: DTensor) -> DTensor:
+    """A DTensor placed as a parameter is, of this process's part."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

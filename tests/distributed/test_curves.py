@@ -1,0 +1,145 @@
+"""Sharded runs are those of one process, step by step."""
+
+import pytest
+import torch
+
+from .curves import (
+    compared,
+    factory,
+    in_float32,
+    same_batch,
+    traffic,
+    twins,
+    without_pooling,
+)
+
+HEADS = {"gpt": 6, "llama": 6, "gpt2": 6, "lora": 12, "thin": 12}
+
+
+def check(results, name, share):
+    for found in results:
+        print(name, found)
+        assert found["losses"] < 1e-10
+        assert found["weights"] < 1e-8
+        assert found["moved"] > 1e-2
+        assert found["heads"] == HEADS[name]
+        assert found["share"] < share
+
+
+SHORT = ["gpt2", "lora", *(pytest.param(n, marks=pytest.mark.long) for n in ("gpt", "llama"))]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_fsdp_equals_one_process(two, name):
+    check(two.run(compared, name, "fsdp", 12, {}), name, 0.6)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_tensor_parallel_equals_one_process(two, name):
+    check(two.run(compared, name, "tp", 12, {}), name, 0.6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gpt", "llama", "gpt2", "lora"])
+def test_fsdp_on_four_processes(four, name):
+    check(four.run(compared, name, "fsdp", 30, {}), name, 0.35)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gpt", "llama", "gpt2", "lora"])
+def test_thirty_steps(two, name):
+    check(two.run(compared, name, "fsdp", 30, {}), name, 0.6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["both", "hybrid"])
+def test_two_axes_equal_one_process(four, way):
+    check(four.run(compared, "llama", way, 30, {}), "llama", 0.35)
+
+
+def test_ties_are_broken_by_all_matrices(two):
+    """The control: with Grams of its own matrices alone every process makes other frames."""
+    assert min(two.run(without_pooling, "gpt")) > 1e-6
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_sharded_twins(two, name):
+    for deviation in two.run(twins, name, "fsdp", 8, "quotient"):
+        print(name, deviation)
+        assert deviation < 1e-8
+
+
+def test_sharded_adamw_sees_the_gauge(two):
+    assert min(two.run(twins, "gpt", "fsdp", 8, "adamw")) > 1e-4
+
+
+def test_what_a_step_sends(two):
+    """Gradients to the owners and updates back; weights too where frames are made."""
+    for calls, away, back in two.run(traffic, "gpt"):
+        assert away > 0
+        for step, own in enumerate(calls):
+            fresh = step in (0, 3)
+            exchanged = [size for kind, size in own if kind == "exchange"]
+            reduced = [size for kind, size in own if kind == "reduce"]
+            assert exchanged == [away * (2 if fresh else 1), back]
+            # Which gradients there are, the norm, streams without frames, their Grams at first.
+            assert len(reduced) == 2 + fresh + (step == 0)
+            assert max(reduced) <= 8 * 32**2
+
+
+def test_shards_without_rows(two):
+    """Of LoRA factors of rank one a process holds nothing."""
+    check(two.run(compared, "thin", "fsdp", 6, {}), "thin", 0.6)
+
+
+def test_the_factory_of_peft(two):
+    assert max(two.run(factory, 6)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "least"),
+    [
+        (torch.float32, {}, 1e-5),
+        (torch.float32, {"foreach": False, "max_grad_norm": 0.1}, 1e-5),
+        # The same arithmetic on the same numbers.
+        (torch.bfloat16, {}, 0.0),
+        (torch.bfloat16, {"master_weights": True}, 0.0),
+    ],
+)
+def test_other_dtypes(two, dtype, options, least):
+    for deviation in two.run(same_batch, dtype, options):
+        print(dtype, options, deviation)
+        assert deviation <= least
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_float32_differs_no_more_than_adamw(two, name):
+    for own, adamw in two.run(in_float32, name, 10):
+        print(name, own, adamw)
+        assert own <= 10 * max(adamw, 1e-7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt", {"polar": True, "hidden_units": True}),
+        ("gpt", {"residual_frame": None}),
+        ("gpt", {"head_frame": None, "nesterov": False}),
+        ("gpt", {"row_frame": "per_matrix"}),
+        ("gpt2", {"polar": False, "refresh_every": 3}),
+        ("gpt", {"head_frame": "orthonormal", "residual_frame": None}),
+        ("gpt2", {"head_frame": "svd", "polar": False}),
+        ("gpt2", {"head_frame": None, "residual_frame": None}),
+        ("llama", {"polar": True}),
+        ("llama", {"maximize": True}),
+        ("lora", {"lora_frame": None}),
+        ("lora", {"lora_frame": "balanced"}),
+        ("lora", {"lora_polar": True, "refresh_every": 3}),
+    ],
+)
+def test_options(two, name, options):
+    for found in two.run(compared, name, "fsdp", 10, options):
+        print(name, options, found)
+        assert found["losses"] < 1e-10
+        assert found["weights"] < 1e-7

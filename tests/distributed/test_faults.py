@@ -1,0 +1,74 @@
+"""What goes wrong on one process is refused on all, or taken by all."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .faults import (
+    added_group,
+    deficient_pair,
+    example_of,
+    found_before_sharding,
+    missing_gradient,
+    nan_on_one,
+    no_gradients,
+    thawed,
+)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", ["blocks.1.attention.value.weight", "blocks.2.mlp.up.weight"])
+def test_nan_on_one_process_is_refused_by_all(two, name, first):
+    for text, unchanged, goes_on in two.run(nan_on_one, name, first):
+        assert name in text
+        assert "nothing was updated" in text
+        assert unchanged
+        assert goes_on
+
+
+def test_a_deficient_pair_is_refused_by_all(two):
+    for text, unchanged in two.run(deficient_pair):
+        assert "blocks.1.attention.qk" in text
+        assert "rank-deficient" in text
+        assert unchanged
+
+
+def test_a_gradient_that_one_process_lacks_is_zero_there(two):
+    for alike, finite in two.run(missing_gradient, False):
+        assert alike
+        assert finite
+
+
+def test_a_parameter_without_gradient_is_left_alone(two):
+    for alike, finite in two.run(missing_gradient, True):
+        assert not alike
+        assert finite
+
+
+def test_a_step_without_gradients_does_nothing(two):
+    for unchanged, states in two.run(no_gradients):
+        assert unchanged
+        assert states == 0
+
+
+def test_layers_that_are_trained_later(two):
+    assert max(two.run(thawed)) < 1e-8
+
+
+def test_symmetries_that_were_found_before_sharding(two):
+    for deviation, message in two.run(found_before_sharding):
+        assert deviation < 1e-10
+        assert "belong to another model" in message
+
+
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_a_group_that_is_added_later(two, tensor_rate):
+    assert max(two.run(added_group, tensor_rate)) < 1e-10
+
+
+def test_the_example_of_the_document(two):
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    text = page.read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert two.run(example_of, example) == [(4, True), (4, True)]
