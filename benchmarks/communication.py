@@ -20,7 +20,7 @@ OUT = Path(__file__).parent / "results" / "communication.json"
 def units():
     """(parameters, elements of state) of every unit: pairs, then matrices on the stream."""
     pair = 2 * WIDTH**2
-    frames = 2 * (2 * WIDTH**2 + 2 * HEADS * RANK**2)
+    frames = 2 * (2 * WIDTH**2 + 2 * (HEADS * RANK) ** 2)
     found = [(pair, 2 * pair + frames)] * (2 * LAYERS)
     found += [(HIDDEN * WIDTH, 2 * HIDDEN * WIDTH + 2 * WIDTH**2)] * (3 * LAYERS)
     return found + [(WORDS * WIDTH, 2 * WORDS * WIDTH + 2 * WIDTH**2)] * 2

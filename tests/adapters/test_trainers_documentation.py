@@ -1,46 +1,26 @@
-"""The examples of docs/trainers.md run, with AdamW's line and with the one that takes its place."""
+"""What docs/trainers.md and docs/distributed.md say; tests/docs runs their other examples."""
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import quotientopt as qo
+from tests.docs.pages import blocks
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
-EXAMPLES = re.findall(
-    r"<!-- needs: (.*?) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
-)
 
 
-def importable(package):
-    return pytest.importorskip(package, reason=f"needs {package}", exc_type=ImportError)
-
-
-def chosen(line):
-    """A line of a diff that is kept: added ones without their mark."""
-    if not line.startswith("+"):
-        return line
-    return f" {line[1:]}" if line.startswith("+  ") else line[2:]
-
-
-@pytest.mark.parametrize(("packages", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
-def test_examples_run(packages, example, tmp_path, monkeypatch):
-    for package in packages.split():
-        importable(package)
-    lines = [chosen(line) for line in example.splitlines() if not line.startswith("-")]
-    names = {"output_dir": str(tmp_path), "__name__": "example"}
-    exec("\n".join(lines), names)
-    made = [v for v in names.values() if hasattr(v, "symmetries") or hasattr(v, "optimizer")]
-    assert made or "optimizers" in names
-
-
-def test_every_example_is_run():
-    text = PAGE.read_text(encoding="utf-8")
-    assert len(EXAMPLES) == text.count("```python") == 6
+@pytest.mark.parametrize("package", ["lightning", "timm"])
+def test_blocks_that_need_a_package_run_where_it_is(package, tmp_path, monkeypatch):
+    pytest.importorskip(package, reason=f"needs {package}", exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+    (example,) = (b.code for b in blocks(PAGE) if b.not_run.startswith(f"needs {package}"))
+    names = {"__name__": "example"}
+    exec(example, names)
+    assert hasattr(names["optimizer"], "symmetries") or hasattr(names["optimizer"], "optimizer")
 
 
 def test_a_tensor_lr_is_copied_for_every_group():

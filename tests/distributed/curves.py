@@ -10,7 +10,7 @@ from quotientopt.symmetries.map import RESIDUAL
 
 from .models import MODELS, batches, loss_of, part_of, shard, state_size, train, whole
 
-OPTIONS = {"lr": 5e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
+OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
 
 def compared(name, way, steps, options):
