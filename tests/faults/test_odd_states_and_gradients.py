@@ -10,7 +10,7 @@ from tests.optim import low_rank_cases as pairs
 from tests.optim.training import batches, loss_of, small_model, train
 
 OPTIMIZERS = {
-    "adam": lambda model: qo.QuotientAdam(model, lr=8e-3),
+    "adam": lambda model: qo.QuotientAdam(model, lr=2e-3),
     "sgd": lambda model: qo.QuotientSGD(model, lr=0.03, momentum=0.9),
 }
 

@@ -56,11 +56,11 @@ PRUNED = {
 }
 OPTIMIZERS = {
     "adam": lambda m: qo.QuotientAdam(m, lr=2e-3),
-    "polar": lambda m: qo.QuotientAdam(m, lr=2e-3, polar=True),
+    "per head": lambda m: qo.QuotientAdam(m, lr=2e-3, row_frame="per_head"),
+    "step": lambda m: qo.QuotientAdam(m, lr=2e-3, row_frame="per_head", polar="step"),
     "no polar": lambda m: qo.QuotientAdam(m, lr=2e-3, polar=False, nesterov=False),
     "orthonormal": lambda m: qo.QuotientAdam(m, lr=2e-3, head_frame="orthonormal"),
     "svd": lambda m: qo.QuotientAdam(m, lr=2e-3, head_frame="svd"),
-    "all heads": lambda m: qo.QuotientAdam(m, lr=2e-3, row_frame="per_matrix", polar=True),
     "shared": lambda m: qo.QuotientAdam(m, lr=2e-3, residual_frame="shared"),
     "sgd": lambda m: qo.QuotientSGD(m, lr=0.03, momentum=0.9),
     "sgd, right-invariant": lambda m: qo.QuotientSGD(
@@ -149,13 +149,11 @@ def test_a_new_optimizer_takes_the_old_state(model):
 
 
 TWINS = {
-    "step": lambda m: qo.QuotientAdam(
-        m, lr=7.5e-4, weight_decay=0.1, polar="step", row_frame="per_head"
-    ),
-    "True": lambda m: qo.QuotientAdam(m, lr=7.5e-4, weight_decay=0.1, polar=True),
-    "False": lambda m: qo.QuotientAdam(m, lr=7.5e-4, weight_decay=0.1, polar=False),
+    "default": lambda m: qo.QuotientAdam(m, lr=7.5e-4, weight_decay=0.4),
+    "step": lambda m: qo.QuotientAdam(m, lr=7.5e-4, row_frame="per_head", polar="step"),
+    "False": lambda m: qo.QuotientAdam(m, lr=7.5e-4, row_frame="per_head", polar=False),
     "orthonormal": lambda m: qo.QuotientAdam(
-        m, lr=7.5e-4, head_frame="orthonormal", residual_frame=None
+        m, lr=7.5e-4, row_frame="per_head", head_frame="orthonormal", residual_frame=None
     ),
     "sgd": lambda m: qo.QuotientSGD(m, lr=0.03, momentum=0.9, weight_decay=0.1),
 }
@@ -182,7 +180,7 @@ def test_twins_of_the_other_heads(model):
         start = copy.deepcopy(model)
         prune_(pruned(start.blocks[1].attention))
         twin = twins(start, pruned)
-        makes = TWINS if pruned is channel else {"step": TWINS["step"], "sgd": TWINS["sgd"]}
+        makes = TWINS if pruned is channel else {name: TWINS[name] for name in ("default", "sgd")}
         for name, make in makes.items():
             first, second = copy.deepcopy((start, twin))
             losses = train(first, make(first), 22) - train(second, make(second), 22)
@@ -197,13 +195,14 @@ def plain(model):
     return torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-def test_a_head_without_a_frame_takes_adamws_step():
+@pytest.mark.parametrize("row_frame", ["per_head", "per_matrix"])
+def test_a_head_without_a_frame_takes_adamws_step(row_frame):
     model = small_model()
     prune_(channel(model.blocks[1].attention))
     twin = copy.deepcopy(model)
     options = {"lr": 3e-3, "weight_decay": 0.1}
-    adams = {"residual_frame": None, "polar": False, "nesterov": False, "update_scale": 1.0}
-    own = qo.QuotientAdam(model, **adams, **options)
+    raw = {"residual_frame": None, "polar": False, "nesterov": False, "update_scale": 1.0}
+    own = qo.QuotientAdam(model, row_frame=row_frame, **raw, **options)
     other = torch.optim.AdamW(twin.parameters(), **options)
     for tokens in batches(12):
         for net, optimizer in ((model, own), (twin, other)):

@@ -11,7 +11,7 @@ import quotientopt as qo
 from tests.optim.training import small_model, train
 
 OPTIMIZERS = {
-    "adam": lambda model: qo.QuotientAdam(model, lr=8e-3),
+    "adam": lambda model: qo.QuotientAdam(model, lr=2e-3),
     "sgd": lambda model: qo.QuotientSGD(model, lr=0.03, momentum=0.9),
 }
 

@@ -37,13 +37,13 @@ HEADS = {
     "balanced": {},
     "orthonormal": {"head_frame": "orthonormal"},
     "svd": {"head_frame": "svd"},
-    "all heads": {"row_frame": "per_matrix"},
+    "per head": {"row_frame": "per_head", "polar": "step"},
 }
 
 
 def trained_heads(options, steps=21):
     model = small_model()
-    optimizer = qo.QuotientAdam(model, lr=8e-3, **options)
+    optimizer = qo.QuotientAdam(model, lr=2e-3, **options)
     train(model, optimizer, steps)
     return model, optimizer
 
@@ -134,7 +134,7 @@ def swap(model, averages):
 def test_an_average_swapped_in_and_out_leaves_the_path(kind, told):
     if kind == "heads":
         model, run = small_model(), train
-        optimizer = qo.QuotientAdam(model, lr=8e-3)
+        optimizer = qo.QuotientAdam(model, lr=2e-3)
     else:
         model, run = pairs.Adapted(start="random"), pairs.train
         found = pairs.symmetries_of(model)
