@@ -62,7 +62,7 @@ print(symmetries)
 worst = max(symmetries.verify(model, example).values())
 print(f"acting with random group elements moves the outputs by {worst:.0e}, in float64")
 
-optimizer = qo.QuotientAdam(model, lr=8e-3, symmetries=symmetries)
+optimizer = qo.QuotientAdam(model, lr=2e-3, symmetries=symmetries)
 for _ in range(steps):
     batch = text[torch.randint(len(text) - 65, (8, 1)) + torch.arange(65)]
     loss = functional.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:])
