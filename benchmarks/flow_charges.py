@@ -22,6 +22,7 @@ from experiment import ADAM, FLOW, QUOTIENT_ADAM, SGD, note, png, run_experiment
 from torch import Tensor, nn
 
 import quotientopt as qo
+from quotientopt.compare.optimizers import FIRST_EDITION
 from quotientopt.flow import VerticalLog, projected_gradient_flow
 from quotientopt.models import Attention
 
@@ -37,7 +38,9 @@ POINTS = 81
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "SGD": lambda model, rate: torch.optim.SGD(model.parameters(), lr=rate),
     "Adam": lambda model, rate: torch.optim.Adam(model.parameters(), lr=rate),
-    "QuotientAdam": lambda model, rate: qo.QuotientAdam(model, lr=rate, weight_decay=0),
+    "QuotientAdam": lambda model, rate: qo.QuotientAdam(
+        model, lr=rate, weight_decay=0, **FIRST_EDITION
+    ),
 }
 COLORS = {
     "gradient flow": FLOW,

@@ -33,7 +33,7 @@ from torch import nn
 import quotientopt as qo
 from quotientopt.compare.defaults import load_task
 from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.optimizers import OPTIMIZERS, Entry, Settings
+from quotientopt.compare.optimizers import FIRST_EDITION, OPTIMIZERS, Entry, Settings
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.record import write_atomically
 from quotientopt.compare.task import Task, prediction_loss
@@ -117,7 +117,8 @@ class Arms:
     ) -> list[torch.optim.Optimizer]:
         self.model = model
         decay = protocol.weight_decay
-        return [qo.QuotientAdam(model, lr=rate, betas=BETAS, weight_decay=decay)]
+        options = {"betas": BETAS, "weight_decay": decay, **FIRST_EDITION}
+        return [qo.QuotientAdam(model, lr=rate, **options)]
 
     def _fixed_rank(
         self, model: nn.Module, rate: float, settings: Settings, protocol: Protocol
@@ -133,6 +134,7 @@ class Arms:
                 betas=BETAS,
                 weight_decay=protocol.weight_decay,
                 symmetries=symmetries_of(model, stream),
+                **FIRST_EDITION,
             )
         ]
 

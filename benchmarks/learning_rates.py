@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.compare.defaults import load_task
 from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry, Settings
+from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry, Settings
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.record import write_atomically
 from quotientopt.compare.task import Task
@@ -156,7 +156,9 @@ def build_law(law: Law) -> Callable[..., list[torch.optim.Optimizer]]:
             {"params": own, "lr": rate * c, "weight_decay": protocol.weight_decay / c}
             for c, own in groups.items()
         ]
-        return [QuotientAdam(options, betas=BETAS, symmetries=find_symmetries(model))]
+        return [
+            QuotientAdam(options, betas=BETAS, symmetries=find_symmetries(model), **FIRST_EDITION)
+        ]
 
     return build
 

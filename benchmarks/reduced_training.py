@@ -32,6 +32,7 @@ from torch.nn import functional
 
 import quotientopt as qo
 from quotientopt.compare.data import load_corpus
+from quotientopt.compare.optimizers import FIRST_EDITION
 from quotientopt.models import reference_model
 from quotientopt.nn import InvariantAttention
 
@@ -84,10 +85,11 @@ class Run:
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"symmetries": self.heads, "residual_frame": None, **ADAM}
+        first = {**options, **FIRST_EDITION}
         if self.scheme == "QuotientAdam":
-            return qo.QuotientAdam(self.attention, lr=rate, **options)
+            return qo.QuotientAdam(self.attention, lr=rate, **first)
         if self.scheme.startswith("dressed"):
-            return qo.QuotientAdam(self.attention, lr=rate, head_frame="svd", **options)
+            return qo.QuotientAdam(self.attention, lr=rate, head_frame="svd", **first)
         if self.scheme.startswith("projected"):
             return qo.QuotientSGD(self.attention, lr=rate, momentum=0.9, symmetries=self.heads)
         return torch.optim.AdamW(self.attention, lr=rate, **ADAM)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import quotientopt as qo
 from quotientopt.compare.data import load_corpus
+from quotientopt.compare.optimizers import FIRST_EDITION
 from quotientopt.models import reference_model
 from quotientopt.nn import relational_form
 
@@ -46,7 +47,9 @@ SHORT = {
 def trained(text: bytes) -> nn.Module:
     """A GPT after some hundred steps of QuotientAdam, in float64."""
     model = reference_model("gpt", SEED, **MODEL)
-    optimizer = qo.QuotientAdam(model, lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = qo.QuotientAdam(
+        model, lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, **FIRST_EDITION
+    )
     for index, sequences in enumerate(batches(text, SEED, STEPS)):
         optimizer.param_groups[0]["lr"] = (
             RATE * min(1, (index + 1) / 20) * (1 - 0.9 * index / STEPS)

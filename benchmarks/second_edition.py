@@ -29,7 +29,7 @@ from quotientopt.compare.trial import Trial
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "first edition": {"row_frame": "per_head", "polar": "step"},
-    "full polar, frames per head": {"polar": True},
+    "full polar, frames per head": {"row_frame": "per_head", "polar": True},
     "full polar, frames per matrix": {"row_frame": "per_matrix", "polar": True},
     "full polar, no head frames": {"head_frame": None, "polar": True},
 }
@@ -41,7 +41,8 @@ def run(name: str, rate: float, seed: int, protocol: Protocol) -> dict[str, Any]
 
     def build(model: nn.Module, lr: float, *_: Any) -> list[torch.optim.Optimizer]:
         decay = protocol.weight_decay
-        return [QuotientAdam(model, lr=lr, betas=BETAS, weight_decay=decay, **VARIANTS[name])]
+        options = {"update_scale": 1.0, **VARIANTS[name]}
+        return [QuotientAdam(model, lr=lr, betas=BETAS, weight_decay=decay, **options)]
 
     OPTIMIZERS[name] = Entry(name, build, {})
     task = load_task(protocol.data, protocol.model, protocol.batch, protocol.context)

@@ -18,7 +18,7 @@ from ablations.variants import QUESTIONS, VARIANTS, Variant
 from quotientopt import QuotientAdam
 from quotientopt.compare.defaults import load_task
 from quotientopt.compare.errors import UsageError
-from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry
+from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.task import Task
 from quotientopt.compare.train import train
@@ -207,8 +207,8 @@ def _task(data: str, model: str, batch: int, context: int) -> Task:
 def train_variant(trial: Trial, protocol: Protocol) -> Run:
     """Train the variant that `trial` names, as a comparison trains an optimizer."""
     variant = VARIANTS[trial.optimizer]
-    # The record is of the polar step of version 0.1.0, which the patches alter.
-    options = {"betas": BETAS, "weight_decay": protocol.weight_decay, "polar": "step"}
+    # The record is of version 0.1.0, whose polar step the patches alter.
+    options = {"betas": BETAS, "weight_decay": protocol.weight_decay, **FIRST_EDITION}
     options |= dict(variant.options)
 
     def build(model: nn.Module, rate: float, *_: Any) -> list[torch.optim.Optimizer]:

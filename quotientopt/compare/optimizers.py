@@ -248,6 +248,11 @@ ADAMW_RATES: tuple[Settings, ...] = (
     {"adamw_rate": 1.6e-2},
 )
 
+QUOTIENT_RATES = {"gpt": 4e-3, "llama": 2e-3, "vit": 4e-3}
+
+# Defaults of QuotientAdam in version 0.1.0, with which earlier records were made.
+FIRST_EDITION = {"row_frame": "per_head", "polar": "step", "update_scale": 1.0}
+
 OPTIMIZERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -257,20 +262,25 @@ OPTIMIZERS: dict[str, Entry] = {
             {"gpt": 4e-3, "llama": 4e-3, "vit": 4e-3},
             ({"beta2": 0.95}, {"beta2": 0.98}, {"beta2": 0.99}),
         ),
-        Entry("quotient-adam", _quotient_adam(), {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}),
+        Entry("quotient-adam", _quotient_adam(), QUOTIENT_RATES),
         Entry(
             "quotient-adam-stream-only",
             _quotient_adam(head_frame=None),
-            {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3},
+            QUOTIENT_RATES,
         ),
         Entry(
             "quotient-adam-heads-only",
             _quotient_adam(residual_frame=None),
-            {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3},
+            QUOTIENT_RATES,
         ),
         Entry(
             "quotient-adam-no-polar",
             _quotient_adam(polar=False),
+            QUOTIENT_RATES,
+        ),
+        Entry(
+            "quotient-adam-0.1",
+            _quotient_adam(**FIRST_EDITION),
             {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3},
         ),
         Entry(

@@ -332,9 +332,6 @@ def refuse_foreign_symmetries(
         )
 
 
-# Options of the whole optimizer, in every param group.
-WHOLE = ("max_grad_norm", "refresh_every", "capturable")
-
 _ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
@@ -357,6 +354,10 @@ def refuse_partitions() -> None:
                 "(torch.distributed.fsdp.fully_shard), where pairs stay whole"
             )
         frame = frame.f_back  # type: ignore[assignment]
+
+
+# Options of the whole optimizer, in every param group.
+WHOLE = ("max_grad_norm", "refresh_every", "capturable")
 
 
 def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:

@@ -32,9 +32,14 @@ class Peers:
     """What a step has to know of slices that other processes step: here there are none.
 
     :class:`quotientopt.optim.sharded.ShardedPeers` asks them.
+
+    Attributes
+    ----------
+    have_weights : bool
+        Whether the weights are there in every step, to see if others wrote to them.
     """
 
-    none = True
+    have_weights = True
 
     def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
         """Fewest and most updates among the slices that have a gradient; None if there is none."""
@@ -227,6 +232,7 @@ class Engine:
 
     def due_dressings(
         self,
+        active: Sequence[tuple[Bucket, list[int]]],
         extent: tuple[int, int],
         before: Callable[[], None],
         *,
@@ -236,12 +242,13 @@ class Engine:
 
         Others may have written to factors since the last step. As far as torch tells, a sample of
         the values differs, or :meth:`ask` was called, the host looks whether the frames still fit;
-        values that came back leave the path as it is. Where other processes step slices of the same
-        model, frames are made by schedule alone: all have to do so at once.
+        values that came back leave the path as it is.
 
         Parameters
         ----------
-        extent : tuple of int
+        active : sequence
+            From :meth:`active`.
+        extent : (int, int)
             From :meth:`extent`.
         before : callable
             Called before the host waits for the device.
@@ -249,7 +256,7 @@ class Engine:
             Whether to compare a sample of the factors, which must be on the host for that.
         """
         due = self.refresh_due(extent)
-        if not due and not (self.peers.none and self._was_written(look)):
+        if not due and not self._was_written(look):
             return None
         before()
         dressings = self.fresh_dressings()
@@ -266,9 +273,12 @@ class Engine:
     def mark(self, look: bool) -> None:
         """Note that the factors are now as the optimizer knows them."""
         self._marks, self._asked = marks_of(self._factors), False
+        look = look and self.peers.have_weights
         self._sample = self._sampled(self._marks) if look and self._on_host else None
 
     def _was_written(self, look: bool) -> bool:
+        if not self.peers.have_weights:
+            return False
         if self._marks is None or self._asked:
             return self._asked
         marks = marks_of(self._factors)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
 
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.checks import (
@@ -27,7 +28,7 @@ from quotientopt.optim.engine import Dressings, Engine, Peers
 from quotientopt.optim.low_rank_pairs import LowRankPairs
 from quotientopt.optim.low_rank_stack import Prepared
 from quotientopt.optim.plain import adamw_step, keeps_wide
-from quotientopt.optim.saved import refuse_replaced, refuse_unfit
+from quotientopt.optim.saved import arranged, refuse_replaced, refuse_unfit, with_names
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
 from quotientopt.optim.state import (
     KEYS,
@@ -47,15 +48,21 @@ if TYPE_CHECKING:
 
 
 class PreparedStep(NamedTuple):
-    """A step that is ready to be taken: ``framed`` tells whether any slice has a gradient."""
+    """A step that is ready to be taken.
+
+    ``framed`` tells whether any slice has a gradient, ``look`` whether the host need not wait for
+    the device; ``norms`` are those of what was ``measured``, dressed gradients and plain ones.
+    """
 
     engine: Engine
     framed: bool
+    look: bool
     active: list[tuple[Bucket, list[int]]]
     dressings: Dressings | None
     pairs: list[tuple[LowRankPairs, Prepared]]
     dressed: list[Tensor]
     norms: list[Tensor]
+    measured: list[Tensor]
 
     @property
     def dressed_stacks(self) -> list[Tensor]:
@@ -369,8 +376,7 @@ class QuotientAdam(SymmetricOptimizer):
         if self._nonfinite.is_needed(norms):
             gate = self._nonfinite.close_on_nonfinite(norms, prepared.dressed_stacks)
         else:
-            measured = [*prepared.dressed_stacks, *self._plain_gradients()]
-            norms, limit = kept_from_overflow(norms, measured, limit)
+            norms, limit = kept_from_overflow(norms, prepared.measured, limit)
             refuse_nonfinite(norms, gradients, self._name)
         scale = clip_scale(norms, limit)
         self._take(prepared, scale, gate, held)
@@ -391,18 +397,18 @@ class QuotientAdam(SymmetricOptimizer):
         if self._asked:
             engine.ask()
         if extent is not None and not capturing:
-            dressings = engine.due_dressings(extent, self._nonfinite.refuse_earlier, look=look)
+            before = self._nonfinite.refuse_earlier
+            dressings = engine.due_dressings(active, extent, before, look=look)
         pairs = engine.prepare_pairs(capturing, look=look)
         if dressings is None and any(own.turns for _, own in pairs):
             self._nonfinite.refuse_earlier()
         dressed = engine.dressed_gradients(active, dressings)
-        prepared = PreparedStep(engine, extent is not None, active, dressings, pairs, dressed, [])
+        framed = extent is not None
+        prepared = PreparedStep(engine, framed, look, active, dressings, pairs, dressed, [], [])
+        plain = [p.grad for own in self._slices.plain for p in own if p.grad is not None]
         clipped = self.param_groups[0]["max_grad_norm"] is not None
-        measured = [*prepared.dressed_stacks, *self._plain_gradients()]
-        return prepared._replace(norms=norms_of(measured, clipped=clipped))
-
-    def _plain_gradients(self) -> list[Tensor]:
-        return [p.grad for own in self._slices.plain for p in own if p.grad is not None]
+        norms = norms_of([*prepared.dressed_stacks, *plain], clipped=clipped)
+        return prepared._replace(norms=norms, measured=[*prepared.dressed_stacks, *plain])
 
     def _take(
         self,
@@ -422,7 +428,7 @@ class QuotientAdam(SymmetricOptimizer):
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         finish(held, self._absorbed, gate, self.state)
-        engine.mark(gate is None)
+        engine.mark(prepared.look)
         self._asked = False
 
     @torch.no_grad()
@@ -481,9 +487,6 @@ class QuotientAdam(SymmetricOptimizer):
             self._engine_of(slices).move_(element)
             self._engine = None
 
-    def _takes_states_of_torch(self) -> bool:
-        return True  # framed parameters miss their frames there
-
     def state_dict(self) -> dict[str, Any]:
         """The state, as of any torch optimizer.
 
@@ -493,17 +496,17 @@ class QuotientAdam(SymmetricOptimizer):
         sharded = self._current_sharded()
         if sharded is None:
             return super().state_dict()
+        from quotientopt.optim.sharded_state import collect
+
         state, self.state = self.state, defaultdict(dict)
         try:
-            packed = super().state_dict()
+            packed = Optimizer.state_dict(self)
         finally:
             self.state = state
         parameters = [p for group in self.param_groups for p in group["params"]]
-        from quotientopt.optim.sharded_state import collect
-
         found = collect(sharded)
         own = {i: found[id(p)] for i, p in enumerate(parameters) if id(p) in found}
-        return packed | {"state": own}
+        return with_names(packed | {"state": own}, self._names_of_groups())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; training then continues bit for bit.
@@ -525,12 +528,12 @@ class QuotientAdam(SymmetricOptimizer):
             return
         from quotientopt.optim.sharded_state import restore
 
-        groups = state_dict["param_groups"]
+        given = arranged(state_dict, self._names_of_groups(), type(self).__name__)
+        groups, state = given["param_groups"], given["state"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("the saved param groups have other numbers of parameters")
         order = [i for group in groups for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        state = state_dict["state"]
         saved = {id(p): state.get(i, {}) for i, p in zip(order, parameters, strict=True)}
         with full_precision():
             restore(sharded, saved, groups)
@@ -545,6 +548,9 @@ class QuotientAdam(SymmetricOptimizer):
                 "copied or pickled; save state_dict() with torch.distributed.checkpoint"
             )
         return super().__getstate__()
+
+    def _takes_states_of_torch(self) -> bool:
+        return True  # framed parameters miss their frames there
 
     def _settle(self, loaded: Mapping[str, Any]) -> None:
         """Undo torch's cast of the state of slices and of wide copies, and take it over."""
@@ -565,9 +571,9 @@ class QuotientAdam(SymmetricOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._nonfinite = NonfiniteGate()
-        self._checked_options = []
         self.__dict__.setdefault("_peers", Peers())
         self.__dict__.setdefault("_sharded", None)
+        self._checked_options = []
         for group in state.get("param_groups", ()):
             if "head_frame" in group and "row_frame" not in group:
                 # Of version 0.1.0, whose state goes on in the frames it is written in.

@@ -30,8 +30,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from quotientopt._linalg import wide_dtype
-from quotientopt.optim.checks import GradientError, StepRefusedError, refuse_nonfinite
+from quotientopt._linalg import compute_dtype, wide_dtype
+from quotientopt.optim.checks import (
+    LARGEST_NORM,
+    GradientError,
+    StepRefusedError,
+    norms_of,
+    refuse_nonfinite,
+)
 from quotientopt.optim.engine import Peers
 from quotientopt.optim.ownership import Placed, deal
 from quotientopt.optim.parcels import Parcels, Region, local_part
@@ -55,7 +61,7 @@ class ShardedPeers(Peers):
     device : torch.device
     """
 
-    none = False
+    have_weights = False
 
     def __init__(
         self, group: Any, streams: Sequence[tuple[int, torch.dtype]], device: torch.device
@@ -332,7 +338,8 @@ class Sharded:
         """The factor to clip by; raises on all processes if one of them cannot step."""
         norms, shares = [], list[float]()
         if prepared is not None:
-            norms = prepared.norms
+            # In the widest precision, whose squares do not overflow for any entry of float32.
+            norms = norms_of(prepared.measured, clipped=True)
             plain = [p for own in self.inner._slices.plain for p in own if p.grad is not None]
             copies = {
                 id(own.local): len(own.holders[own.regions[self.rank]])
@@ -357,7 +364,11 @@ class Sharded:
             except GradientError as found:
                 problem = found
             self._refuse(problem)
-        return clip_scale([total[0].sqrt()], self.optimizer.param_groups[0]["max_grad_norm"])
+        limit = self.optimizer.param_groups[0]["max_grad_norm"]
+        dtypes = {compute_dtype(own.parameter.dtype) for own in self.placed}
+        if dtypes != {torch.float64} and (limit is not None or square > LARGEST_NORM**2):
+            limit = LARGEST_NORM if limit is None else min(limit, LARGEST_NORM)
+        return clip_scale([total[0].sqrt()], limit)
 
     def _refuse(self, problem: Exception | None) -> NoReturn:
         """Raise the first problem of any process on all of them."""

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from quotientopt.optim.ownership import Placed
 from quotientopt.optim.parcels import local_part
-from quotientopt.optim.saved import HAD_STATE, NAMES
 
 if TYPE_CHECKING:
     from quotientopt.optim.sharded import Sharded
@@ -111,7 +110,7 @@ def restore(
     packed = []
     for group, own_group in zip(groups, inner.param_groups, strict=True):
         stop = start + len(own_group["params"])
-        options = {k: v for k, v in group.items() if k not in ("params", NAMES, HAD_STATE)}
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         packed.append(options | {"params": list(range(start, stop))})
         start = stop
     before = inner.state, inner.param_groups

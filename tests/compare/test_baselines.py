@@ -530,6 +530,7 @@ NAMES = (
     "quotient-adam-stream-only",
     "quotient-adam-heads-only",
     "quotient-adam-no-polar",
+    "quotient-adam-0.1",
 )
 
 

@@ -24,7 +24,7 @@ def make(name, way):
     model = MODELS[name]()
     if way is not None:
         shard(model, way)
-    return model, QuotientAdam(model, lr=5e-3, weight_decay=0.1, refresh_every=4)
+    return model, QuotientAdam(model, lr=1.25e-3, weight_decay=0.1, refresh_every=4)
 
 
 def states(model, optimizer):

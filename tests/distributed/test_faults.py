@@ -7,7 +7,7 @@ import pytest
 
 from .faults import (
     added_group,
-    deficient_pair,
+    broken_pair,
     example_of,
     found_before_sharding,
     missing_gradient,
@@ -27,10 +27,10 @@ def test_nan_on_one_process_is_refused_by_all(two, name, first):
         assert goes_on
 
 
-def test_a_deficient_pair_is_refused_by_all(two):
-    for text, unchanged in two.run(deficient_pair):
+def test_a_broken_pair_is_refused_by_all(two):
+    for text, unchanged in two.run(broken_pair):
         assert "blocks.1.attention.qk" in text
-        assert "rank-deficient" in text
+        assert "not finite" in text
         assert unchanged
 
 
@@ -53,7 +53,7 @@ def test_a_step_without_gradients_does_nothing(two):
 
 
 def test_layers_that_are_trained_later(two):
-    assert max(two.run(thawed)) < 1e-8
+    assert max(two.run(thawed)) < 1e-7
 
 
 def test_symmetries_that_were_found_before_sharding(two):

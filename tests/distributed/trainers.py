@@ -51,10 +51,10 @@ def accelerated(name):
     make = {"gpt": gpt, "gpt2": gpt2, "lora": lora}[name]
     data = batches(6)
     alone = make()
-    expected = train(alone, QuotientAdam(alone, lr=5e-3), data)
+    expected = train(alone, QuotientAdam(alone, lr=1.25e-3), data)
     with accelerate_shards_on_cpus():
         model = make()
-        optimizer = QuotientAdam(model, lr=5e-3)
+        optimizer = QuotientAdam(model, lr=1.25e-3)
         accelerator = accelerator_of(model)
         model, optimizer = accelerator.prepare(model, optimizer)
         losses = []
@@ -120,7 +120,7 @@ def hugging_face(folder, way, resume):
         model,
         arguments,
         train_dataset=Text(),
-        optimizer_cls_and_kwargs=(for_trainer, {"lr": 5e-3, "max_grad_norm": 1.0}),
+        optimizer_cls_and_kwargs=(for_trainer, {"lr": 1.25e-3, "max_grad_norm": 1.0}),
     )
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4" if resume else None)
     log = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
