@@ -12,7 +12,7 @@ from .models import MODELS, batches, loss_of, part_of, shard, state_size, train,
 
 # Frames over all heads make more of the last bits of gradients, in one process as well.
 BY_HEAD = {"row_frame": "per_head", "polar": "step"}
-OPTIONS = {"lr": 2.5e-4, "weight_decay": 0.1, "max_grad_norm": 1.0}
+OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
 
 def compared(name, way, steps, options):
@@ -47,7 +47,7 @@ def same_batch(dtype, options):
         model = MODELS["gpt"]().to(dtype)
         if way:
             shard(model, way)
-        optimizer = QuotientAdam(model, lr=1.25e-3, weight_decay=0.1, **BY_HEAD | options)
+        optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **BY_HEAD | options)
         train(model, optimizer, batches(8), None)
         models.append(model)
     pairs = zip(*(model.parameters() for model in models), strict=True)
@@ -65,7 +65,7 @@ def in_float32(name, steps):
                 shard(model, way)
             optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
             if quotient:
-                optimizer = QuotientAdam(model, lr=1.25e-3, weight_decay=0.1, **BY_HEAD)
+                optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **BY_HEAD)
             parts = 1 if way else dist.get_world_size()
             runs.append(train(model, optimizer, batches(steps), way, parts))
         found.append(max(abs(a - b) for a, b in zip(*runs, strict=True)))
@@ -79,7 +79,7 @@ def factory(steps):
         model = MODELS["lora"]()
         if way:
             shard(model, way)
-        optimizer = create_quotient_optimizer(model, lr=1.25e-3)
+        optimizer = create_quotient_optimizer(model, lr=5e-3)
         losses.append(train(model, optimizer, batches(steps), way))
     return max(abs(a - b) for a, b in zip(*losses, strict=True))
 
@@ -117,7 +117,7 @@ def twins(name, way, steps, kind):
         if kind == "adamw":
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
         else:
-            optimizer = QuotientAdam(model, lr=7.5e-4, weight_decay=0.1, max_grad_norm=1.0)
+            optimizer = QuotientAdam(model, lr=3e-3, weight_decay=0.1, max_grad_norm=1.0)
         losses.append(train(model, optimizer, batches(steps), way))
     first, second = torch.tensor(losses, dtype=torch.float64)
     return float((first - second).abs().max())
@@ -131,7 +131,7 @@ def traffic(name):
     """Collectives of the steps of one run, and the bytes that this process sends to others."""
     model = MODELS[name]()
     shard(model, "fsdp")
-    optimizer = QuotientAdam(model, lr=1.25e-3, refresh_every=4)
+    optimizer = QuotientAdam(model, lr=5e-3, refresh_every=4)
     rank, calls = dist.get_rank(), []
     exchange, reduce = dist.all_to_all_single, dist.all_reduce
 

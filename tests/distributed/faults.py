@@ -12,7 +12,7 @@ from .models import batches, gpt, local, loss_of, part_of, shard, train
 def ready(**options):
     model = gpt()
     shard(model, "fsdp")
-    return model, QuotientAdam(model, lr=1.25e-3, **options)
+    return model, QuotientAdam(model, lr=5e-3, **options)
 
 
 def one_step(model, optimizer, tokens):
@@ -133,7 +133,7 @@ def found_before_sharding():
         if way:
             shard(model, way)
             symmetries = symmetries.for_model(model)
-        optimizer = QuotientAdam(model, lr=1.25e-3, symmetries=symmetries)
+        optimizer = QuotientAdam(model, lr=5e-3, symmetries=symmetries)
         losses.append(train(model, optimizer, data, way))
     try:
         symmetries.for_model(torch.nn.Linear(2, 2))
@@ -158,7 +158,7 @@ def added_group(tensor_rate):
         losses = []
         for i, tokens in enumerate(batches(6)):
             if i == 3:
-                optimizer.add_param_group({"params": later, "lr": 2.5e-4, "weight_decay": 0.0})
+                optimizer.add_param_group({"params": later, "lr": 1e-3, "weight_decay": 0.0})
             losses += train(model, optimizer, tokens[None], way)
             if i < 3:
                 scheduler.step()
