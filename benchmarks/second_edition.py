@@ -1,4 +1,4 @@
-"""Loss and time of QuotientAdam's first and second edition, and of what lies between them.
+"""Loss and time of QuotientAdam's first and second edition, what lies between them, and SOAP-Muon.
 
 The protocol of ``quotientopt compare``, at given learning rates and seeds; results are written as
 they come.
@@ -27,11 +27,14 @@ from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.train import train
 from quotientopt.compare.trial import Trial
 
+# Beside AdamW at 8e-3 for embeddings and head, as its entry in the comparison starts.
+SOAP_MUON, SOAP_MUON_ENTRY = "SOAP-Muon", OPTIMIZERS["soap-muon"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "first edition": {"row_frame": "per_head", "polar": "step"},
     "full polar, frames per head": {"row_frame": "per_head", "polar": True},
     "full polar, frames per matrix": {"row_frame": "per_matrix", "polar": True},
     "full polar, no head frames": {"head_frame": None, "polar": True},
+    SOAP_MUON: {},
 }
 RESULTS = Path(__file__).parent / "results" / "second-edition"
 
@@ -41,6 +44,9 @@ def run(name: str, rate: float, seed: int, protocol: Protocol) -> dict[str, Any]
 
     def build(model: nn.Module, lr: float, *_: Any) -> list[torch.optim.Optimizer]:
         decay = protocol.weight_decay
+        if name == SOAP_MUON:
+            settings = dict(SOAP_MUON_ENTRY.settings_grid[0])
+            return SOAP_MUON_ENTRY.build(model, lr, settings, protocol)
         options = {"update_scale": 1.0, **VARIANTS[name]}
         return [QuotientAdam(model, lr=lr, betas=BETAS, weight_decay=decay, **options)]
 
