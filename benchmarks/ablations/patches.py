@@ -23,7 +23,7 @@ from quotientopt.optim import update as polar_module
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.slices import SIDES, Slice
-from quotientopt.optim.update import polar_factor, row_polar_factor
+from quotientopt.optim.update import Product, polar_factor, row_polar_factor
 from quotientopt.symmetries import HeadSymmetry
 
 Patch = Generator[None, None, None]
@@ -136,7 +136,7 @@ def reused_evening(every: int) -> Patch:
         place += 1
         return factors[place - 1]
 
-    def orthogonalise(matrix: Tensor, right: Tensor | None) -> Tensor:
+    def orthogonalise(matrix: Tensor, right: Tensor | None, multiply: Product) -> Tensor:
         tall = matrix.size(1) >= matrix.size(2)
 
         def make() -> Tensor:
@@ -168,8 +168,14 @@ def whole_matrix_evening() -> Patch:
     """Even out the singular values of attention's matrices as a whole, not head by head."""
     turn_back = Bucket._turn_back
 
-    def whole(bucket: Bucket, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
-        orthogonal = turn_back(bucket, update, None, frame)
+    def whole(
+        bucket: Bucket,
+        update: Tensor,
+        left: Tensor | None,
+        frame: Tensor | None,
+        multiply: Product,
+    ) -> Tensor:
+        orthogonal = turn_back(bucket, update, None, frame, multiply)
         return orthogonal if left is None else left @ orthogonal
 
     with mock.patch.object(Bucket, "_turn_back", whole):
@@ -245,11 +251,17 @@ def fixed_update_size(size_of: Callable[[Slice], float]) -> Patch:
         slices = bucket.slices[rows]
         return direction(bucket, rows, *arguments)
 
-    def scaled(bucket: Bucket, update: Tensor, left: Tensor | None, frame: Tensor | None) -> Tensor:
+    def scaled(
+        bucket: Bucket,
+        update: Tensor,
+        left: Tensor | None,
+        frame: Tensor | None,
+        multiply: Product,
+    ) -> Tensor:
         if not bucket.framed:
-            return turn_back(bucket, update, left, frame)
+            return turn_back(bucket, update, left, frame, multiply)
         identity = None if left is None else torch.eye(left.size(-1)).to(left).expand_as(left)
-        dressed = turn_back(bucket, update, identity, frame)
+        dressed = turn_back(bucket, update, identity, frame, multiply)
         present = dressed.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
         wanted = torch.tensor([size_of(slice_) for slice_ in slices]).to(update)
         scale = wanted.view(-1, 1, 1, 1, 1) / present.clamp_min(torch.finfo(update.dtype).tiny)

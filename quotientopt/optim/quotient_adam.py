@@ -385,9 +385,9 @@ class QuotientAdam(SymmetricOptimizer):
         """Frames that are due and dressed gradients; changes nothing."""
         refuse_sparse(gradients, self._name)
         self._check_changed_options()
+        engine = self._current_engine()
         for own in self._slices.plain:
             refuse_replaced(own, self.state, PLAIN_KEYS, self._name)
-        engine = self._current_engine()
         active = engine.active()
         extent = engine.extent(active)
         dressings = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.compare.optimizers import FIRST_EDITION
 from quotientopt.compare.protocol import Protocol
 from quotientopt.compare.trial import Trial
 from quotientopt.manifolds import FactorQuotient
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from ablations import patches, running, variants
 from ablations.hidden import with_hidden_blocks
 
-OPTIONS = {"lr": 8e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "polar": "step"}
+OPTIONS = {"lr": 8e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, **FIRST_EDITION}
 
 
 def losses(patch=nullcontext, steps=24, **options):
@@ -109,7 +110,9 @@ def test_whole_matrices_are_evened_out():
 
     def spread(patch, select):
         with patch():
-            orthogonal = bucket_of_heads._turn_back(update, torch.eye(8).double(), None)
+            orthogonal = bucket_of_heads._turn_back(
+                update, torch.eye(8).double(), None, torch.matmul
+            )
         values = torch.linalg.svdvals(select(orthogonal))
         return (values.amax(-1) / values.amin(-1)).max().item()
 
@@ -254,7 +257,7 @@ def test_hidden_blocks_are_frames_and_no_symmetries(rows):
     found = symmetries.verify(model, torch.arange(16)[None] % 32)
     for name, worst in found.items():
         assert (worst > 1e-3) == name.endswith("hidden"), name
-    optimizer = qo.QuotientAdam(model, symmetries=symmetries)
+    optimizer = qo.QuotientAdam(model, symmetries=symmetries, row_frame="per_head")
     train(model, optimizer, 2)
     assert optimizer.state[model.blocks[0].mlp.down.weight]["head_frame"].shape[-1] == rows
 

@@ -93,8 +93,8 @@ def test_options_of_the_contenders(script, small):
         if name.startswith("quotient")
     }
     assert options == {
-        "quotient-adam-heads": ("balanced", None, "step"),
-        "quotient-adam": ("balanced", "per_matrix", "step"),
+        "quotient-adam-heads": ("balanced", None, True),
+        "quotient-adam": ("balanced", "per_matrix", True),
         "quotient-adam-without-polar": ("balanced", "per_matrix", False),
     }
 

@@ -19,6 +19,6 @@ def test_trainer_resumes_sharded_training_bit_for_bit(two, tmp_path):
     for losses, later, equal, heads, sharded in two.run(resumed, str(tmp_path), "fsdp"):
         assert sharded
         assert heads == 6
-        assert losses[-1] < losses[0] - 0.5
+        assert losses[-1] < losses[0] - 0.25
         assert later == losses[4:]
         assert equal
