@@ -17,6 +17,7 @@ from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.assemble import scale_of, symmetries_of
 from quotientopt.symmetries.discovery.charges import LIMIT, Rows, rows_of
 from quotientopt.symmetries.discovery.linked_rows import (
+    SOME,
     Index,
     grouped_values,
     linked_pairs,
@@ -159,7 +160,12 @@ def _examine(
     names = _Names(prefix)
 
     def symmetries(pair: FoundPair) -> list[HeadSymmetry]:
-        return list(symmetries_of(pair, names.of(pair, pairs), parameters, gradients))
+        members = list(symmetries_of(pair, names.of(pair, pairs), parameters, gradients))
+        if pair.rank > 1 or pair.scores or not members:
+            return members
+        # Beside the units of a gated layer a few rows of the gate may look as linear as they are.
+        most = max(symmetry.heads for symmetry in members)
+        return [symmetry for symmetry in members if symmetry.heads >= SOME * most]
 
     candidates = [(pair, symmetries(pair)) for pair in pairs]
     scales = list(_scales(pairs, names))
