@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from timm.optim import _optim_factory as factory
 from torch import nn
@@ -45,7 +45,7 @@ def _register(registry: Any) -> None:
     registry.register(
         factory.OptimInfo(
             name=NAME,
-            opt_class=quotient_adam,  # type: ignore[arg-type]
+            opt_class=cast(Any, quotient_adam),
             description="Adam on dressed fields, which does not see a Transformer's gauge",
             has_betas=True,
         )
