@@ -163,6 +163,17 @@ class StructureGroup(ABC):
         check_finite("g", g)
         self._wide_inverse(wide(g))
 
+    def _check_commutes(self, g: Tensor, rotations: str) -> None:
+        """The same, and that `g` is its projection, to ``100 r ε`` of the largest entry."""
+        self._check_invertible(g)
+        deviation = (g - self.algebra_projection(g)).abs().amax(dim=(-2, -1))
+        failed = deviation > 100 * self.r * torch.finfo(g.dtype).eps * g.abs().amax(dim=(-2, -1))
+        if bool(failed.any()):
+            raise ValueError(
+                f"g does not commute with the {rotations}{locate_first(failed)}: "
+                f"it is {deviation.max().item():.1e} away from {self!r}"
+            )
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, StructureGroup):
             return NotImplemented

@@ -181,14 +181,7 @@ class RotaryCommutant(StructureGroup):
 
         Entries that must vanish or agree do so to ``100 r ε`` of the largest entry.
         """
-        self._check_invertible(g)
-        deviation = (g - self.algebra_projection(g)).abs().amax(dim=(-2, -1))
-        failed = deviation > 100 * self.r * torch.finfo(g.dtype).eps * g.abs().amax(dim=(-2, -1))
-        if bool(failed.any()):
-            raise ValueError(
-                f"g does not commute with the rotary rotations{locate_first(failed)}: "
-                f"it is {deviation.max().item():.1e} away from {self!r}"
-            )
+        self._check_commutes(g, "rotary rotations")
 
     def _wide_inverse(self, g: Tensor) -> Tensor:
         real, imaginary, block = self._parts(g)
