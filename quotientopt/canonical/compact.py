@@ -15,7 +15,7 @@ from quotientopt import sections
 from quotientopt._linalg import Pair
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups import O, PlaneCommutant, RotaryCommutant, RotaryPhases, StructureGroup
-from quotientopt.manifolds.orbits.products import squared_distance
+from quotientopt.manifolds.orbits import squared_distance
 
 SECTIONS = ("svd", "polar")
 FREQUENCY_SECTIONS = ("svd", "balanced", "orthonormal", "triangular")

@@ -8,17 +8,16 @@ from torch import Tensor
 
 from quotientopt._linalg import Pair, compute_dtype, standard_normal, wide
 from quotientopt.groups import GL, O, StructureGroup
-from quotientopt.manifolds._blocks import in_blocks
-from quotientopt.manifolds._validation import (
+from quotientopt.manifolds.base import (
+    QuotientManifold,
     check_batch_shape,
     check_group_element,
     check_size,
     check_tensor,
     random_dtype,
 )
-from quotientopt.manifolds.base import QuotientManifold
-from quotientopt.manifolds.factor_geometry import FactorGeometry
-from quotientopt.manifolds.orbits.nearest import nearest_element, relative_charge
+from quotientopt.manifolds.factor_geometry import FactorGeometry, in_blocks
+from quotientopt.manifolds.nearest import nearest_element, relative_charge
 
 
 class FactorQuotient(QuotientManifold[Pair]):

@@ -1,14 +1,25 @@
-"""The geometry of factor pairs under one group and metric, for any batch shape."""
+"""The geometry of factor pairs under one group and metric, for any batch shape.
 
-from typing import Any
+:class:`FactorGeometry` is what :class:`~quotientopt.manifolds.FactorQuotient` computes. It needs
+two things besides metrics, vertical components and orbits:
 
+- A well-conditioned representative to compute at, where rounding would grow with the pair's own
+  (:func:`well_conditioned`). Christoffel forms multiply several factors, and a badly conditioned
+  representative squares the rounding of each. They are equivariant, so they may be computed at
+  another representative and moved back.
+- Large batches on the processor, in blocks that stay in its caches (:func:`in_blocks`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from quotientopt._linalg import Pair, frobenius_inner, wide, wide_dtype
-from quotientopt.groups import StructureGroup
-from quotientopt.manifolds.metrics import METRICS
+from quotientopt.groups import O, StructureGroup
+from quotientopt.manifolds.metrics import METRICS, Factor, FactorPoint, JointPoint
 from quotientopt.manifolds.orbits import orbits_of
-from quotientopt.manifolds.representative import well_conditioned
 from quotientopt.manifolds.vertical import vertical_component
 
 
@@ -119,3 +130,97 @@ class FactorGeometry:
 
 def _wide(pair: Pair) -> Pair:
     return wide(pair[0]), wide(pair[1])
+
+
+class Representative(NamedTuple):
+    """The representative ``(L_Bᵀ A, L_B^{-1} B)``, whose second factor has orthonormal rows.
+
+    Attributes
+    ----------
+    pair : tuple of Tensor
+        The representative.
+    B : Factor
+        The second factor of the point it was made from: ``g = L_B^{-1}``.
+    """
+
+    pair: Pair
+    B: Factor
+
+    def tangent(self, u: Pair) -> Pair:
+        """Move a tangent vector there, ``(L_Bᵀ u_A, L_B^{-1} u_B)``."""
+        return self.B.root.mT @ u[0], self.B.solve_root(u[1])
+
+    def cotangent(self, partials: Pair) -> Pair:
+        """Move partial derivatives there, ``(L_B^{-1} ∂_A, L_Bᵀ ∂_B)``."""
+        return self.B.solve_root(partials[0]), self.B.root.mT @ partials[1]
+
+    def back(self, u: Pair) -> Pair:
+        """Move a tangent vector back, ``(L_B^{-T} u_A, L_B u_B)``."""
+        return self.B.solve_root_transposed(u[0]), self.B.root @ u[1]
+
+
+def well_conditioned(x: FactorPoint | JointPoint) -> Representative | None:
+    """The representative, where it lies in the orbit and no precision is to spare; else None.
+
+    Elements of O(r) cannot change condition numbers, and points that are stored in a lower
+    precision than they are computed in have precision to spare.
+    """
+    if isinstance(x, JointPoint) or x.B.orthonormal is None or isinstance(x.group, O):
+        return None
+    return Representative((x.B.root.mT @ x.A.rows, x.B.orthonormal), x.B)
+
+
+BLOCK_BYTES = 2**23
+"""Size of the largest tensor of a block in double precision, for each thread.
+
+Allocators hand temporaries of more than a few times that back to the operating system after every
+operation, and fetching them anew costs more than computing with them.
+"""
+
+_DOUBLE_BYTES = 8
+
+
+def in_blocks(
+    function: Callable[..., Any], batch_shape: Sequence[int], *arguments: Sequence[Tensor]
+) -> Any:
+    """``function(*arguments)``, in blocks of batch items where the tensors are large.
+
+    Parameters
+    ----------
+    function : callable
+        Takes tuples of tensors with any batch shape in front; returns a tensor or a tuple of
+        tensors with the same batch shape. Batch items do not influence each other.
+    batch_shape : sequence of int
+        Leading dimensions of all tensors.
+    *arguments : tuples of Tensor
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        What the function returns for the whole batch. On accelerators, and where one block is
+        enough, it is simply called.
+    """
+    count = torch.Size(batch_shape).numel()
+    largest = max(tensor.numel() for pair in arguments for tensor in pair)
+    limit = BLOCK_BYTES * torch.get_num_threads()
+    size = max(1, limit * count // max(1, _DOUBLE_BYTES * largest))
+    if size >= count or arguments[0][0].device.type != "cpu":
+        return function(*arguments)
+    depth = len(batch_shape)
+    flat = [[t.reshape(count, *t.shape[depth:]) for t in pair] for pair in arguments]
+    try:
+        results = [
+            function(*(tuple(t[start : start + size] for t in pair) for pair in flat))
+            for start in range(0, count, size)
+        ]
+    except ValueError:
+        # Of the whole batch, so that the message counts the batch items of the whole batch.
+        return function(*arguments)
+    if isinstance(results[0], Tensor):
+        return _join(results, batch_shape)
+    return tuple(_join(parts, batch_shape) for parts in zip(*results, strict=True))
+
+
+def _join(parts: Sequence[Tensor], batch_shape: Sequence[int]) -> Tensor:
+    joined = torch.cat(tuple(parts))
+    return joined.reshape(*batch_shape, *joined.shape[1:])

@@ -18,14 +18,14 @@ from quotientopt._linalg import (
 )
 from quotientopt._lyapunov import orthogonal_polar_factor, solve_lyapunov
 from quotientopt.groups import O, StabilizerOfOnes, StructureGroup
-from quotientopt.manifolds._validation import (
+from quotientopt.manifolds.base import (
+    QuotientManifold,
     check_batch_shape,
     check_group_element,
     check_size,
     random_dtype,
     wide_tensor,
 )
-from quotientopt.manifolds.base import QuotientManifold
 
 
 class GramQuotient(QuotientManifold[Tensor]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
-from quotientopt.manifolds import FactorQuotient, GramQuotient, _blocks
+from quotientopt.manifolds import FactorQuotient, GramQuotient, factor_geometry
 from quotientopt.sections import element
 from tests.geometry.cases import KINDS, ONE_LINE, Case, combine, deviation, generator, leaves
 
@@ -239,8 +239,8 @@ def test_blocks_of_a_large_batch_make_no_difference(kind, monkeypatch):
         calls.append(len(tensors))
         return cat(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 400)  # two or three items
-    monkeypatch.setattr(_blocks.torch, "cat", counting)
+    monkeypatch.setattr(factor_geometry, "BLOCK_BYTES", 400)  # two or three items
+    monkeypatch.setattr(factor_geometry.torch, "cat", counting)
     in_blocks = operations(case.manifold, *batched)
     for name, result in together.items():
         assert difference(in_blocks[name], result) < 1e-12, name
@@ -249,7 +249,7 @@ def test_blocks_of_a_large_batch_make_no_difference(kind, monkeypatch):
 
 
 def test_errors_count_the_items_of_the_whole_batch(monkeypatch):
-    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(factor_geometry, "BLOCK_BYTES", 1)
     M = FactorQuotient(2, 4, 3, batch_shape=(2, 3))
     A, B = M.random_point(generator=generator())
     A[1, 2, 1] = A[1, 2, 0]

@@ -5,7 +5,7 @@ import torch
 
 from quotientopt.groups import O
 from quotientopt.manifolds import FactorQuotient, GramQuotient
-from quotientopt.manifolds.orbits.nearest import relative_charge
+from quotientopt.manifolds.nearest import relative_charge
 from tests.geometry.cases import BATCH_SHAPES, KINDS, Case, add, deviation, generator, relative
 
 kinds = pytest.mark.parametrize("kind", KINDS)
