@@ -36,7 +36,7 @@ from quotientopt.symmetries import (
     find_symmetries,
     warn_of_gaps,
 )
-from quotientopt.symmetries.sharded import any_sharded
+from quotientopt.symmetries.block import any_sharded
 
 _uncovered: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDictionary()
 

@@ -15,7 +15,7 @@ from quotientopt.optim.parcels import Region, local_part
 from quotientopt.optim.slices import Slice, find_slices, planned_groups
 from quotientopt.optim.translations import absorbed_biases
 from quotientopt.symmetries import SymmetryMap
-from quotientopt.symmetries.sharded import empty_like_whole
+from quotientopt.symmetries.block import empty_like_whole
 
 if TYPE_CHECKING:
     from quotientopt.optim.quotient_adam import QuotientAdam

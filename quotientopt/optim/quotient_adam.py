@@ -41,7 +41,7 @@ from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_preci
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.sharded import any_sharded
+from quotientopt.symmetries.block import any_sharded
 
 if TYPE_CHECKING:
     from quotientopt.optim.sharded import Sharded

@@ -26,8 +26,8 @@ from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.block import any_sharded
 from quotientopt.symmetries.map import RESIDUAL
-from quotientopt.symmetries.sharded import any_sharded
 
 
 class QuotientSGD(SymmetricOptimizer):

@@ -44,7 +44,7 @@ from quotientopt.optim.parcels import Parcels, Region, local_part
 from quotientopt.optim.translations import begin, put_back
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import SymmetryMap
-from quotientopt.symmetries.sharded import empty_like_whole
+from quotientopt.symmetries.block import empty_like_whole
 
 if TYPE_CHECKING:
     from quotientopt.optim.quotient_adam import PreparedStep, QuotientAdam

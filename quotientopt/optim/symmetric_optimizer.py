@@ -22,7 +22,7 @@ from quotientopt.optim.saved import (
 )
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
-from quotientopt.symmetries.sharded import is_sharded, refuse_flattened
+from quotientopt.symmetries.block import is_sharded, refuse_flattened
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.symmetries import HeadSymmetry, NotUnderstoodError, SymmetryMap
+from quotientopt.symmetries.block import any_sharded, refuse_flattened, stand_ins
 from quotientopt.symmetries.exactness import Ownership, with_one_dtype, without_conflicts
 from quotientopt.symmetries.registry import class_names, lookup
-from quotientopt.symmetries.sharded import any_sharded, refuse_flattened, stand_ins
 
 _LAYERS = "peft.tuners.lora."
 # Parameters of a layer of peft that hold the factors of its adapters.

@@ -1,20 +1,19 @@
 """Symmetries of Transformer models: found in their parameters, acted with, verified."""
 
 from quotientopt.symmetries import adapters as _adapters  # noqa: F401 -- registers them
-from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.find import (
-    find_symmetries,
-    gaps,
-    symmetries_from,
-    warn_of_gaps,
-)
+from quotientopt.symmetries.block import Block, HeadBlocks
+from quotientopt.symmetries.find import find_symmetries, gaps, symmetries_from, warn_of_gaps
 from quotientopt.symmetries.fold import fold_norms_
-from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation
-from quotientopt.symmetries.head_blocks import HeadBlocks, matrix_groups
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation, matrix_groups
 from quotientopt.symmetries.map import SymmetryMap
-from quotientopt.symmetries.norm import Norm, Reader, register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
-from quotientopt.symmetries.residual import CentredStream, ResidualStream
+from quotientopt.symmetries.residual import (
+    CentredStream,
+    Norm,
+    Reader,
+    ResidualStream,
+    register_norm,
+)
 
 __all__ = [
     "Block",

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
+from quotientopt.symmetries.block import any_sharded, refuse_flattened, stand_ins
 from quotientopt.symmetries.census import further_directions
 from quotientopt.symmetries.discovery import Discovery, FoundStream, discover
 from quotientopt.symmetries.exactness import (
@@ -42,7 +43,6 @@ from quotientopt.symmetries.residual import (
     norm_breakers,
     unknown_layers,
 )
-from quotientopt.symmetries.sharded import any_sharded, refuse_flattened, stand_ins
 
 _SHOWN = 3
 

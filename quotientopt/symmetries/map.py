@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,30 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import outside_autocast
-from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.census import (
-    HEADS,
-    LENGTHS,
-    ROTATIONS,
-    TRANSLATIONS,
-    UNITS,
-    Direction,
-    Further,
-    length_dimension,
-    orbit_dimension,
-    rotation_dimension,
-)
-from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
-from quotientopt.symmetries.head_blocks import HeadBlocks, head_blocks
+from quotientopt.symmetries import census
+from quotientopt.symmetries.block import Block, HeadBlocks, any_sharded, refuse_values
+from quotientopt.symmetries.census import Direction, Further
+from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, head_blocks
+from quotientopt.symmetries.orbits import length_dimension, orbit_dimension, rotation_dimension
 from quotientopt.symmetries.registry import plain
 from quotientopt.symmetries.residual import ResidualStream
-from quotientopt.symmetries.sharded import any_sharded, refuse_values
 from quotientopt.symmetries.verification import deviations, unchanged_outputs
 
 RESIDUAL = "residual"
 # After the name of a head symmetry: its translations, elements of shape (heads, r).
 TRANSLATION = ".translation"
-_BREAKERS_SHOWN = 3
 
 
 class SymmetryMap:
@@ -146,13 +135,15 @@ class SymmetryMap:
         """
         further = self.further
         means = [parameter for found in further.directions for parameter in found.parameters]
-        found = [Direction(HEADS, s.name, orbit_dimension(s, means)) for s in self.heads]
+        found = [Direction(census.HEADS, s.name, orbit_dimension(s, means)) for s in self.heads]
         found += [
-            Direction(TRANSLATIONS, s.name + TRANSLATION, s.heads * s.rank)
+            Direction(census.TRANSLATIONS, s.name + TRANSLATION, s.heads * s.rank)
             for s in self._translated()
         ]
-        found += [Direction(UNITS, s.name, orbit_dimension(s)) for s in self.hidden_units]
-        found += [Direction(LENGTHS, scale.name, length_dimension(scale)) for scale in self.scales]
+        found += [Direction(census.UNITS, s.name, orbit_dimension(s)) for s in self.hidden_units]
+        found += [
+            Direction(census.LENGTHS, scale.name, length_dimension(scale)) for scale in self.scales
+        ]
         stream = self.residual
         if stream is not None and (stream.group is not None or further.rotations):
             group, full, centred = stream.group, further.rotations, further.centred
@@ -160,23 +151,12 @@ class SymmetryMap:
                 full, centred = group.dim, stream.broken_by != ()
             axes = [(stream.parameters[name], axis) for name, axis in stream.axes.items()]
             count = rotation_dimension(axes, centred, full)
-            found.append(Direction(ROTATIONS, RESIDUAL, count))
+            found.append(Direction(census.ROTATIONS, RESIDUAL, count))
         return (*found, *further.directions)
 
     def units_as_heads(self) -> SymmetryMap:
         """The same symmetries with the hidden units among the heads."""
-        return SymmetryMap(
-            self.pairs,
-            self.residual,
-            residual_reason=self.residual_reason,
-            unrecognized=self.unrecognized,
-            gauge_free=self.gauge_free,
-            scales=self.scales,
-            not_exercised=self.not_exercised,
-            overlapping=self.overlapping,
-            left_alone=self.left_alone,
-            further=self.further,
-        )
+        return self._with(heads=self.pairs, hidden_units=())
 
     def on(self, parameters: Mapping[int, Tensor]) -> SymmetryMap:
         """The same symmetries on other parameters of the same shapes and strides.
@@ -201,22 +181,21 @@ class SymmetryMap:
             replace(found, parameters=tuple(map(moved, found.parameters)))
             for found in self.further.directions
         ]
-        return SymmetryMap(
-            [symmetry.with_blocks(change) for symmetry in self.heads],
-            stream,
-            residual_reason=self.residual_reason,
-            unrecognized=self.unrecognized,
-            gauge_free=self.gauge_free,
+        return self._with(
+            heads=[symmetry.with_blocks(change) for symmetry in self.heads],
+            residual=stream,
             hidden_units=[symmetry.with_blocks(change) for symmetry in self.hidden_units],
             scales=[
                 ScaleSymmetry([change(b) for b in scale.blocks], scale.name, source=scale.source)
                 for scale in self.scales
             ],
-            not_exercised=self.not_exercised,
-            overlapping=self.overlapping,
-            left_alone=self.left_alone,
             further=replace(self.further, directions=tuple(directions)),
         )
+
+    def _with(self, **changes: Any) -> SymmetryMap:
+        """The same map but for some arguments."""
+        given = {name: getattr(self, name) for name in inspect.signature(SymmetryMap).parameters}
+        return SymmetryMap(**{**given, **changes})
 
     def within(self, parameters: Iterable[Tensor]) -> SymmetryMap:
         """The symmetries of heads and the part of the stream on some parameters alone.
@@ -246,14 +225,8 @@ class SymmetryMap:
                 axes={name: stream.axes[name] for name in names},
                 parameters={name: stream.parameters[name] for name in names},
             )
-        return SymmetryMap(
-            heads,
-            stream,
-            residual_reason=self.residual_reason,
-            unrecognized=self.unrecognized,
-            gauge_free=self.gauge_free,
-            left_alone=self.left_alone,
-        )
+        nothing = dict.fromkeys(("hidden_units", "scales", "not_exercised", "overlapping"), ())
+        return self._with(heads=heads, residual=stream, further=None, **nothing)
 
     def for_model(self, model: nn.Module) -> SymmetryMap:
         """The same symmetries on the parameters of the same names of another copy of the model.
@@ -287,7 +260,7 @@ class SymmetryMap:
         """Views ``(heads, r, n)`` of every query, key, value and output matrix of an attention.
 
         For optimizers that work head by head, whatever the layout: fused, grouped, transposed. See
-        :class:`~quotientopt.symmetries.head_blocks.HeadBlocks`.
+        :class:`~quotientopt.symmetries.block.HeadBlocks`.
 
         Examples
         --------
@@ -371,23 +344,21 @@ class SymmetryMap:
                 self.act_(element)
             return
         self.refuse_sharded()
-        known = self._actors()
-        translated = {symmetry.name + TRANSLATION: symmetry for symmetry in self._translated()}
-        names = {*known, *translated, *([RESIDUAL] if self.residual is not None else [])}
-        unknown = [name for name in element if name not in names]
+        unknown = [name for name in element if name not in self.names]
         if unknown:
-            raise ValueError(f"no symmetry called {unknown[0]!r}; known: {sorted(names)}")
-        linear = {name: g for name, g in element.items() if name not in translated}
-        actors = {name: known.get(name) or self.residual for name in linear}
-        for name, g in linear.items():
-            actors[name].check_element(g)  # type: ignore[union-attr]
-        shifts = {name: t for name, t in element.items() if name in translated}
-        for name, t in shifts.items():
-            translated[name].check_translation(t)
-        for name, g in linear.items():
-            actors[name].act_(g)  # type: ignore[union-attr]
-        for name, t in shifts.items():
-            translated[name].translate_(t)
+            raise ValueError(f"no symmetry called {unknown[0]!r}; known: {sorted(self.names)}")
+        actors: dict[str, Any] = {RESIDUAL: self.residual, **self._actors()}
+        translated = {symmetry.name + TRANSLATION: symmetry for symmetry in self._translated()}
+        linear = [(actors[name], g) for name, g in element.items() if name not in translated]
+        shifts = [(translated[name], t) for name, t in element.items() if name in translated]
+        for actor, g in linear:
+            actor.check_element(g)
+        for symmetry, t in shifts:
+            symmetry.check_translation(t)
+        for actor, g in linear:
+            actor.act_(g)
+        for symmetry, t in shifts:
+            symmetry.translate_(t)
 
     def refuse_sharded(self) -> None:
         """Refuse what needs values of parameters that are sharded over processes (ValueError)."""
@@ -440,45 +411,24 @@ class SymmetryMap:
         header = ("symmetry", "group", "heads", "left", "right", "redundant", "known by")
         rows: list[tuple[str, ...]] = [header if self.pairs else ("no head symmetries",)]
         for symmetry in self.pairs:
-            affine = symmetry.translation is not None
-            dimension = symmetry.group.dim + (symmetry.rank if affine else 0)
-            rows.append(
-                (
-                    symmetry.name,
-                    f"{symmetry.group} ⋉ R^{symmetry.rank}" if affine else str(symmetry.group),
-                    str(symmetry.heads),
-                    " + ".join(str(block.size[2]) for block in symmetry.left_blocks),
-                    " + ".join(str(block.size[2]) for block in symmetry.right_blocks),
-                    str(symmetry.heads * dimension),
-                    symmetry.source,
-                )
-            )
+            affine = symmetry.rank if symmetry.translation is not None else 0
+            group = f"{symmetry.group} ⋉ R^{affine}" if affine else str(symmetry.group)
+            sides = map(_columns, (symmetry.left_blocks, symmetry.right_blocks))
+            count = str(symmetry.heads * (symmetry.group.dim + affine))
+            rows.append((symmetry.name, group, str(symmetry.heads), *sides, count, symmetry.source))
         for scale in self.scales:
-            columns = " + ".join(str(block.size[2]) for block in scale.blocks)
-            heads = str(scale.heads)
-            rows.append((scale.name, str(scale.group), heads, columns, "", heads, scale.source))
+            name, heads = scale.name, str(scale.heads)
+            rows.append(
+                (name, str(scale.group), heads, _columns(scale.blocks), "", heads, scale.source)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        if self.residual is None:
-            lines.append(f"residual stream: none, {self.residual_reason or 'not looked for'}")
-        else:
-            broken_by = self.residual.broken_by
-            state = f"broken by {', '.join(broken_by[:_BREAKERS_SHOWN])}" if broken_by else "exact"
-            if len(broken_by) > _BREAKERS_SHOWN:
-                state += f" and {len(broken_by) - _BREAKERS_SHOWN} more"
-            if broken_by and self.residual.group is not None:
-                state += f"; {self.residual.group} exact"
-            dropouts = self.residual.dropouts
-            if dropouts and self.residual.group is not None:
-                state += f" in evaluation, in training unless {dropouts[0]} or one of the "
-                state += f"{len(dropouts)} dropouts is on the stream"
-            lines.append(
-                f"residual stream: d = {self.residual.dimension}, "
-                f"{len(self.residual.axes)} parameters, O({self.residual.dimension}) {state}"
-            )
+        none = f"none, {self.residual_reason or 'not looked for'}"
+        stream = none if self.residual is None else self.residual.summary()
+        lines.append(f"residual stream: {stream}")
         if self.gauge_free:
             lines.append("heads without a gauge, plain Adam: " + ", ".join(self.gauge_free))
         if self.overlapping:
@@ -492,3 +442,7 @@ class SymmetryMap:
         if self.unrecognized:
             lines.append("not understood, left to plain Adam: " + ", ".join(self.unrecognized))
         return "\n".join(lines)
+
+
+def _columns(blocks: Iterable[Block]) -> str:
+    return " + ".join(str(block.size[2]) for block in blocks)

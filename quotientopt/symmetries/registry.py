@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import nn
 
-from quotientopt.symmetries.alterations import alteration, only_shards, replaced_rotary
+from quotientopt.symmetries.classes import (
+    alteration,
+    class_text,
+    named_text,
+    only_shards,
+    replaced_rotary,
+)
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
-from quotientopt.symmetries.sources import class_text, named_text
 
 if TYPE_CHECKING:
-    from quotientopt.symmetries.norm import Norm, Reader
+    from quotientopt.symmetries.residual import Norm, Reader
 
 
 @dataclass
@@ -112,7 +117,7 @@ class ByClass(Generic[T]):
     """Values by qualified class name, found for a class, its subclasses and its copies.
 
     A copy is a class of another name, but of the same last word (Attention, MLP), whose source
-    text is the same, see :mod:`quotientopt.symmetries.sources`; only with classes of the
+    text is the same, see :mod:`quotientopt.symmetries.classes`; only with classes of the
     transformers package it is compared.
     """
 
@@ -238,7 +243,7 @@ def follows(module: nn.Module, class_name: str) -> bool:
 
     True for the class itself, for copies of it and for subclasses of either that override neither
     ``forward`` nor another method of the class, unless the module or its class was altered
-    (:func:`~quotientopt.symmetries.alterations.alteration`).
+    (:func:`~quotientopt.symmetries.classes.alteration`).
     """
     module = unwrapped(module)
     known = _known_base(module, class_name)

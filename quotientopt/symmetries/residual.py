@@ -1,4 +1,4 @@
-"""The residual stream: its axes, what breaks O(d), and how the adapters' contributions add up."""
+"""The residual stream: the norms on it, its axes, what breaks O(d), how contributions add up."""
 
 from __future__ import annotations
 
@@ -9,10 +9,113 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt.groups import O, StabilizerOfOnes
+from quotientopt.symmetries.block import is_sharded, refuse_values
 from quotientopt.symmetries.exactness import Ownership
-from quotientopt.symmetries.norm import Norm, Reader
-from quotientopt.symmetries.registry import Contribution, bare_modules, inside, plain, qualified
-from quotientopt.symmetries.sharded import is_sharded, refuse_values
+from quotientopt.symmetries.registry import (
+    ByClass,
+    Contribution,
+    bare_modules,
+    inside,
+    plain,
+    qualified,
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A matrix that reads vectors of the stream, ``W x`` or ``W x + c``.
+
+    Attributes
+    ----------
+    weight : str
+        Qualified name of the matrix.
+    axis : int
+        Its axis that is the residual stream.
+    bias : str, optional
+        Qualified name of ``c``, which is not in the stream.
+    """
+
+    weight: str
+    axis: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm of a model, ``x ↦ γ ∘ (x − mean) / scale + β``, without the mean for RMS norms.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the module.
+    centres : bool
+        Whether the mean over the stream's axis is subtracted (LayerNorm). That fixes the all-ones
+        vector and leaves only its stabiliser in O(d).
+    gain, bias : str, optional
+        Qualified names of the parameters of γ and β.
+    neutral : float
+        Value of the gain's parameter for which γ = 1; zero where γ = 1 + weight.
+    readers : tuple of Reader, optional
+        *All* that reads the norm's output. None where it is read otherwise too: by a skip
+        connection (post-norm), or by something unknown.
+    """
+
+    name: str
+    centres: bool
+    gain: str | None = None
+    bias: str | None = None
+    neutral: float = 1.0
+    readers: tuple[Reader, ...] | None = None
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """What a norm class computes: the attributes of :class:`Norm` of the same names."""
+
+    centres: bool
+    neutral: float
+
+
+_kinds: ByClass[NormKind] = ByClass()
+
+
+def register_norm(class_name: str, *, centres: bool = False, neutral: float = 1.0) -> None:
+    """Make a norm class known, so that adapters can find its gain, bias and centring.
+
+    Its gain is its parameter ``weight``, its bias its parameter ``bias``; either may be missing.
+
+    Parameters
+    ----------
+    class_name : str
+        Qualified name, ``"transformers.models.llama.modeling_llama.LlamaRMSNorm"``; nothing is
+        imported.
+    centres : bool
+        Whether it subtracts the mean.
+    neutral : float
+        Value of ``weight`` that multiplies by one; zero where the norm multiplies by 1 + weight.
+
+    Raises
+    ------
+    TypeError
+        If the name is not qualified.
+    """
+    if not isinstance(class_name, str) or "." not in class_name:
+        raise TypeError(
+            f'register_norm needs a qualified class name such as "package.module.Norm", '
+            f"got {class_name!r}"
+        )
+    _kinds[class_name] = NormKind(centres, neutral)
+
+
+def norm_kind(norm: nn.Module) -> NormKind | None:
+    """The kind of a module that computes what a registered norm class computes, else None."""
+    return _kinds.find(norm)
+
+
+register_norm("torch.nn.modules.normalization.LayerNorm", centres=True)
+register_norm("torch.nn.modules.normalization.RMSNorm")
+register_norm("quotientopt.symmetries.fold.UncentredLayerNorm")
+
 
 SHOWN = 3
 
@@ -99,6 +202,19 @@ class ResidualStream:
             rows = self.parameters[name].detach().movedim(axis, -1)
             q = element.to(device=rows.device, dtype=torch.float64)
             rows.copy_(rows.to(torch.float64) @ q.mT)
+
+    def summary(self) -> str:
+        """Width, number of parameters, and what of O(d) is exact, in one line."""
+        state = f"broken by {', '.join(self.broken_by[:SHOWN])}" if self.broken_by else "exact"
+        if len(self.broken_by) > SHOWN:
+            state += f" and {len(self.broken_by) - SHOWN} more"
+        if self.broken_by and self.group is not None:
+            state += f"; {self.group} exact"
+        if self.dropouts and self.group is not None:
+            state += f" in evaluation, in training unless {self.dropouts[0]} or one of the "
+            state += f"{len(self.dropouts)} dropouts is on the stream"
+        d = self.dimension
+        return f"d = {d}, {len(self.axes)} parameters, O({d}) {state}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from quotientopt._progress import progress
-from quotientopt.symmetries.sharded import is_sharded, refuse_values
+from quotientopt.symmetries.block import is_sharded, refuse_values
 
 if TYPE_CHECKING:
     from quotientopt.symmetries.map import SymmetryMap

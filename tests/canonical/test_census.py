@@ -31,7 +31,7 @@ from quotientopt.symmetries.adapters.layers import (
     input_heads,
     output_heads,
 )
-from quotientopt.symmetries.census import orbit_dimension, rotation_dimension
+from quotientopt.symmetries.orbits import orbit_dimension, rotation_dimension
 from tests.canonical.affine import affine
 from tests.canonical.null_space import null_dimension
 from tests.symmetries.families import FAMILIES, transformers

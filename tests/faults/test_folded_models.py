@@ -11,7 +11,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.checkpoints import CheckpointError, dress_checkpoint
-from quotientopt.symmetries.uncentred import StreamWriters, UncentredLayerNorm
+from quotientopt.symmetries.fold import StreamWriters, UncentredLayerNorm
 from tests.symmetries.families import FAMILIES
 
 CENTRING = ("gpt2", "opt", "gpt-neox", "vit")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from quotientopt.symmetries import find_symmetries, registry
-from quotientopt.symmetries.norm import norm_kind, register_norm
+from quotientopt.symmetries import find_symmetries, registry, residual
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, register
+from quotientopt.symmetries.residual import norm_kind, register_norm
 from tests.symmetries.architectures import attention, randomize_, small_gpt, values
 from tests.symmetries.families import FAMILIES, WIDTH, build, text, transformers
 from tests.symmetries.test_families import TOLERANCE
@@ -184,9 +184,7 @@ class WhiteningNorm(nn.Module):
 @pytest.fixture
 def scratch(monkeypatch):
     monkeypatch.setattr(registry, "_adapters", registry._adapters.copy())
-    from quotientopt.symmetries import norm
-
-    monkeypatch.setattr(norm, "_kinds", norm._kinds.copy())
+    monkeypatch.setattr(residual, "_kinds", residual._kinds.copy())
 
 
 def test_an_adapter_may_hide_what_is_inside(scratch):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from quotientopt.symmetries import SymmetryMap, find_symmetries, fold_norms_
-from quotientopt.symmetries.norm import UncentredLayerNorm
+from quotientopt.symmetries.fold import UncentredLayerNorm
 from quotientopt.symmetries.residual import CentredStream
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, OutputsOnly, build, gains, transformers

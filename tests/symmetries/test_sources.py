@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quotientopt.symmetries import find_symmetries
-from quotientopt.symmetries.sources import class_text, named_text
+from quotientopt.symmetries.classes import class_text, named_text
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import FAMILIES, randomize_, text, transformers
 from tests.symmetries.test_families import TOLERANCE

@@ -34,7 +34,6 @@ from quotientopt.symmetries.adapters.layers import (
     transformers_classes,
 )
 from quotientopt.symmetries.head import HeadSymmetry
-from quotientopt.symmetries.norm import Reader
 from quotientopt.symmetries.registry import (
     Adapter,
     ByClass,
@@ -45,6 +44,7 @@ from quotientopt.symmetries.registry import (
     qualified,
     unwrapped,
 )
+from quotientopt.symmetries.residual import Reader
 
 
 @dataclass(frozen=True)

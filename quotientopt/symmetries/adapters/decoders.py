@@ -32,8 +32,8 @@ from quotientopt.symmetries.adapters.layers import (
     transformers_classes,
     understands,
 )
-from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, qualified
+from quotientopt.symmetries.residual import register_norm
 
 GATED = Sublayer(("gate_proj", "up_proj"), ("down_proj",), units=Units("up_proj", "down_proj"))
 FUSED_GATED = Sublayer(

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from quotientopt.groups import GL, PlaneCommutant, RotaryCommutant, StructureGroup
-from quotientopt.symmetries.alterations import alteration
 from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.classes import alteration
 from quotientopt.symmetries.head import HeadSymmetry, Translation
-from quotientopt.symmetries.norm import Norm, Reader, norm_kind
 from quotientopt.symmetries.registry import (
     Adapter,
     ByClass,
@@ -23,6 +22,7 @@ from quotientopt.symmetries.registry import (
     register,
     unwrapped,
 )
+from quotientopt.symmetries.residual import Norm, Reader, norm_kind
 
 LINEAR = "torch.nn.modules.linear.Linear"
 EMBEDDING = "torch.nn.modules.sparse.Embedding"

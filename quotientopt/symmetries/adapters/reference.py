@@ -25,7 +25,6 @@ from quotientopt.symmetries.adapters.layers import (
     input_heads,
     output_heads,
 )
-from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
@@ -34,6 +33,7 @@ from quotientopt.symmetries.registry import (
     qualified,
     register,
 )
+from quotientopt.symmetries.residual import register_norm
 
 MODELS = "quotientopt.models"
 ATTENTION = f"{MODELS}.attention.Attention"

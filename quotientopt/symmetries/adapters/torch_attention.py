@@ -26,12 +26,12 @@ from quotientopt.symmetries.adapters.layers import (
     require,
     understands,
 )
-from quotientopt.symmetries.norm import Reader
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,
     qualified,
 )
+from quotientopt.symmetries.residual import Reader
 
 MULTIHEAD_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 UNKNOWN_REST = "readers and writers of the stream outside the recognised layers"

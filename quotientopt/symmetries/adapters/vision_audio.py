@@ -42,8 +42,8 @@ from quotientopt.symmetries.adapters.layers import (
     understands,
 )
 from quotientopt.symmetries.adapters.torch_attention import UNKNOWN_REST
-from quotientopt.symmetries.norm import register_norm
 from quotientopt.symmetries.registry import Contribution, follows, qualified
+from quotientopt.symmetries.residual import register_norm
 
 VIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 register_sublayer(FEED_FORWARD, "clip.CLIPMLP")
