@@ -26,7 +26,7 @@ from torch.nn import functional
 
 import quotientopt as qo
 from quotientopt.canonical import align_, distance, dress_
-from quotientopt.canonical.head_order import HeadOrder, attentions, reorder_
+from quotientopt.canonical.moving import HeadOrder, attentions, reorder_
 from quotientopt.compare.data import load_corpus
 from quotientopt.models import reference_model
 

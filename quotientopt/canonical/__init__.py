@@ -7,11 +7,15 @@ architectures, and of optimizers only that they may have a ``move_state_``.
 from quotientopt.canonical.align import Alignment, align_
 from quotientopt.canonical.distance import distance
 from quotientopt.canonical.dress import Dressing, dress_
-from quotientopt.canonical.invariants import FactoredInvariant, invariants
+from quotientopt.canonical.invariants import (
+    Count,
+    FactoredInvariant,
+    Redundancy,
+    invariants,
+    redundancy,
+)
 from quotientopt.canonical.noether import ChargeLog, ChargeRecord, noether_charges
-from quotientopt.canonical.pictures import plot_spectra
-from quotientopt.canonical.redundancy import Count, Redundancy, redundancy
-from quotientopt.canonical.spectra import Spectrum, spectra
+from quotientopt.canonical.spectra import Spectrum, plot_spectra, spectra
 
 __all__ = [
     "Alignment",

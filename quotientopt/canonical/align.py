@@ -10,27 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import outside_autocast, wide_dtype
-from quotientopt.canonical.compact import compact_factor
-from quotientopt.canonical.distance import common_residual_group
-from quotientopt.canonical.elements import Element, balanced_elements
-from quotientopt.canonical.head_order import (
+from quotientopt.canonical.distance import common_residual_group, overlap_outside, refuse_different
+from quotientopt.canonical.elements import Element, balanced_elements, compact_factor
+from quotientopt.canonical.moving import (
     HeadOrder,
     attentions,
     best_order,
     complete,
     exchangeable,
+    move_,
     overlaps,
+    refuse_sparse_gradients,
+    refuse_uneven,
     reorder_,
     reordered,
 )
-from quotientopt.canonical.matching import refuse_different
-from quotientopt.canonical.moving import move_, refuse_sparse_gradients, refuse_uneven
-from quotientopt.canonical.outside import Outside, outside_of, residual_axes
 from quotientopt.canonical.reading import (
     BlockView,
+    Outside,
     of_unit_length,
+    outside_of,
     query_groups,
     require_pairs,
+    residual_axes,
     right_blocks,
     rotated,
     stored,
@@ -39,7 +41,6 @@ from quotientopt.canonical.reading import (
     unit_lengths,
     untranslated,
 )
-from quotientopt.canonical.residual import overlap_outside
 from quotientopt.groups import O, Scale
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
@@ -123,7 +124,7 @@ def align_(
         Whether to rotate the residual stream, where both models have a symmetry there.
     permute_heads : bool or collection of str
         Whether to reorder heads. True: of attentions in which nothing but the pairs is known to
-        tell heads apart (:data:`quotientopt.canonical.head_order.EXCHANGEABLE`); names of
+        tell heads apart (:data:`quotientopt.canonical.moving.EXCHANGEABLE`); names of
         attentions: of those, on your word that there is no slope, bias or gain per head. Needs
         SciPy.
     example_inputs : Tensor, tuple or mapping, optional

@@ -1,4 +1,9 @@
-"""How far two models are apart, whatever their gauges."""
+"""How far two models are apart, whatever their gauges.
+
+In reading order: :func:`distance`; distances between orbits of pairs, of compact groups, of planes
+that share a frequency, of hidden units; the residual stream of both and what lies outside the
+pairs; and whether two models can be compared at all (:func:`refuse_different`).
+"""
 
 from __future__ import annotations
 
@@ -9,27 +14,32 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import Pair, outside_autocast
-from quotientopt.canonical.compact import (
-    compact_distance,
+from quotientopt._linalg import Pair, outside_autocast, wide_dtype
+from quotientopt.canonical.elements import (
     compact_factor,
-    frequency_distance,
-    is_compact,
+    manifold_of,
+    unit_elements,
 )
-from quotientopt.canonical.elements import manifold_of, unit_elements
-from quotientopt.canonical.matching import refuse_different
-from quotientopt.canonical.outside import Outside, outside_of
 from quotientopt.canonical.reading import (
     BlockView,
+    Outside,
+    is_compact,
+    joint,
     of_unit_length,
+    outside_of,
     pair_of,
     rotated,
     stored,
     symmetries_of,
 )
-from quotientopt.canonical.residual import overlap_outside
-from quotientopt.groups import O, PlaneCommutant, Scale, StructureGroup
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.groups import (
+    O,
+    PlaneCommutant,
+    Scale,
+    StructureGroup,
+)
+from quotientopt.manifolds.orbits import squared_distance
+from quotientopt.symmetries import HeadSymmetry, ScaleSymmetry, SymmetryMap
 
 OTHER, TOTAL = "other", "total"
 
@@ -129,6 +139,23 @@ def _distance_of(symmetry: HeadSymmetry) -> Callable[[Pair, Pair], Tensor]:
     return manifold_of(symmetry).distance
 
 
+def compact_distance(group: StructureGroup, x: Pair, y: Pair) -> Tensor:
+    """``min_k ‖k [A₁ B₁] − [A₂ B₂]‖_F`` over a compact group, per head."""
+    X, Y = joint(x), joint(y)
+    return torch.linalg.matrix_norm(compact_factor(group, Y @ X.mT) @ X - Y)
+
+
+def frequency_distance(group: PlaneCommutant, x: Pair, y: Pair) -> Tensor:
+    """Distance between the products ``aᴴ b`` of all frequencies and of the passing rows."""
+    squared = torch.zeros((), dtype=x[0].dtype, device=x[0].device)
+    (a1, p1), (b1, q1), (a2, p2), (b2, q2) = (group.complex_rows(X) for X in (*x, *y))
+    for a, b, c, d in zip(a1, b1, a2, b2, strict=True):
+        squared = squared + squared_distance((a, b), (c, d)).sum(dim=-1)
+    if group.pass_rows:
+        squared = squared + squared_distance((p1, q1), (p2, q2))
+    return squared.sqrt()
+
+
 def unit_distance(group: StructureGroup, x: Pair, y: Pair) -> Tensor:
     """Distance of hidden units in invariants, ``(units,)``, from balanced pairs of one row each.
 
@@ -186,6 +213,22 @@ def common_residual_group(first: SymmetryMap, second: SymmetryMap) -> O | None:
     return one.group
 
 
+def overlap_outside(
+    moving: Mapping[str, Outside], fixed: Mapping[str, Outside], dimension: int
+) -> Tensor:
+    """``Σ W_fixedᵀ W_moving`` over the matrices on the residual stream, shape (d, d).
+
+    The element Q of the stream's group closest to it brings all ``W_moving Qᵀ`` closest to
+    ``W_fixed``.
+    """
+    parts = {name: part for name, part in moving.items() if part.axis is not None}
+    device = next(iter(moving.values())).parameter.device
+    total = torch.zeros(dimension, dimension, dtype=wide_dtype(device), device=device)
+    for name, part in parts.items():
+        total += (fixed[name].rows().to(part.parameter.device).mT @ part.rows()).to(total)
+    return total
+
+
 def _outside_squares(
     first: Mapping[str, Outside], second: Mapping[str, Outside], rotation: Tensor | None
 ) -> tuple[float, float]:
@@ -205,3 +248,51 @@ def _outside_squares(
 def _refuse_nonfinite(what: str, tensor: Tensor) -> None:
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"{what} of one of the models has non-finite entries")
+
+
+def refuse_different(
+    first: nn.Module, second: nn.Module, symmetries: SymmetryMap, others: SymmetryMap
+) -> None:
+    """Refuse models whose parameters or head symmetries differ in name or shape.
+
+    Raises
+    ------
+    ValueError
+        Naming the first difference.
+    """
+    one, two = (dict(model.named_parameters()) for model in (first, second))
+    for name in sorted(one.keys() ^ two.keys()):
+        raise ValueError(
+            f"the models have different parameters: {name!r} is in the "
+            f"{'first' if name in one else 'second'} only"
+        )
+    for name, parameter in one.items():
+        if parameter.shape != two[name].shape:
+            raise ValueError(
+                f"the models differ in {name!r}: {tuple(parameter.shape)} and "
+                f"{tuple(two[name].shape)}"
+            )
+    left, right = (_symmetries(found) for found in (symmetries, others))
+    for name in sorted(left.keys() ^ right.keys()):
+        raise ValueError(
+            f"the models have different symmetries: {name!r} is in the "
+            f"{'first' if name in left else 'second'} only"
+        )
+    for name, symmetry in left.items():
+        if _form(symmetry) != _form(right[name]):
+            raise ValueError(f"the models differ in symmetry {name!r}: {symmetry}, {right[name]}")
+
+
+def _symmetries(found: SymmetryMap) -> dict[str, HeadSymmetry | ScaleSymmetry]:
+    return {symmetry.name: symmetry for symmetry in found.linear}
+
+
+def _form(symmetry: HeadSymmetry | ScaleSymmetry) -> tuple[object, ...]:
+    if isinstance(symmetry, ScaleSymmetry):
+        return symmetry.group, [block.size for block in symmetry.blocks]
+    left, right, moved = symmetry.left_blocks, symmetry.right_blocks, symmetry.translation
+    affine = None
+    if moved is not None:
+        places = [block is one for one in moved.blocks for block in right]
+        affine = (places, moved.sink is not None)
+    return symmetry.group, [b.size for b in left], [b.size for b in right], affine

@@ -1,4 +1,17 @@
-"""Group elements that take the factor pairs of a model to a section, from their Gram matrices."""
+"""Group elements that take the factor pairs of a model to a section.
+
+In reading order: an :class:`Element`, and those of every section, from Gram matrices
+(:func:`section_elements`, :func:`unit_elements`, :func:`balanced_elements`); the canonical one,
+which the SVD section has with nothing left open (:func:`canonical_element`): signs and bases of
+equal singular values are fixed by the rule of :mod:`quotientopt.sections.convention`, pairs of
+deficient rank brought to the form of :func:`quotientopt.sections.section`; and compact groups.
+
+The elements of compact groups are orthogonal and turn both factors alike. Normalised queries and
+keys have one: O(r), its stabiliser of the all-ones vector, or the phases of rotary planes. A pair
+under such a group is one matrix [A B], and orbits are compared by turning one representative to
+where it is nearest to the other. Every other structure group here has a maximal compact subgroup of
+this kind, which is what balancing a pair leaves of it (:func:`compact_factor`).
+"""
 
 from __future__ import annotations
 
@@ -9,21 +22,32 @@ import torch
 from torch import Tensor
 
 from quotientopt import sections
-from quotientopt._linalg import Pair, gram, row_signs, wide_dtype
-from quotientopt.canonical.compact import is_compact, section_element, section_kinds
-from quotientopt.canonical.convention import canonical_element
+from quotientopt._linalg import Pair, first_largest, gram, locate_first, row_signs, wide_dtype
+from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.canonical.reading import (
     BlockView,
     columns_of,
     grams_of,
+    is_compact,
+    joint,
     moved_first,
     of_one_group,
     pair_of,
     split_heads,
     stored,
 )
-from quotientopt.groups import PlaneCommutant, RotaryCommutant, Scale, StructureGroup
+from quotientopt.groups import (
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    Scale,
+    StructureGroup,
+)
 from quotientopt.manifolds import FactorQuotient
+from quotientopt.sections.factor import svd_dressing
+from quotientopt.sections.gram import dress_matrix
+from quotientopt.sections.rotary import rotary_svd_dressing
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
 SectionKind = Literal["svd", "balanced", "orthonormal", "triangular", "polar"]
@@ -68,6 +92,17 @@ def manifold_of(symmetry: HeadSymmetry) -> FactorQuotient:
         raise ValueError(f"symmetry {symmetry.name!r}: {error}") from None
 
 
+def section_kinds(symmetry: HeadSymmetry) -> tuple[str, ...]:
+    """The sections that a symmetry's group has: of pairs, under compact groups of [A B]."""
+    if isinstance(symmetry.group, PlaneCommutant):
+        return ("svd", "balanced", "orthonormal", "triangular")
+    if isinstance(symmetry.group, RotaryPhases):
+        return ("svd",)
+    return (
+        ("svd", "polar") if isinstance(symmetry.group, O) else manifold_of(symmetry).section_kinds
+    )
+
+
 def refuse_unknown_section(symmetries: Sequence[HeadSymmetry], kind: str) -> None:
     """Refuse a section that some symmetry's group does not have.
 
@@ -77,11 +112,7 @@ def refuse_unknown_section(symmetries: Sequence[HeadSymmetry], kind: str) -> Non
         Naming the symmetry, its group and the sections it has.
     """
     for symmetry in symmetries:
-        known = (
-            section_kinds(symmetry.group)
-            if is_compact(symmetry.group) or isinstance(symmetry.group, PlaneCommutant)
-            else manifold_of(symmetry).section_kinds
-        )
+        known = section_kinds(symmetry)
         if kind not in known:
             raise ValueError(
                 f"symmetry {symmetry.name!r}: section must be one of {known} for "
@@ -204,12 +235,10 @@ def _summary(
         leading = pair_of(symmetry, view)[0][..., : symmetry.rank]
         leading = leading if dressing is None else dressing[1] @ leading
         return leading, leading
-    # Gram matrices do not see a rotation of the residual stream: no view is needed, but for the
-    # lengths of normalised queries and keys.
-    compact = is_compact(symmetry.group)
+    # Gram matrices do not see a rotation of the residual stream: no view is needed.
     if dressing is None:
-        return grams_of(symmetry, view) if compact else grams_of(symmetry)
-    A, B = pair_of(symmetry, view) if compact else pair_of(symmetry)
+        return grams_of(symmetry)
+    A, B = pair_of(symmetry)
     g, contragredient = dressing
     return gram(contragredient @ A), gram(g @ B)
 
@@ -221,8 +250,9 @@ def _elements(group: StructureGroup, kind: str) -> Elements:
     if not is_compact(group):
         return lambda SA, SB: sections.element(kind, SA, SB)
 
-    def turning_both(SA: Tensor, SB: Tensor) -> Pair:
-        g = section_element(kind, group, SA if kind == "polar" else SA + SB)
+    def turning_both(leading: Tensor, _: Tensor) -> Pair:
+        assert isinstance(group, O)  # phases have "svd" alone
+        g = sections.gram_section(kind, leading.mT, stabilizer=group)[1]
         return g, g
 
     return turning_both
@@ -246,3 +276,107 @@ def _name_failures(
         raise
     g, contragredient = (list(split_heads(symmetries, side).values()) for side in stacked)
     return g, contragredient
+
+
+def canonical_element(symmetry: HeadSymmetry, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """The element that leads to the canonical representative, its contragredient, and the gap.
+
+    Parameters
+    ----------
+    symmetry : HeadSymmetry
+    pair : tuple of Tensor
+        Its factors, ``(heads, r, n)`` and ``(heads, r, m)``, in the widest precision. Under GL(r),
+        and for the passing rows of a rotary commutant, B tells signs; for a plane the phase that
+        makes the entry of largest modulus of the complex row b real and positive (of a, where b
+        vanishes); under compact groups the rows of [A B]. Planes that share a frequency have the
+        complex singular vectors of their rows.
+
+    Raises
+    ------
+    ValueError
+        If an entry is not finite; the symmetry is named.
+    """
+    group, stored = symmetry.group, symmetry.blocks[0].parameter.dtype
+    try:
+        if isinstance(group, RotaryPhases):
+            return _phases(group, joint(pair), stored)
+        if isinstance(group, O):
+            rows = _finite(joint(pair))
+            found = dress_matrix("svd", group.moving_part(rows.mT), stored)
+            g = group.element_of_moving(found.element)
+            return g, g, found.gap
+        if isinstance(group, RotaryCommutant | PlaneCommutant):
+            _, _, g, contragredient, gap = rotary_svd_dressing(group, *pair, stored)
+        else:
+            _, _, g, contragredient, gap = svd_dressing(*pair, stored)
+    except ValueError as error:
+        raise ValueError(f"symmetry {symmetry.name!r}: {error}") from None
+    return g, contragredient, gap
+
+
+def _phases(
+    group: RotaryPhases, rows: Tensor, stored: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Phases that put the largest entry of every complex row of [A B] on the positive axis."""
+    commutant = group.commutant
+    rows = _finite(rows)
+    if isinstance(commutant, PlaneCommutant):
+        return _unitary(commutant, rows, stored)
+    planes = commutant.complex_rows(rows)
+    largest = first_largest(planes).squeeze(-1) if commutant.planes else planes[..., 0]
+    modulus = largest.abs()
+    phase = torch.where(modulus > 0, largest.conj() / torch.where(modulus > 0, modulus, 1), 1)
+    block, gap = None, modulus.new_full(rows.shape[:-2], torch.inf)
+    if commutant.pass_rows:
+        found = dress_matrix("svd", rows[..., commutant.rotary_dim :, :].mT, stored)
+        block, gap = found.element, found.gap
+    g = commutant.element(phase, block)
+    return g, g, gap
+
+
+def _unitary(
+    commutant: PlaneCommutant, rows: Tensor, stored: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where planes share a frequency: left singular vectors of their complex rows."""
+    planes, passing = commutant.complex_rows(rows)
+    gap = rows.new_full(rows.shape[:-2], torch.inf)
+    parts = []
+    for own in planes:
+        U, values, Vh = torch.linalg.svd(own, full_matrices=False)
+        largest = first_largest(Vh)
+        parts.append(largest.conj() / largest.abs() * U.mH)
+        if values.shape[-1] > 1:
+            gaps = -values.diff(dim=-1).amax(dim=-1) / values[..., 0]
+            gap = torch.minimum(gap, gaps.amin(dim=-1))
+    block = passing[..., :0]
+    if commutant.pass_rows:
+        found = dress_matrix("svd", passing.mT, stored)
+        block, gap = found.element, torch.minimum(gap, found.gap)
+    g = commutant.element(parts, block)
+    return g, g, gap
+
+
+def _finite(rows: Tensor) -> Tensor:
+    finite = torch.isfinite(rows).all(dim=-1).all(dim=-1)
+    if not bool(finite.all()):
+        raise ValueError(f"[A B] has non-finite entries{locate_first(~finite)}")
+    return rows
+
+
+def compact_factor(group: StructureGroup, matrix: Tensor) -> Tensor:
+    """The element of the group's maximal compact subgroup that is closest to r×r matrices.
+
+    The solution k of the Procrustes problem ``min ‖k X − Y‖`` for ``matrix = Y Xᵀ``.
+    """
+    if isinstance(group, RotaryPhases):
+        return group.commutant.unitary_factor(matrix)
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
+        return group.unitary_factor(matrix)
+    if isinstance(group, O):
+        return group.element_of_moving(orthogonal_polar_factor(moving_block(group, matrix)))
+    return orthogonal_polar_factor(matrix)
+
+
+def moving_block(group: O, matrix: Tensor) -> Tensor:
+    """A square matrix in the coordinates that the group moves, on both sides."""
+    return group.moving_part(group.moving_part(matrix).mT).mT

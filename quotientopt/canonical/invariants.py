@@ -1,21 +1,30 @@
-"""What a model's head pairs compute: the invariants of their orbits, kept as thin factors."""
+"""What a model sees of its weights: the invariants of its pairs. And how much it does not.
+
+In reading order: :func:`invariants` of orbits, kept as thin factors (:class:`FactoredInvariant`),
+and how many parameters are gauge, per layer, per kind and in all (:func:`redundancy`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import compute_dtype, outside_autocast, wide
-from quotientopt.canonical.compact import is_compact, joint
-from quotientopt.canonical.convention import without_unseen_rows
+from quotientopt._linalg import (
+    Pair,
+    compute_dtype,
+    outside_autocast,
+    wide,
+)
 from quotientopt.canonical.elements import elements_of
-from quotientopt.canonical.outside import effective_shifts
 from quotientopt.canonical.reading import (
+    effective_shifts,
     factor,
+    is_compact,
+    joint,
     of_unit_length,
     query_groups,
     right_factor,
@@ -32,6 +41,12 @@ from quotientopt.groups import (
 )
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.census import KINDS, ROTATIONS
+from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
+
+_BALANCED = 1e-6
+REST = "outside the layers"
+_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,3 +250,182 @@ def invariants(
             symmetry.name, symmetry.group, left.flatten(0, 1).to(dtype), right.to(dtype), bias
         )
     return found
+
+
+def without_unseen_rows(group: StructureGroup, left: Tensor, right: Tensor) -> Pair:
+    """Factors in the SVD section without the rows that ``Aᵀ B`` does not see.
+
+    Rows that it sees are equally long on both sides; the others have a partner of zeros.
+
+    Parameters
+    ----------
+    group : StructureGroup
+    left, right : Tensor
+        ``(heads, query heads of one, r, n)`` and ``(heads, r, m)``.
+    """
+    if is_compact(group):
+        return left, right
+    one = torch.linalg.vector_norm(left, dim=(-3, -1))
+    two = torch.linalg.vector_norm(right, dim=-1)
+    if isinstance(group, RotaryCommutant | PlaneCommutant):
+        for plane in group.planes:
+            for lengths in (one, two):
+                rows = list(plane)
+                lengths[:, rows] = torch.linalg.vector_norm(lengths[:, rows], dim=-1, keepdim=True)
+    unequal = torch.minimum(one, two) <= _BALANCED * torch.maximum(one, two)
+    unseen = unequal.unsqueeze(-1)
+    return torch.where(unseen.unsqueeze(-3), 0, left), torch.where(unseen, 0, right)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters, and how many directions among them are gauge.
+
+    Attributes
+    ----------
+    parameters : int
+        Numbers stored; shared ones count once.
+    redundant : int
+        Dimension of the orbit of the group that acts on them.
+    """
+
+    parameters: int
+    redundant: int
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the quotient, ``parameters − redundant``."""
+        return self.parameters - self.redundant
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """Counts of a model.
+
+    Attributes
+    ----------
+    layers : dict of str to Count
+        By layer, such as ``"blocks.0"``; parameters of no layer under ``"outside the layers"``.
+        Directions count in the layer of their first parameter.
+    residual : int
+        Dimension of the residual stream's rotations, d(d − 1)/2 where O(d) is exact or becomes so
+        by folding norms, 0 where the stream has no symmetry: it belongs to no layer.
+    total : Count
+        Of the whole model, `residual` included.
+    kinds : dict of str to int
+        Directions by kind: those of heads, translations of biases, gains of norms, …
+    unknown : tuple of str
+        What was not understood, so that nothing is counted there.
+    """
+
+    layers: dict[str, Count]
+    residual: int
+    total: Count
+    kinds: dict[str, int] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [(name, count) for name, count in self.layers.items()]
+        if self.residual:
+            rows.append((RESIDUAL, Count(0, self.residual)))
+        rows.append(("total", self.total))
+        width = max(
+            len("layer"), *(len(name) for name in [name for name, _ in rows] + [*self.kinds])
+        )
+        lines = [f"{'layer':<{width}}  {'parameters':>12}  {'redundant':>10}  {'dimension':>12}"]
+        for name, count in rows:
+            lines.append(
+                f"{name:<{width}}  {count.parameters:>12,}  {count.redundant:>10,}  "
+                f"{count.dimension:>12,}"
+            )
+        if self.kinds:
+            lines += ["", f"{'kind':<{width}}  {'':>12}  {'redundant':>10}"]
+            lines += [f"{name:<{width}}  {'':>12}  {n:>10,}" for name, n in self.kinds.items()]
+        return "\n".join([*lines, "", self._verdict()])
+
+    def _verdict(self) -> str:
+        """The share that is gauge, and what was not understood."""
+        unknown = ", ".join(self.unknown[:_SHOWN])
+        if len(self.unknown) > _SHOWN:
+            unknown += f" and {len(self.unknown) - _SHOWN} more"
+        if not self.total.redundant:
+            if not unknown:
+                return "no parameter is gauge"
+            return f"how many parameters are gauge is not known, not understood: {unknown}"
+        share = f"{self.total.redundant / max(self.total.parameters, 1):.2%} of the parameters"
+        if not unknown:
+            return f"{share} are gauge"
+        return f"at least {share} are gauge; not understood: {unknown}"
+
+
+def redundancy(
+    model: nn.Module,
+    *,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None = None,
+    example_inputs: Any = None,
+) -> Redundancy:
+    """Count parameters, gauge directions and the dimension of the quotient, per layer and in all.
+
+    The census of :meth:`SymmetryMap.redundancy`: at weights in general position the total is the
+    dimension of the null space of the derivative of all outputs with respect to all weights.
+
+    Parameters
+    ----------
+    model : Module
+    symmetries : SymmetryMap or sequence of HeadSymmetry, optional
+        By default all that are found.
+    example_inputs : Tensor, tuple or mapping, optional
+        A batch, from which symmetries are found that the classes of the modules do not tell.
+
+    Returns
+    -------
+    Redundancy
+        Prints as a table. Discrete symmetries (orders of heads, signs) have dimension zero.
+    """
+    symmetries = symmetries_of(model, symmetries, example_inputs)
+    parameters: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        layer = layer_of(name)
+        parameters[layer] = parameters.get(layer, 0) + parameter.numel()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    firsts = {s.name: names[id(s.blocks[0].parameter)] for s in symmetries.linear}
+    redundant: dict[str, int] = {}
+    kinds = dict.fromkeys(KINDS, 0)
+    directions = symmetries.directions()
+    for direction in directions:
+        kinds[direction.kind] += direction.count
+        if direction.kind != ROTATIONS:
+            name = direction.name
+            layer = layer_of(firsts.get(name.removesuffix(TRANSLATION), name))
+            redundant[layer] = redundant.get(layer, 0) + direction.count
+    layers = {layer: Count(count, redundant.get(layer, 0)) for layer, count in parameters.items()}
+    # Layers in their order, what belongs to none last.
+    if REST in layers:
+        layers[REST] = layers.pop(REST)
+    total = Count(sum(parameters.values()), sum(direction.count for direction in directions))
+    return Redundancy(
+        layers,
+        kinds[ROTATIONS],
+        total,
+        {kind: count for kind, count in kinds.items() if count},
+        _unknown(model, symmetries, total.redundant),
+    )
+
+
+def _unknown(model: nn.Module, symmetries: SymmetryMap, redundant: int) -> tuple[str, ...]:
+    """Attentions that are not understood, and why the stream is not."""
+    unknown = list(symmetries.unrecognized)
+    if not symmetries.gauge_free or redundant:
+        unknown += symmetries.further.uncounted
+    if not unknown and not redundant and not symmetries.gauge_free:
+        unknown.append(f"{type(model).__name__} ({symmetries.residual_reason or 'no symmetry'})")
+    return tuple(dict.fromkeys(unknown))
+
+
+def layer_of(name: str) -> str:
+    """``"blocks.0"`` of ``"blocks.0.attention.query.weight"``: up to the first number."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: i + 1])
+    return REST

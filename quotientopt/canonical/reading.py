@@ -1,25 +1,31 @@
-"""Factor pairs as they lie in a model: read in the widest precision, one symmetry at a time.
+"""A model's parameters as they lie in it: factor pairs, and what is outside them.
 
-Blocks of different layers are separate tensors, so that products of the parameters' size are formed
-symmetry by symmetry; what is r×r is then stacked and decomposed at once.
+Read in the widest precision, one symmetry at a time: blocks of different layers are separate
+tensors, so that products of the parameters' size are formed symmetry by symmetry; what is r×r is
+then stacked and decomposed at once.
 
 What a translation moves is read as no part of a pair: of the biases ``b_i ↦ b_i + t`` only the
 differences ``b_i − b_0`` are left, and what the values' bias adds to the output is read with the
 output's bias (:func:`effective_shift`). Normalised queries and keys are read at one length
 (:func:`unit_lengths`). So all that is read is the same in every gauge but for the linear part.
+
+In reading order: the symmetries that are asked for (:func:`symmetries_of`); views of blocks;
+factors, pairs and their Gram matrices; translations and lengths; heads of several symmetries
+stacked; and the parameters :class:`Outside` the pairs: embeddings, norms, biases of writing layers.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import Pair, gram, wide
-from quotientopt.canonical.compact import is_compact
+from quotientopt.groups import O, RotaryPhases, StructureGroup
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,
@@ -30,6 +36,85 @@ from quotientopt.symmetries import (
 )
 
 BlockView = Callable[[Block], Tensor]
+
+
+def symmetries_of(
+    model: nn.Module,
+    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
+    example_inputs: Any = None,
+) -> SymmetryMap:
+    """The symmetries given, or found, once it is clear that they are those of the model.
+
+    With example inputs also those that no class tells.
+
+    Raises
+    ------
+    TypeError
+        If the model is no Module.
+    ValueError
+        If a symmetry acts on a tensor that is no parameter of the model, or on a quantised one.
+    """
+    if symmetries is None:
+        return symmetries_from(model, example_inputs)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(symmetries, SymmetryMap):
+        symmetries = SymmetryMap(symmetries)
+    own = {id(parameter) for parameter in model.parameters()}
+    touched = [(name, p) for name in symmetries.names for p in symmetries.parameters_of(name)]
+    for name, parameter in touched:
+        if id(parameter) not in own:
+            raise ValueError(
+                f"symmetry {name!r} acts on a tensor that is no parameter of this "
+                f"{type(model).__name__}; find the symmetries of this very model"
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"symmetry {name!r} acts on a parameter of dtype {parameter.dtype} (quantised); "
+                "dequantise it, or leave the symmetry out with symmetries="
+            )
+    return symmetries
+
+
+def require_heads(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
+    """The symmetries, unless there is none of a head.
+
+    Raises
+    ------
+    ValueError
+        Naming what was not understood, or has no gauge.
+    """
+    if not symmetries.heads:
+        raise _nothing_known(model, symmetries)
+    return symmetries
+
+
+def require_pairs(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
+    """The symmetries, unless there is no factor pair: none of a head, none of hidden units.
+
+    Raises
+    ------
+    ValueError
+        As of :func:`require_heads`.
+    """
+    if not symmetries.pairs:
+        raise _nothing_known(model, symmetries)
+    return symmetries
+
+
+def _nothing_known(model: nn.Module, symmetries: SymmetryMap) -> ValueError:
+    kind = type(model).__name__
+    if symmetries.gauge_free and not symmetries.unrecognized:
+        return ValueError(
+            f"{kind} has no head symmetry to divide out: the heads of "
+            f"{', '.join(symmetries.gauge_free)} hold or read invariants"
+        )
+    unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
+    return ValueError(
+        f"no head symmetry of {kind} is known (not understood: {unknown}); "
+        "pass symmetries=find_symmetries(model, batch), which finds them from gradients, or "
+        "register an adapter"
+    )
 
 
 def stored(block: Block) -> Tensor:
@@ -111,6 +196,16 @@ def untranslated(symmetry: HeadSymmetry, view: BlockView = stored) -> BlockView:
 def right_factor(symmetry: HeadSymmetry, view: BlockView = stored) -> Tensor:
     """The right factor as no translation changes it, ``(heads, r, m)``."""
     return factor(right_blocks(symmetry), untranslated(symmetry, view))
+
+
+def is_compact(group: StructureGroup) -> bool:
+    """Whether all elements of the group are orthogonal."""
+    return isinstance(group, O | RotaryPhases)
+
+
+def joint(pair: Pair) -> Tensor:
+    """``[A B]``."""
+    return torch.cat(pair, dim=-1)
 
 
 def pair_of(symmetry: HeadSymmetry, view: BlockView = stored) -> Pair:
@@ -235,80 +330,94 @@ def query_groups(symmetry: HeadSymmetry) -> list[tuple[Block, ...]]:
     return list(zip(*by_width.values(), strict=True))
 
 
-def symmetries_of(
-    model: nn.Module,
-    symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
-    example_inputs: Any = None,
-) -> SymmetryMap:
-    """The symmetries given, or found, once it is clear that they are those of the model.
+@dataclass(frozen=True, eq=False)
+class Outside:
+    """A parameter, or what the factor pairs leave of it.
 
-    With example inputs also those that no class tells.
-
-    Raises
-    ------
-    TypeError
-        If the model is no Module.
-    ValueError
-        If a symmetry acts on a tensor that is no parameter of the model, or on a quantised one.
+    Attributes
+    ----------
+    parameter : Tensor
+    covered : Tensor, optional
+        Mask of the entries that belong to factor pairs; None if there are none.
+    axis : int, optional
+        Which axis is the residual stream; None if none is.
+    shift : Tensor, optional
+        What the biases of values add to an output bias: it is read as ``β = b_O + Σ_h W_O b_V``.
+    multiplier : Tensor, optional
+        What brings normalised queries and keys to one length.
     """
-    if symmetries is None:
-        return symmetries_from(model, example_inputs)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(symmetries, SymmetryMap):
-        symmetries = SymmetryMap(symmetries)
-    own = {id(parameter) for parameter in model.parameters()}
-    touched = [(name, p) for name in symmetries.names for p in symmetries.parameters_of(name)]
-    for name, parameter in touched:
-        if id(parameter) not in own:
-            raise ValueError(
-                f"symmetry {name!r} acts on a tensor that is no parameter of this "
-                f"{type(model).__name__}; find the symmetries of this very model"
-            )
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"symmetry {name!r} acts on a parameter of dtype {parameter.dtype} (quantised); "
-                "dequantise it, or leave the symmetry out with symmetries="
-            )
-    return symmetries
+
+    parameter: Tensor
+    covered: Tensor | None
+    axis: int | None
+    shift: Tensor | None = None
+    multiplier: Tensor | None = None
+
+    def values(self, rotation: Tensor | None = None) -> Tensor:
+        """The values in the widest precision, zero where covered, as no translation changes them.
+
+        Parameters
+        ----------
+        rotation : Tensor, optional
+            Q: as they are after ``W ↦ W Qᵀ``.
+        """
+        values = wide(self.parameter.detach())
+        if self.shift is not None:
+            values = values + self.shift.to(values)
+        if self.multiplier is not None:
+            values = values * self.multiplier
+        if self.covered is not None:
+            values = values.masked_fill(self.covered, 0)
+        if rotation is not None and self.axis is not None:
+            values = rotate_axis(values, self.axis, rotation)
+        return values
+
+    def rows(self) -> Tensor:
+        """The values as ``(rows, d)``, the residual stream last."""
+        assert self.axis is not None
+        return self.values().movedim(self.axis, -1).reshape(-1, self.parameter.shape[self.axis])
 
 
-def require_heads(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
-    """The symmetries, unless there is none of a head.
-
-    Raises
-    ------
-    ValueError
-        Naming what was not understood, or has no gauge.
-    """
-    if not symmetries.heads:
-        raise _nothing_known(model, symmetries)
-    return symmetries
-
-
-def require_pairs(model: nn.Module, symmetries: SymmetryMap) -> SymmetryMap:
-    """The symmetries, unless there is no factor pair: none of a head, none of hidden units.
-
-    Raises
-    ------
-    ValueError
-        As of :func:`require_heads`.
-    """
-    if not symmetries.pairs:
-        raise _nothing_known(model, symmetries)
-    return symmetries
+def outside_of(model: nn.Module, symmetries: SymmetryMap) -> dict[str, Outside]:
+    """Parameters that factor pairs do not cover, or not wholly, by name."""
+    covered: dict[int, Tensor] = {}
+    for symmetry in symmetries.pairs:
+        for block in symmetry.blocks:
+            parameter = block.parameter
+            if id(parameter) not in covered:
+                covered[id(parameter)] = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=torch.bool, device=parameter.device
+                ).fill_(False)
+            block.view(covered[id(parameter)]).fill_(True)
+    axes = residual_axes(symmetries.residual)
+    shifts, factors = effective_shifts(symmetries), multipliers(symmetries)
+    found = {}
+    for name, parameter in model.named_parameters():
+        mask, key = covered.get(id(parameter)), id(parameter)
+        if mask is None or not bool(mask.all()):
+            found[name] = Outside(parameter, mask, axes.get(key), shifts.get(key), factors.get(key))
+    return found
 
 
-def _nothing_known(model: nn.Module, symmetries: SymmetryMap) -> ValueError:
-    kind = type(model).__name__
-    if symmetries.gauge_free and not symmetries.unrecognized:
-        return ValueError(
-            f"{kind} has no head symmetry to divide out: the heads of "
-            f"{', '.join(symmetries.gauge_free)} hold or read invariants"
-        )
-    unknown = ", ".join(symmetries.unrecognized) or "nothing that looks like attention"
-    return ValueError(
-        f"no head symmetry of {kind} is known (not understood: {unknown}); "
-        "pass symmetries=find_symmetries(model, batch), which finds them from gradients, or "
-        "register an adapter"
-    )
+def effective_shifts(symmetries: SymmetryMap) -> dict[int, Tensor]:
+    """What biases of values add to output biases: ``id`` of these to tensors shaped like them."""
+    found: dict[int, Tensor] = {}
+    for symmetry in symmetries.heads:
+        shift = effective_shift(symmetry)
+        if shift is None or symmetry.translation is None or symmetry.translation.sink is None:
+            continue
+        sink = symmetry.translation.sink
+        parameter = sink.parameter
+        if id(parameter) not in found:
+            found[id(parameter)] = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=shift.dtype, device=parameter.device
+            ).zero_()
+        sink.view(found[id(parameter)]).add_(shift.to(parameter.device))
+    return found
+
+
+def residual_axes(stream: ResidualStream | None) -> dict[int, int]:
+    """``id`` of every parameter on the residual stream to its axis."""
+    if stream is None:
+        return {}
+    return {id(stream.parameters[name]): axis for name, axis in stream.axes.items()}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import Pair, gram, wide
-from quotientopt.canonical.compact import is_compact
 from quotientopt.canonical.invariants import product_singular_values
+from quotientopt.canonical.reading import is_compact
 from quotientopt.groups import (
     GL,
     O,

@@ -11,13 +11,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.canonical import align_, distance
-from quotientopt.canonical.head_order import (
-    HeadOrder,
-    attentions,
-    best_order,
-    overlaps,
-    reorder_,
-)
+from quotientopt.canonical.moving import HeadOrder, attentions, best_order, overlaps, reorder_
 from quotientopt.canonical.reading import query_groups, stored
 from quotientopt.groups import GL
 from quotientopt.symmetries import SymmetryMap

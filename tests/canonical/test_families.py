@@ -7,7 +7,7 @@ import torch
 
 import quotientopt as qo
 from quotientopt.canonical import align_, distance, dress_, invariants, spectra
-from quotientopt.canonical.head_order import HeadOrder, attentions, complete, exchangeable, reorder_
+from quotientopt.canonical.moving import HeadOrder, attentions, complete, exchangeable, reorder_
 from quotientopt.canonical.reading import query_groups
 from quotientopt.groups import GL, StabilizerOfOnes
 from tests.canonical.models import difference, twin_of

@@ -9,7 +9,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.canonical import Spectrum, dress_, plot_spectra, spectra
-from quotientopt.canonical.pictures import _short
+from quotientopt.canonical.spectra import _short
 from tests.canonical.models import ARCHITECTURES, example, twin_of
 from tests.symmetries.architectures import small_gpt, small_llama
 
