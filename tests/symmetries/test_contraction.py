@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import embedding, linear
 
-from quotientopt.symmetries.discovery.contraction import ContractionTrace
+from quotientopt.symmetries.discovery.gradients import ContractionTrace
 
 WIDTH = 12
 X = torch.randn(2, 5, WIDTH)

@@ -1,14 +1,30 @@
-"""Noether charges of the rows of a model's matrices: ``X = W ∂Wᵀ`` for random functions."""
+"""Noether charges of the rows of a model's matrices, and the groups that they show.
+
+The charges are ``X = W ∂Wᵀ`` for random functions of the outputs. For a pair (A, B) with group G
+and any such function the mismatch ``D = ∂_B Bᵀ − A ∂_Aᵀ`` is orthogonal to the Lie algebra of G
+(Noether), and for a random function almost surely to nothing larger.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from quotientopt.groups import (
+    GL,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    StructureGroup,
+    simplest_commutant,
+)
 from quotientopt.symmetries.discovery.gradients import Gradient, Sums, in_rows
 from quotientopt.symmetries.discovery.point import Gradients
 
@@ -239,3 +255,132 @@ def _alike(one: str, two: str) -> int:
                 break
             length += 1
     return length
+
+
+def mismatch(
+    left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``D = ∂_B Bᵀ − A ∂_Aᵀ`` head by head, and what rounding leaves undecided of it.
+
+    Returns
+    -------
+    D : Tensor
+        Shape ``(functions, heads, r, r)``.
+    tolerance : Tensor
+        Shape ``(heads, r, r)``.
+    """
+    rows, index = right
+    D = rows.products(index, index).mT
+    tolerance = rows.precision * rows.sizes(index, index).mT
+    for rows, index in left:
+        D = D - rows.products(index, index)
+        tolerance = tolerance + rows.precision * rows.sizes(index, index)
+    # The sizes are bounds; rounding in the backward pass is that of the largest of them.
+    return D, tolerance.amax(dim=(-2, -1), keepdim=True).expand_as(tolerance)
+
+
+def largest_groups(
+    left: Sequence[tuple[Rows, Tensor]], right: tuple[Rows, Tensor], *, rotations: bool = True
+) -> list[StructureGroup]:
+    """The groups known here whose algebras the mismatch of all heads is orthogonal to.
+
+    The largest of them, or all that are as large.
+    """
+    if max(rows.precision for rows, _ in (*left, right)) > LIMIT:
+        return []
+    D, tolerance = mismatch(left, right)
+    r = D.shape[-1]
+
+    def holds(group: StructureGroup) -> bool:
+        # The algebras are closed under transposition: it does not matter which way D is read.
+        return bool((group.algebra_projection(D).abs() <= tolerance).all())
+
+    if holds(GL(r)):
+        return [GL(r)]
+    if not rotations or r < 2:
+        return []
+
+    def vanishes(values: Tensor) -> Tensor:
+        return (values.abs() <= 2 * tolerance).all(dim=1).all(dim=0)
+
+    # Entry by entry first: there are many groups of rotations, and most readings have none.
+    diagonal = D.diagonal(dim1=-2, dim2=-1)
+    zero, skew = vanishes(D), vanishes(D - D.mT)
+    trace = vanishes(diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2))
+    candidates: list[StructureGroup] = []
+    if bool(skew.all()):
+        candidates.append(O(r))
+    elif r > 2:
+        candidates.append(StabilizerOfOnes(r))
+    for rotated, layout in itertools.product(range(2, r + 1, 2), ("half", "interleaved")):
+        commutant = RotaryCommutant(r, rotated, layout)
+        i, j = torch.tensor(commutant.planes).T
+        if bool(skew[i, j].all()):
+            if bool(trace[i, j].all()) and bool(zero[rotated:, rotated:].all()):
+                candidates.append(commutant)
+            if bool(skew[rotated:, rotated:].all()):
+                candidates.append(RotaryPhases(r, rotated, layout))
+    for found in (_commutant(D, tolerance, zero, skew, trace), _phases(D, tolerance, skew)):
+        if found is not None and found not in candidates:
+            candidates.append(found)
+    fitting = [group for group in candidates if holds(group)]
+    largest = max((group.dim for group in fitting), default=0)
+    return [group for group in fitting if group.dim == largest]
+
+
+def _commutant(
+    D: Tensor, tolerance: Tensor, zero: Tensor, skew: Tensor, trace: Tensor
+) -> StructureGroup | None:
+    """The commutant of rotations of planes wherever their rows lie, whatever frequencies repeat.
+
+    The charges of rows that pass vanish. Two rows are a plane where ``[[a, b], [b, −a]]`` is left
+    of their mismatch, which is all that is orthogonal to the complex numbers; planes share a
+    frequency where the same holds of the blocks between them.
+
+    Parameters
+    ----------
+    D : Tensor, shape (functions, heads, r, r)
+    tolerance : Tensor, shape (heads, r, r)
+    zero, skew, trace : Tensor, shape (r, r)
+        Where D, ``D − Dᵀ`` and ``D_ii + D_jj`` vanish.
+    """
+    turned = ~zero.diagonal()
+    partners = trace & skew & turned & turned.unsqueeze(-1)
+    partners = partners & ~torch.eye(len(zero), dtype=torch.bool, device=zero.device)
+    if not bool((partners.sum(-1) == turned).all()):
+        return None
+    return _of_planes(D, 2 * tolerance, partners)
+
+
+def _phases(D: Tensor, tolerance: Tensor, skew: Tensor) -> StructureGroup | None:
+    """The orthogonal part of such a commutant, which norms leave, as :func:`_commutant`.
+
+    Only ``D − Dᵀ`` tells of it: rows that pass are all linked, and each row of a plane to one.
+    """
+    linked = skew & ~torch.eye(len(skew), dtype=torch.bool, device=skew.device)
+    partners = linked & (linked.sum(-1) == 1) & (linked.sum(-1) == 1).unsqueeze(-1)
+    if not bool(partners.any()):
+        return None
+    group = _of_planes(D - D.mT, 4 * tolerance, partners)
+    return RotaryPhases.of(group) if isinstance(group, PlaneCommutant) else None
+
+
+def _of_planes(D: Tensor, tolerance: Tensor, partners: Tensor) -> StructureGroup:
+    """The commutant whose planes are pairs of partners; those share a frequency that D links."""
+    i, j = torch.triu(partners).nonzero(as_tuple=True)
+
+    def linear(k: Tensor, m: Tensor) -> Tensor:
+        """Planes (i, j) and (k, m) between which D is orthogonal to all complex numbers."""
+        one, two = i.unsqueeze(-1), j.unsqueeze(-1)
+        real, imaginary = D[..., one, k] + D[..., two, m], D[..., two, k] - D[..., one, m]
+        largest = torch.maximum(real.abs(), imaginary.abs())
+        vanishing = (largest <= tolerance[..., :1, :1]).flatten(0, 1).all(0)
+        return vanishing & vanishing.mT
+
+    same, opposite = linear(i, j), linear(j, i)
+    found: dict[int, list[tuple[int, int]]] = {}
+    for number, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
+        first = next((k for k in found if same[number, k] or opposite[number, k]), number)
+        turned_round = first != number and not same[number, first]
+        found.setdefault(first, []).append((b, a) if turned_round else (a, b))
+    return simplest_commutant(PlaneCommutant(len(partners), list(found.values())))

@@ -12,28 +12,36 @@ import torch
 from torch import nn
 
 from quotientopt._progress import progress
-from quotientopt.groups import GL, Scale, StructureGroup
 from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.discovery.assemble import scale_of, symmetries_of
 from quotientopt.symmetries.discovery.charges import LIMIT, Rows, rows_of
-from quotientopt.symmetries.discovery.linked_rows import (
+from quotientopt.symmetries.discovery.claims import (
+    FoundStream,
+    Names,
+    analysed,
+    find_stream,
+    scales_of,
+    scope_of,
+    symmetries_of,
+)
+from quotientopt.symmetries.discovery.pairs import (
     SOME,
+    FoundPair,
     Index,
+    Taken,
     grouped_values,
     linked_pairs,
     may_be_units,
     several_readers,
+    within,
 )
-from quotientopt.symmetries.discovery.pairs import FoundPair, Taken, common_module, within
 from quotientopt.symmetries.discovery.point import Call, GenericPoint, Gradients, calls_of
-from quotientopt.symmetries.discovery.proof import Prover
+from quotientopt.symmetries.discovery.proof import Prover, all_proved, jointly, proved_scale
 from quotientopt.symmetries.discovery.queries_keys import (
     queries_and_keys,
     scores_alone,
     shared_rotary_keys,
     wider_scores,
 )
-from quotientopt.symmetries.discovery.stream import FoundStream, analysed, find_stream
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 from quotientopt.symmetries.registry import looks_like_attention, qualified
 
@@ -151,13 +159,13 @@ def _examine(
     pairs = [
         pair
         for pair in find_pairs(cuts, _numbers(module), suspects)
-        if not any(within(path, _scope(pair)) for path in still)
+        if not any(within(path, scope_of(pair)) for path in still)
     ]
     noise = max(
         (rows.precision for cut in cuts for rows in cut if rows.precision < LIMIT), default=0.0
     )
     prover = Prover(point, reference, noise, generator)
-    names = _Names(prefix)
+    names = Names(prefix)
 
     def symmetries(pair: FoundPair) -> list[HeadSymmetry]:
         members = list(symmetries_of(pair, names.of(pair, pairs), parameters, gradients))
@@ -168,21 +176,21 @@ def _examine(
         return [symmetry for symmetry in members if symmetry.heads >= SOME * most]
 
     candidates = [(pair, symmetries(pair)) for pair in pairs]
-    scales = list(_scales(pairs, names))
+    scales = list(scales_of(pairs, names))
     prover.prepare([*(s for _, members in candidates for s in members), *scales])
     proved: list[HeadSymmetry] = []
     for pair, members in progress(candidates, "proving pairs"):
-        good = _all_proved(prover, members, pair.others)
+        good = all_proved(prover, members, pair.others)
         if members and not good and pair.rank > 1 and not pair.scores and len(pair.left) == 1:
             # A ReLU's units that were all active at once look like one linear map.
             alone = pair.units()
-            good = _all_proved(prover, symmetries(alone)) if may_be_units(alone) else []
+            good = all_proved(prover, symmetries(alone)) if may_be_units(alone) else []
         proved += good
     # Chains last: where they overlap with heads, heads are what an optimizer takes.
     heads = sorted((s for s in proved if not s.of_units), key=lambda s: "chain" in s.name)
     units = [s for s in proved if s.of_units]
-    good_scales = [s for s in (_proved_scale(prover, scale) for scale in scales) if s is not None]
-    heads, units, good_scales = _jointly(prover, heads, units, good_scales)
+    good_scales = [s for s in (proved_scale(prover, scale) for scale in scales) if s is not None]
+    heads, units, good_scales = jointly(prover, heads, units, good_scales)
     if not prefix:
         stream = find_stream(heads, units, parameters, gradients.contracted, gradients.looked_up)
         if stream is not None:
@@ -259,133 +267,6 @@ def _numbers(module: nn.Module) -> set[int]:
             if type(value) is int and any(word in name for word in _WORDS)
         )
     return found
-
-
-def _all_proved(
-    prover: Prover, symmetries: Iterable[HeadSymmetry], others: Sequence[StructureGroup] = ()
-) -> list[HeadSymmetry]:
-    """Those that can be proved, under their own group or else under one of the others."""
-    found = []
-    for symmetry in symmetries:
-        tried = (_proved(prover, _with(symmetry, group=g)) for g in (symmetry.group, *others))
-        found.append(next((s for s in tried if s is not None), None))
-    return [symmetry for symmetry in found if symmetry is not None]
-
-
-def _proved(prover: Prover, symmetry: HeadSymmetry) -> HeadSymmetry | None:
-    """The symmetry with the deviation of its proof as source; None if it fails, or its control."""
-    if symmetry.rank == 1:
-        symmetry = _with(symmetry, group=Scale(1))
-    deviation = prover.deviation(symmetry)
-    if deviation > prover.proved or prover.control(symmetry) <= prover.moved:
-        return None
-    if symmetry.rank == 1 and prover.signs(symmetry) <= prover.proved:
-        symmetry = _with(symmetry, group=GL(1))
-    if symmetry.translation is not None:
-        moved = prover.translation(symmetry)
-        balanced = symmetry.translation.sink is None
-        if moved > prover.proved or not (
-            balanced or prover.translation(symmetry, balanced=False) > prover.moved
-        ):
-            symmetry = _with(symmetry, translation=None)
-        else:
-            deviation = max(deviation, moved)
-    return _with(symmetry, source=f"found, proved to {deviation:.0e}")
-
-
-def _proved_scale(prover: Prover, scale: ScaleSymmetry) -> ScaleSymmetry | None:
-    deviation = prover.deviation(scale)
-    if deviation > prover.proved or prover.control(scale) <= prover.moved:
-        return None
-    return ScaleSymmetry(scale.blocks, scale.name, source=f"found, proved to {deviation:.0e}")
-
-
-def _jointly(
-    prover: Prover,
-    heads: list[HeadSymmetry],
-    units: list[HeadSymmetry],
-    scales: list[ScaleSymmetry],
-) -> tuple[list[HeadSymmetry], list[HeadSymmetry], list[ScaleSymmetry]]:
-    """Those that leave the outputs of the whole alone, too; parameters may be used elsewhere."""
-    everything: list[HeadSymmetry | ScaleSymmetry] = [*heads, *units, *scales]
-    if not everything or prover.together(everything) <= prover.proved:
-        return heads, units, scales
-    good = {id(s) for s in everything if prover.together([s]) <= prover.proved}
-    return (
-        [s for s in heads if id(s) in good],
-        [s for s in units if id(s) in good],
-        [s for s in scales if id(s) in good],
-    )
-
-
-def _scales(pairs: Sequence[FoundPair], names: _Names) -> Iterator[ScaleSymmetry]:
-    """Candidates for scales: queries and keys whose own charges have no trace, head by head."""
-    for pair in pairs:
-        if not pair.scores or isinstance(pair.group, GL):
-            continue
-        for kind, sides in (("query", pair.left), ("key", (pair.right,))):
-            for number, (rows, index) in enumerate(sides):
-                trace = rows.charge[:, index].sum(-1).abs()
-                if bool((trace <= rows.precision * rows.scale[index].sum(-1)).all()):
-                    suffix = f"{kind}.{number}" if len(sides) > 1 else kind
-                    scale = scale_of(rows, index, names.unique(_scope(pair), f"{suffix}_scale"))
-                    if scale is not None:
-                        yield scale
-
-
-class _Names:
-    """Names of symmetries: the module around their parameters, and what they are there."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._given: set[str] = set()
-
-    def of(self, pair: FoundPair, pairs: Sequence[FoundPair]) -> str:
-        scope = _scope(pair)
-        if pair.scores:
-            kind = "qk"
-            # Called after the attention, also where queries and keys are one matrix inside it.
-            around = [_scope(p) for p in pairs if not p.scores and p.rank > 1]
-            scope = max((s for s in around if within(scope, s)), key=len, default=scope)
-        elif pair.rank == 1 and pair.heads > 1:
-            kind = "units"
-        elif _in_heads(pair) or any(
-            other.scores and other.heads == 1 and within(_scope(other), scope) for other in pairs
-        ):
-            kind = "vo"
-        else:
-            kind = "chain"
-        return self.unique(scope, kind)
-
-    def unique(self, scope: str, kind: str) -> str:
-        name, number = qualified(self._prefix, scope, kind), 1
-        while name in self._given:
-            number += 1
-            name = qualified(self._prefix, scope, f"{kind}_{number}")
-        self._given.add(name)
-        return name
-
-
-def _in_heads(pair: FoundPair) -> bool:
-    """Whether one matrix reads several heads: a value-output pair, not a chain of linear maps."""
-    return pair.heads * len(pair.left) > 1 and len({rows.key for rows, _ in pair.left}) == 1
-
-
-def _scope(pair: FoundPair) -> str:
-    return common_module([*(rows.name for rows, _ in pair.left), pair.right[0].name])
-
-
-def _with(symmetry: HeadSymmetry, **changes: Any) -> HeadSymmetry:
-    """The same symmetry but for some arguments."""
-    given = {
-        "left": symmetry.left_blocks,
-        "right": symmetry.right_blocks,
-        "group": symmetry.group,
-        "name": symmetry.name,
-        "translation": symmetry.translation,
-        "source": symmetry.source,
-    }
-    return HeadSymmetry(**{**given, **changes})
 
 
 def _renamed(blocks: Iterable[Block], prefix: str) -> list[Block]:

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from quotientopt.symmetries.discovery.contraction import ContractionTrace
-from quotientopt.symmetries.discovery.gradients import Charges, Gradient, Store, blocks
+from quotientopt.symmetries.discovery.gradients import (
+    Charges,
+    ContractionTrace,
+    Gradient,
+    Store,
+    blocks,
+)
 from quotientopt.symmetries.verification import KeepFloat64, floating_tensors
 
 # Random functions of the outputs; the charges of two must agree where one could by chance.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quotientopt.groups import GL, O, RotaryPhases, StructureGroup
+from quotientopt.groups import GL, O, RotaryPhases, Scale, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.pairs import common_module
 from quotientopt.symmetries.discovery.point import Call, GenericPoint
@@ -229,3 +230,73 @@ def _outwards(symmetry: HeadSymmetry | ScaleSymmetry) -> list[str]:
         path = path.rpartition(".")[0]
         paths.append(path)
     return paths
+
+
+def all_proved(
+    prover: Prover, symmetries: Iterable[HeadSymmetry], others: Sequence[StructureGroup] = ()
+) -> list[HeadSymmetry]:
+    """Those that can be proved, under their own group or else under one of the others."""
+    found = []
+    for symmetry in symmetries:
+        tried = (_proved(prover, _with(symmetry, group=g)) for g in (symmetry.group, *others))
+        found.append(next((s for s in tried if s is not None), None))
+    return [symmetry for symmetry in found if symmetry is not None]
+
+
+def _proved(prover: Prover, symmetry: HeadSymmetry) -> HeadSymmetry | None:
+    """The symmetry with the deviation of its proof as source; None if it fails, or its control."""
+    if symmetry.rank == 1:
+        symmetry = _with(symmetry, group=Scale(1))
+    deviation = prover.deviation(symmetry)
+    if deviation > prover.proved or prover.control(symmetry) <= prover.moved:
+        return None
+    if symmetry.rank == 1 and prover.signs(symmetry) <= prover.proved:
+        symmetry = _with(symmetry, group=GL(1))
+    if symmetry.translation is not None:
+        moved = prover.translation(symmetry)
+        balanced = symmetry.translation.sink is None
+        if moved > prover.proved or not (
+            balanced or prover.translation(symmetry, balanced=False) > prover.moved
+        ):
+            symmetry = _with(symmetry, translation=None)
+        else:
+            deviation = max(deviation, moved)
+    return _with(symmetry, source=f"found, proved to {deviation:.0e}")
+
+
+def proved_scale(prover: Prover, scale: ScaleSymmetry) -> ScaleSymmetry | None:
+    deviation = prover.deviation(scale)
+    if deviation > prover.proved or prover.control(scale) <= prover.moved:
+        return None
+    return ScaleSymmetry(scale.blocks, scale.name, source=f"found, proved to {deviation:.0e}")
+
+
+def jointly(
+    prover: Prover,
+    heads: list[HeadSymmetry],
+    units: list[HeadSymmetry],
+    scales: list[ScaleSymmetry],
+) -> tuple[list[HeadSymmetry], list[HeadSymmetry], list[ScaleSymmetry]]:
+    """Those that leave the outputs of the whole alone, too; parameters may be used elsewhere."""
+    everything: list[HeadSymmetry | ScaleSymmetry] = [*heads, *units, *scales]
+    if not everything or prover.together(everything) <= prover.proved:
+        return heads, units, scales
+    good = {id(s) for s in everything if prover.together([s]) <= prover.proved}
+    return (
+        [s for s in heads if id(s) in good],
+        [s for s in units if id(s) in good],
+        [s for s in scales if id(s) in good],
+    )
+
+
+def _with(symmetry: HeadSymmetry, **changes: Any) -> HeadSymmetry:
+    """The same symmetry but for some arguments."""
+    given = {
+        "left": symmetry.left_blocks,
+        "right": symmetry.right_blocks,
+        "group": symmetry.group,
+        "name": symmetry.name,
+        "translation": symmetry.translation,
+        "source": symmetry.source,
+    }
+    return HeadSymmetry(**{**given, **changes})

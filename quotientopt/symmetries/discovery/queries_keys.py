@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quotientopt.symmetries.discovery.charges import Rows
+from quotientopt.symmetries.discovery.charges import Rows, largest_groups
 from quotientopt.symmetries.discovery.pairs import (
     MANY_ROWS,
     FoundPair,
@@ -21,7 +21,6 @@ from quotientopt.symmetries.discovery.pairs import (
     common_module,
     divisors,
     keys_first,
-    largest_groups,
     swapped,
     within,
 )
