@@ -27,12 +27,16 @@ from ablations.report import write_report
 from ablations.running import Ablations
 from ablations.variants import QUESTIONS
 
-from quotientopt.compare.defaults import MODEL_DEFAULTS, load_task
-from quotientopt.compare.environment import available_cores, describe_environment
-from quotientopt.compare.errors import UsageError, require
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.data import MODEL_DEFAULTS, load_task
+from quotientopt.compare.protocol import (
+    Protocol,
+    Run,
+    UsageError,
+    available_cores,
+    describe_environment,
+    require,
+)
 from quotientopt.compare.record import prepare_folder
-from quotientopt.compare.trial import Run
 
 RESULTS = Path(__file__).parent / "results" / "ablation"
 SIZES = ("batch", "context", "layers", "width")

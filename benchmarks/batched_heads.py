@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.manifolds import FactorQuotient
 
 SIZES = {

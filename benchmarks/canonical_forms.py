@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import write_atomically
 
 OUT = Path(__file__).parent / "results" / "canonical-forms.json"

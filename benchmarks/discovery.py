@@ -25,7 +25,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.checkpoints.example_inputs import example_inputs
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import write_atomically
 from quotientopt.symmetries import HeadSymmetry
 from quotientopt.symmetries.discovery import discover

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import write_atomically
 
 # Okabe and Ito's palette. An optimizer has one colour in all pictures, here and in the comparison.

@@ -31,14 +31,11 @@ from invariant_attention_report import table
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.compare.defaults import load_task
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.data import Task, load_task, prediction_loss
 from quotientopt.compare.optimizers import FIRST_EDITION, OPTIMIZERS, Entry, Settings
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, Run, Trial, best_run, describe_environment
 from quotientopt.compare.record import write_atomically
-from quotientopt.compare.task import Task, prediction_loss
 from quotientopt.compare.train import build_model, train
-from quotientopt.compare.trial import Run, Trial, best_run
 from quotientopt.compare.tuning import search_rates
 from quotientopt.nn import InvariantAttention
 from quotientopt.symmetries import ResidualStream, SymmetryMap

@@ -32,14 +32,11 @@ from experiment import ADAM, QUOTIENT_ADAM, png
 from torch import Tensor, nn
 
 from quotientopt import QuotientAdam, find_symmetries
-from quotientopt.compare.defaults import load_task
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.data import Task, load_task
 from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry, Settings
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, Trial, describe_environment
 from quotientopt.compare.record import write_atomically
-from quotientopt.compare.task import Task
 from quotientopt.compare.train import Training, train
-from quotientopt.compare.trial import Trial
 
 RESULTS = Path(__file__).parent / "results" / "learning-rates"
 DATA = {"gpt": "stdlib", "llama": "stdlib", "vit": "mnist-5k"}

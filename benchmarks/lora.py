@@ -28,11 +28,9 @@ from lora_tasks.report import write_report
 from lora_tasks.tasks import TASKS, Recipe, Task
 from lora_tasks.training import train
 
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.errors import UsageError, require
-from quotientopt.compare.progress import result_line
+from quotientopt.compare.protocol import Run, UsageError, describe_environment, require
 from quotientopt.compare.record import Record, prepare_folder
-from quotientopt.compare.trial import Run
+from quotientopt.compare.report import result_line
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("peft", "transformers", "tokenizers")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt import HeadSymmetry, QuotientAdam, SymmetryMap
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import write_atomically
 from quotientopt.groups import GL
 from quotientopt.symmetries import Block

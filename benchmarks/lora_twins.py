@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quotientopt import find_symmetries
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import write_atomically
 from quotientopt.models import reference_model
 from quotientopt.peft import create_quotient_optimizer

@@ -34,7 +34,7 @@ from pymanopt.optimizers import ConjugateGradient, SteepestDescent, TrustRegions
 from torch import Tensor
 
 import quotientopt.pymanopt as adapter
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import prepare_folder, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "low-rank"

@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.optim.update import (
     COMPOSITION,
     NARROW_COMPOSITION,

@@ -28,13 +28,10 @@ from torch import nn
 
 from quotientopt import find_symmetries
 from quotientopt.compare.data import load_corpus
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.errors import UsageError, require
 from quotientopt.compare.optimizers import OPTIMIZERS, find_optimizers
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, Trial, UsageError, describe_environment, require
 from quotientopt.compare.record import prepare_folder, write_atomically
 from quotientopt.compare.train import train
-from quotientopt.compare.trial import Trial
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"

@@ -20,12 +20,10 @@ import torch
 from torch import nn
 
 from quotientopt import QuotientAdam
-from quotientopt.compare.defaults import load_task
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.data import load_task
 from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, Trial, describe_environment
 from quotientopt.compare.train import train
-from quotientopt.compare.trial import Trial
 
 # Beside AdamW at 8e-3 for embeddings and head, as its entry in the comparison starts.
 SOAP_MUON, SOAP_MUON_ENTRY = "SOAP-Muon", OPTIMIZERS["soap-muon"]

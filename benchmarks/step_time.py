@@ -23,7 +23,7 @@ from step_timing.measure import measure_apart
 from step_timing.record import load_rows, record_path, save_row, table
 from step_timing.setting import PERIOD, SHAPES, SIZES, TOKENS, Setting
 
-from quotientopt.compare.errors import UsageError
+from quotientopt.compare.protocol import UsageError
 from quotientopt.compare.record import prepare_folder
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,10 +10,8 @@ from typing import Any
 
 from ablations.summary import summarise
 from ablations.variants import QUESTIONS, VARIANTS
-from quotientopt.compare.errors import UsageError
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, Run, Trial, UsageError
 from quotientopt.compare.record import write_atomically
-from quotientopt.compare.trial import Run, Trial
 
 SCHEMA = 1
 

@@ -11,8 +11,8 @@ from experiment import png
 from ablations.record import Record
 from ablations.summary import Row, summarise
 from ablations.variants import QUESTIONS
-from quotientopt.compare.defaults import MODEL_DEFAULTS
-from quotientopt.compare.errors import UsageError
+from quotientopt.compare.data import MODEL_DEFAULTS
+from quotientopt.compare.protocol import UsageError
 from quotientopt.compare.record import write_atomically
 
 TABLE, PLOT = "README.md", "ablation.png"

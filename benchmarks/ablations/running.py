@@ -16,13 +16,10 @@ from torch import nn
 from ablations.record import Conditions, Record, load, load_all
 from ablations.variants import QUESTIONS, VARIANTS, Variant
 from quotientopt import QuotientAdam
-from quotientopt.compare.defaults import load_task
-from quotientopt.compare.errors import UsageError
+from quotientopt.compare.data import Task, load_task
 from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry
-from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.task import Task
+from quotientopt.compare.protocol import Protocol, Run, Trial, UsageError, best_run
 from quotientopt.compare.train import train
-from quotientopt.compare.trial import Run, Trial, best_run
 
 Start = Callable[..., "Future[Run]"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ablations.variants import DEFAULT, QUESTIONS, Variant
-from quotientopt.compare.trial import Run, best_run
+from quotientopt.compare.protocol import Run, best_run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lora_tasks.model import Adapted
 from lora_tasks.protocol import LoraProtocol
-from quotientopt.compare.errors import require
+from quotientopt.compare.protocol import require
 
 Settings = Mapping[str, float]
 LORAPLUS_RATIO = 16.0

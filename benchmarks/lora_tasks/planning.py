@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Generator, Sequence
 
-from quotientopt.compare.trial import Run, Trial, best_run
+from quotientopt.compare.protocol import Run, Trial, best_run
 from quotientopt.compare.tuning import is_interior
 
 TOLERANCE = 0.02

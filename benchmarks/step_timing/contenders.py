@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from quotientopt import QuotientAdam
 from quotientopt.compare.baselines import Muon2, SOAPMuon
-from quotientopt.compare.errors import require
 from quotientopt.compare.optimizers import BETAS
+from quotientopt.compare.protocol import require
 from step_timing.setting import PERIOD, Setting, SkippedError
 
 # Small, so that hundreds of steps along one gradient leave the weights where they are.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from quotientopt.compare.environment import describe_environment
+from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.train import state_bytes
 from step_timing.clock import summarise_iterations, summarise_periods, time_laps
 from step_timing.contenders import CONTENDERS, Contender, build_optimizers

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quotientopt.compare.environment import describe_environment
-from quotientopt.compare.errors import UsageError
+from quotientopt.compare.protocol import UsageError, describe_environment
 from quotientopt.compare.record import write_atomically
 
 SCHEMA = 1

@@ -88,7 +88,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run(arguments: list[str], options: dict[str, object]) -> int:
     """Run a comparison; what was measured before an interrupt is reported all the same."""
     from quotientopt.compare.comparison import Comparison, Request, command_line
-    from quotientopt.compare.errors import RunFailedError, UsageError
+    from quotientopt.compare.protocol import RunFailedError, UsageError
 
     try:
         request = Request(command=command_line(arguments), **options)  # type: ignore[arg-type]

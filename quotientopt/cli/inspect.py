@@ -192,7 +192,7 @@ def _record(
     found: Mapping[str, "Spectrum"],
 ) -> dict[str, Any]:
     """Everything that is printed, and the spectra of every head."""
-    from quotientopt.compare.environment import describe_environment
+    from quotientopt.compare.protocol import describe_environment
 
     residual = symmetries.residual
     stream = residual and {

@@ -10,23 +10,33 @@ from pathlib import Path
 import torch
 
 from quotientopt._files import LockedError, locked, write_atomically
-from quotientopt.compare import plot, report
-from quotientopt.compare.defaults import MODEL_DEFAULTS, load_task
-from quotientopt.compare.environment import available_cores, describe_environment
-from quotientopt.compare.errors import RunFailedError, UsageError, require
+from quotientopt.compare import report
+from quotientopt.compare.data import IMAGES, MODEL_DEFAULTS, Task, load_task
 from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, find_optimizers
-from quotientopt.compare.progress import Progress, make_progress
-from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.record import FILE_NAME, Record, prepare_folder, runs_in
-from quotientopt.compare.summary import optimizers_of
-from quotientopt.compare.task import IMAGES, Task
-from quotientopt.compare.train import build_model, time_alone
-from quotientopt.compare.trial import Run, Trial, best_run
+from quotientopt.compare.protocol import (
+    Protocol,
+    Run,
+    RunFailedError,
+    Trial,
+    UsageError,
+    available_cores,
+    best_run,
+    describe_environment,
+    require,
+)
+from quotientopt.compare.record import FILE_NAME, Record, optimizers_of, prepare_folder, runs_in
+from quotientopt.compare.report import Progress, make_progress
+from quotientopt.compare.train import (
+    ParallelWorkers,
+    SerialWorkers,
+    Workers,
+    build_model,
+    time_alone,
+)
 from quotientopt.compare.tuning import Plan, parse_grid, plan
-from quotientopt.compare.workers import ParallelWorkers, SerialWorkers, Workers
 
 LOCK = ".compare.lock"
-REPORTS = (report.FILE_NAME, plot.FILE_NAME)
+REPORTS = (report.TABLE_NAME, report.PLOT_NAME)
 
 
 @dataclass(frozen=True)
@@ -180,11 +190,11 @@ class Comparison:
         if self._replaces and not self.record.runs:
             return []
         self._save()
-        table, curves = self.folder / report.FILE_NAME, self.folder / plot.FILE_NAME
+        table, curves = self.folder / report.TABLE_NAME, self.folder / report.PLOT_NAME
         try:
             write_atomically(table, report.markdown(self.record))
             curves.unlink(missing_ok=True)  # no run finished: an earlier plot must not pass for one
-            plot.plot(self.record, curves)
+            report.plot(self.record, curves)
         except OSError as error:
             raise self._not_written(error) from error
         return [path for path in (table, curves) if path.exists()]

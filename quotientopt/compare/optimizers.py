@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from quotientopt._extras import install_command
-from quotientopt.compare.errors import UsageError, require
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, UsageError, require
 
 Settings = Mapping[str, float]
 Build = Callable[[nn.Module, float, Settings, Protocol], list[torch.optim.Optimizer]]

@@ -1,14 +1,150 @@
-"""compare.md: the comparison as tables."""
+"""What a comparison shows: live progress, then compare.md (tables) and compare.png (curves).
 
+In reading order: `make_progress`, bars on a terminal and plain lines elsewhere; `markdown`, the
+tables; `plot`, validation loss against steps and against training seconds.
+"""
+
+import io
+import sys
+import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
-from quotientopt.compare.defaults import MODEL_DEFAULTS
-from quotientopt.compare.record import Record
-from quotientopt.compare.summary import BASELINE, Row, summarize
-from quotientopt.compare.task import IMAGES
-from quotientopt.compare.trial import Run
+from quotientopt._files import write_atomically
+from quotientopt.compare.data import IMAGES, MODEL_DEFAULTS
+from quotientopt.compare.protocol import Run, Trial
+from quotientopt.compare.record import BASELINE, Record, Row, best_runs, summarize, timed_curve
 
-FILE_NAME = "compare.md"
+
+class Progress(Protocol):
+    """Told of every step and every run."""
+
+    def step(self, trial: Trial, step: int, loss: float) -> None:
+        """A training step was done."""
+
+    def finished(self, run: Run, known: int, left: int) -> None:
+        """A run ended, the `known`-th; `left` more are known to follow."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def make_progress(steps: int) -> Progress:
+    """Bars if standard output is a terminal and rich is installed, else plain lines."""
+    if sys.stdout.isatty():
+        try:
+            return RichProgress(steps)
+        except ImportError:
+            pass
+    return PlainProgress(steps)
+
+
+class PlainProgress:
+    """A line at each quarter of a run and at its end."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._left = RemainingTime(steps)
+
+    def step(self, trial: Trial, step: int, loss: float) -> None:
+        """Print a line at every quarter but the last."""
+        self._left.step()
+        quarter = max(1, self._steps // 4)
+        if step % quarter == 0 and step < self._steps:
+            self.say(f"{trial}  step {step}/{self._steps}  training loss {loss:.4f}")
+
+    def finished(self, run: Run, known: int, left: int) -> None:
+        """Print the result and how long the known rest takes."""
+        self.say(f"[{known}/{known + left}] {result_line(run)}  {self._left.text(left)}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+
+class RichProgress:
+    """A bar per run under way, with loss and remaining time, above a bar for all runs."""
+
+    def __init__(self, steps: int) -> None:
+        from rich import progress
+
+        self._steps = steps
+        self._left = RemainingTime(steps)
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[note]}"),
+            progress.TimeRemainingColumn(),
+        )
+        self._tasks: dict[str, Any] = {}
+        self._all = self._bars.add_task("all known runs", total=None, note="")
+        self._bars.start()
+
+    def step(self, trial: Trial, step: int, loss: float) -> None:
+        """Move the run's bar."""
+        self._left.step()
+        name = str(trial)
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=self._steps, note="")
+        self._bars.update(self._tasks[name], completed=step, note=f"loss {loss:.4f}")
+
+    def finished(self, run: Run, known: int, left: int) -> None:
+        """Replace the run's bar by a line."""
+        name = str(run.trial)
+        if name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+        note = self._left.text(left)
+        self._bars.update(self._all, completed=known, total=known + left, note=note)
+        self.say(result_line(run))
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Remove the bars."""
+        for task in list(self._bars.task_ids):
+            self._bars.remove_task(task)
+        self._bars.stop()
+
+
+class RemainingTime:
+    """Estimate from the steps seen so far."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._begin = time.monotonic()
+        self._done = 0
+
+    def step(self) -> None:
+        """Count a step."""
+        self._done += 1
+
+    def text(self, runs: int) -> str:
+        """How long `runs` more runs take, at the rate so far."""
+        elapsed = time.monotonic() - self._begin
+        if runs == 0 or self._done == 0:
+            return f"elapsed {elapsed:.0f} s"
+        rest = runs * self._steps * elapsed / self._done
+        return f"elapsed {elapsed:.0f} s, about {rest:.0f} s left"
+
+
+def result_line(run: Run) -> str:
+    """A run and what came out of it."""
+    if run.final_loss is None:
+        return f"{run.trial}: diverged after {len(run.training_losses)} steps"
+    return f"{run.trial}: validation loss {run.final_loss:.4f}"
+
+
+TABLE_NAME = "compare.md"
 NONE = "–"
 
 
@@ -155,3 +291,88 @@ def setting(rate: float, settings: dict[str, float]) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+PLOT_NAME = "compare.png"
+# Okabe and Ito's palette, distinguishable with colour-blindness; line styles tell apart in print.
+COLORS = {
+    "adamw": "#000000",
+    "quotient-adam": "#D55E00",
+    "soap": "#0072B2",
+    "muon": "#009E73",
+    "geoopt-adam": "#CC79A7",
+}
+STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
+    "adamw": "-",
+    "quotient-adam": "-",
+    "soap": "--",
+    "muon": "-.",
+    "geoopt-adam": (0, (1, 1)),
+}
+FEW = 8
+PANELS = ((0, "steps"), (1, "training seconds (without evaluations)"))
+
+
+def plot(record: Record, path: Path) -> None:
+    """Draw one line per optimizer at its best setting; nothing if no run finished."""
+    rows = [row for row in summarize(record.runs, record.timings) if row.curve]
+    if not rows:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (column, unit) in zip(panels, PANELS, strict=True):
+        for row in rows:
+            _line(axes, record, row, column)
+        for row in rows:
+            if row.optimizer == BASELINE:
+                target = row.curve[-1][2]
+                label = "AdamW's final loss"
+                axes.axhline(target, color="0.4", linestyle=":", linewidth=1.3, label=label)
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+    protocol = record.protocol
+    kind = MODEL_DEFAULTS[protocol.model].kind
+    panels[0].set_ylabel(f"validation loss (nats per {kind.unit})")
+    panels[0].set_ylim(*_limits(rows))
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    title = f"{protocol.model} on {Path(protocol.data).name}, each at its best setting"
+    if any(row.seeds > 1 for row in rows):
+        title += "; lines: means over seeds, bands: their range"
+    figure.suptitle(title, fontsize=11)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_atomically(path, image.getvalue())
+
+
+def _line(axes: Any, record: Record, row: Row, column: int) -> None:
+    name = row.optimizer
+    color = COLORS.get(name, f"C{sum(name.encode()) % 10}")
+    x = [point[column] for point in row.curve]
+    label = f"{name} ({setting(row.rate, row.settings)}): {row.curve[-1][2]:.3f}"
+    mean = [point[2] for point in row.curve]
+    marker = "o" if len(x) <= FEW else None  # a single evaluation has no line
+    style = STYLES.get(name, ":")
+    axes.plot(x, mean, linestyle=style, color=color, label=label, marker=marker, markersize=4)
+    curves = [
+        timed_curve(run, record.timings.get(name))
+        for run in best_runs(record.runs, name)
+        if run.status == "finished"
+    ]
+    if len(curves) > 1:
+        losses = [[point[2] for point in points] for points in zip(*curves, strict=True)]
+        low, high = [min(values) for values in losses], [max(values) for values in losses]
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def _limits(rows: list[Row]) -> tuple[float, float]:
+    """Limits that show the differences at the end rather than the fall of the first steps."""
+    lowest = min(point[2] for row in rows for point in row.curve)
+    # What every curve has reached after a sixth of the steps.
+    highest = max(row.curve[len(row.curve) // 6][2] for row in rows)
+    margin = 0.05 * max(highest - lowest, 0.1)
+    return lowest - margin, highest + margin

@@ -4,9 +4,8 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import Entry, Settings
-from quotientopt.compare.trial import Run, Trial, best_run
+from quotientopt.compare.protocol import Run, Trial, UsageError, best_run
 
 FACTOR = 2.0
 EXTENSIONS = 4

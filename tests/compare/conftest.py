@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from quotientopt.compare.data import load_corpus
-from quotientopt.compare.images import Images, Labelled
-from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.trial import Run, Seconds, Timing, Trial
+from quotientopt.compare.data import Images, Labelled, load_corpus
+from quotientopt.compare.protocol import Protocol, Run, Seconds, Timing, Trial
 
 
 @pytest.fixture(scope="session")

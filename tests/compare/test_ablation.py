@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quotientopt.compare.errors import UsageError
-from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.trial import Run, Trial
+from quotientopt.compare.protocol import Protocol, Run, Trial, UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -10,8 +10,7 @@ import torch
 
 import quotientopt as qo
 from quotientopt.compare.optimizers import FIRST_EDITION
-from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.trial import Trial
+from quotientopt.compare.protocol import Protocol, Trial
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.optim import buckets as bucket
 from quotientopt.optim import engine

@@ -22,9 +22,8 @@ from quotientopt.compare.baselines import (
     polar,
 )
 from quotientopt.compare.compositional_muon import CompositionalMuon
-from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import OPTIMIZERS, find_optimizers, split_matrices
-from quotientopt.compare.protocol import Protocol
+from quotientopt.compare.protocol import Protocol, UsageError
 from quotientopt.groups import GL, O
 from quotientopt.models import reference_model
 from quotientopt.symmetries import HeadSymmetry

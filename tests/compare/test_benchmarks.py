@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from quotientopt import find_symmetries
-from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import OPTIMIZERS
-from quotientopt.compare.trial import Trial
+from quotientopt.compare.protocol import Trial, UsageError
 from quotientopt.models import reference_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

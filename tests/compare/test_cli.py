@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from quotientopt.cli import main
-from quotientopt.compare import comparison, images, optimizers
-from quotientopt.compare.defaults import IMAGE_DATA, MODEL_DEFAULTS
-from quotientopt.compare.images import PIXELS, Images, Labelled
+from quotientopt.compare import comparison, data, optimizers
+from quotientopt.compare.data import IMAGE_DATA, MODEL_DEFAULTS, PIXELS, Images, Labelled
 from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS
 
 pytest.importorskip("matplotlib")
@@ -121,7 +120,7 @@ def test_compare_on_images(arguments, tmp_path, monkeypatch):
     labels = torch.arange(64, dtype=torch.uint8) % 10
     values = torch.randint(256, (64, PIXELS), generator=generator, dtype=torch.uint8)
     part = Labelled(bytes(values.flatten().tolist()), bytes(labels.tolist()))
-    monkeypatch.setattr(images, "_fashion_mnist", lambda: Images("fashion-mnist", part, part))
+    monkeypatch.setattr(data, "_fashion_mnist", lambda: Images("fashion-mnist", part, part))
     start = arguments.index("--data")
     del arguments[start : start + 2]
     start = arguments.index("--context")

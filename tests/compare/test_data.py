@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quotientopt.compare.data import SHAKESPEARE_INSTALL, load_corpus
-from quotientopt.compare.errors import UsageError
+from quotientopt.compare.protocol import UsageError
 
 
 def test_standard_library_split_is_fixed_and_disjoint(tmp_path, monkeypatch):

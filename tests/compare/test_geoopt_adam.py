@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, find_optimizers
+from quotientopt.compare.protocol import Trial, UsageError
 from quotientopt.compare.train import Training, train
-from quotientopt.compare.trial import Trial
 from quotientopt.groups import GL, O
 from quotientopt.symmetries import HeadSymmetry
 from tests.optim.training import batches, loss_of, small_model, twin_of

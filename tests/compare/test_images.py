@@ -8,10 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quotientopt.compare import images as module
-from quotientopt.compare.defaults import MODEL_DEFAULTS, load_task
-from quotientopt.compare.errors import UsageError
-from quotientopt.compare.images import FASHION_INSTALL, MNIST_INSTALL, load_images
+from quotientopt.compare import data as module
+from quotientopt.compare.data import (
+    FASHION_INSTALL,
+    MNIST_INSTALL,
+    MODEL_DEFAULTS,
+    load_images,
+    load_task,
+)
+from quotientopt.compare.protocol import UsageError
 from quotientopt.models import REFERENCE_MODELS, reference_model
 
 COUNT = {"train": 40, "t10k": 20}

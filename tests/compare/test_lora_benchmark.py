@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quotientopt.compare.errors import UsageError
-from quotientopt.compare.trial import Run, Seconds, Timing, Trial
+from quotientopt.compare.protocol import Run, Seconds, Timing, Trial, UsageError
 
 pytest.importorskip("transformers", reason="pip install transformers")
 pytest.importorskip("peft", reason="pip install peft")

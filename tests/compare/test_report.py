@@ -7,13 +7,9 @@ from dataclasses import replace
 import pytest
 
 from quotientopt._files import write_atomically
-from quotientopt.compare.errors import UsageError
-from quotientopt.compare.plot import plot
-from quotientopt.compare.protocol import Protocol
-from quotientopt.compare.record import Record, prepare_folder
-from quotientopt.compare.report import markdown
-from quotientopt.compare.summary import crossing, summarize
-from quotientopt.compare.trial import Seconds, Timing, Trial
+from quotientopt.compare.protocol import Protocol, Seconds, Timing, Trial, UsageError
+from quotientopt.compare.record import Record, crossing, prepare_folder, summarize
+from quotientopt.compare.report import markdown, plot
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quotientopt.compare.optimizers import OPTIMIZERS
+from quotientopt.compare.protocol import Run, Trial
 from quotientopt.compare.train import Training, state_bytes, time_alone, train
-from quotientopt.compare.trial import Run, Trial
 from quotientopt.models import REFERENCE_MODELS
 
 ADAMW = Trial("adamw", 3e-3, {"beta2": 0.95})

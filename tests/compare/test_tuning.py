@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from quotientopt.compare.errors import UsageError
 from quotientopt.compare.optimizers import OPTIMIZERS
-from quotientopt.compare.trial import Trial
+from quotientopt.compare.protocol import Trial, UsageError
 from quotientopt.compare.tuning import parse_grid, plan, search_rates
 
 

@@ -14,10 +14,9 @@ import pytest
 from quotientopt import _files
 from quotientopt.cli import main
 from quotientopt.compare import comparison, record
-from quotientopt.compare.errors import RunFailedError
-from quotientopt.compare.summary import crossing
-from quotientopt.compare.trial import Trial
-from quotientopt.compare.workers import ParallelWorkers
+from quotientopt.compare.protocol import RunFailedError, Trial
+from quotientopt.compare.record import crossing
+from quotientopt.compare.train import ParallelWorkers
 from tests.compare.conftest import corpus, protocol, text_file  # noqa: F401
 from tests.faults.conftest import snapshot
 
@@ -184,10 +183,10 @@ def test_a_lost_run_ends_in_one_line(arguments, tmp_path, monkeypatch, capfd, er
 
 COMMAND = """
 import os, signal, sys, threading, time
-from quotientopt.compare import comparison, workers
+from quotientopt.compare import comparison, train
 from quotientopt.cli import main
 
-start = workers.multiprocessing.context.SpawnProcess.start
+start = train.multiprocessing.context.SpawnProcess.start
 
 def started(process):
     # While the child is being started, as the terminal does: to the whole group.
@@ -195,7 +194,7 @@ def started(process):
     start(process)
     time.sleep(0.2)
 
-workers.multiprocessing.context.SpawnProcess.start = started
+train.multiprocessing.context.SpawnProcess.start = started
 comparison.available_cores = lambda: 2
 raise SystemExit(main(sys.argv[1:]))
 """
