@@ -24,7 +24,7 @@ from canonical_forms import MODELS, load, resident, settle
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.checkpoints.example_inputs import example_inputs
+from quotientopt.checkpoints.outputs import example_inputs
 from quotientopt.compare.protocol import describe_environment
 from quotientopt.compare.record import write_atomically
 from quotientopt.symmetries import HeadSymmetry

@@ -5,11 +5,13 @@ transformers, which is imported on first use.
 """
 
 from quotientopt.checkpoints.dressing import Report, dress_checkpoint
-from quotientopt.checkpoints.errors import CheckpointError
-from quotientopt.checkpoints.example_inputs import example_inputs
+from quotientopt.checkpoints.files import Checkpoint, CheckpointError, find_checkpoint
 from quotientopt.checkpoints.loading import Loaded, load_checkpoint
-from quotientopt.checkpoints.outputs import symmetries_of_checkpoint, verify_checkpoint
-from quotientopt.checkpoints.source import Checkpoint, find_checkpoint
+from quotientopt.checkpoints.outputs import (
+    example_inputs,
+    symmetries_of_checkpoint,
+    verify_checkpoint,
+)
 
 __all__ = [
     "Checkpoint",

@@ -22,10 +22,7 @@ from torch import Tensor
 
 from quotientopt._files import LockedError, locked
 from quotientopt._progress import progress
-from quotientopt.checkpoints.errors import CheckpointError
-from quotientopt.checkpoints.optimizer_state import OPTIMIZER_STATE
-from quotientopt.checkpoints.source import ADAPTER, CONFIG, Checkpoint
-from quotientopt.checkpoints.weight_files import open_weights
+from quotientopt.checkpoints.files import ADAPTER, CONFIG, Checkpoint, CheckpointError, open_weights
 
 LEFT_OUT = {".git"}
 WORK = ".quotientopt"
@@ -50,6 +47,10 @@ SETTINGS = {
     "preprocessor_config.json",
     "processor_config.json",
 }
+# As transformers' Trainer, accelerate and DeepSpeed name states of optimizers.
+OPTIMIZER_STATE = re.compile(
+    r"optimizer(_\d+)?\.(pt|bin|pth|safetensors)|optimizer_\d+|global_step\d+"
+)
 
 
 class Source(NamedTuple):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from quotientopt.checkpoints import dressing, weight_files, writing
+from quotientopt.checkpoints import dressing, files, writing
 from quotientopt.cli import main
 from tests.symmetries.families import FAMILIES, transformers
 
@@ -354,12 +354,12 @@ def test_a_rename_that_fails_puts_back_what_was_there(source, tmp_path, monkeypa
 
 def test_unreadable_copies_are_not_kept(source, tmp_path, monkeypatch, refused):
     """The copy is loaded again before it gets its name."""
-    write = weight_files.SafetensorsFile.write
+    write = files.SafetensorsFile.write
 
     def forgetful(self, path, values):
         write(self, path, dict(list(values.items())[1:]))
 
-    monkeypatch.setattr(weight_files.SafetensorsFile, "write", forgetful)
+    monkeypatch.setattr(files.SafetensorsFile, "write", forgetful)
     refused(tmp_path, *command("dress", source), match="does not come back from the files")
 
 

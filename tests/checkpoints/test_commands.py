@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.checkpoints import dress_checkpoint, find_checkpoint, load_checkpoint, matching
+from quotientopt.checkpoints import dress_checkpoint, find_checkpoint, load_checkpoint, loading
 from quotientopt.cli import inspect as inspect_command
 from quotientopt.cli import main
 from tests.symmetries.families import FAMILIES, transformers
@@ -204,18 +204,18 @@ def test_equal_values_are_told_apart_by_names(tmp_path):
 def test_equal_values_are_told_apart_by_their_neighbours(tmp_path):
     source = equal_biases(tmp_path)
     model = load_checkpoint(find_checkpoint(source)).model
-    marks = matching.fingerprints(model)
+    marks = loading.fingerprints(model)
     tensors = load_file(source / "model.safetensors")
     renamed = {name.replace("self.key", "self.memory"): t for name, t in tensors.items()}
     save_file(renamed, source / "model.safetensors")
     checkpoint = find_checkpoint(source)
     keys = [f"bert.encoder.layer.{i}.attention.self.key" for i in (0, 1)]
     biases, weights = ([f"{key}.{part}" for key in keys] for part in ("bias", "weight"))
-    places = matching.places_of(checkpoint, model, marks, biases + weights)
+    places = loading.places_of(checkpoint, model, marks, biases + weights)
     for name in biases + weights:
         assert [place.name for place in places[name]] == [name.replace("key", "memory")]
     with pytest.raises(ValueError, match="cannot tell which tensor"):
-        matching.places_of(checkpoint, model, marks, biases + weights[:1])
+        loading.places_of(checkpoint, model, marks, biases + weights[:1])
 
 
 def test_the_module_runs_as_a_command(tmp_path):
