@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None:
         text = report()
     else:
-        from quotientopt.cli.quiet import quiet_transformers
+        from quotientopt.cli.parser import quiet_transformers
 
         def of_checkpoint() -> list[str]:
             from quotientopt.checkpoints import find_checkpoint, load_checkpoint

@@ -1,14 +1,13 @@
-"""The command ``quotientopt``: one module for each of its commands."""
+"""The command ``quotientopt``: a comparison of optimizers, and what is done with checkpoints."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from quotientopt._version import __version__
-from quotientopt.cli import compare, dress, inspect
+from quotientopt.cli.checkpoints import add_dress, add_inspect
+from quotientopt.cli.compare import add_compare
 from quotientopt.cli.parser import TERMINATED, Parser, TerminatedError, terminable
-
-COMMANDS = (compare, inspect, dress)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,8 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"quotientopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for add_command in (add_compare, add_inspect, add_dress):
+        add_command(commands)
     return parser
 
 
@@ -34,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(build_parser().parse_args(arguments))
-    name = options.pop("command")
-    command = next(command for command in COMMANDS if command.__name__.endswith(f".{name}"))
+    del options["command"]
+    run = options.pop("run")
     try:
         with terminable():
-            return command.run(arguments, options)
+            return run(arguments, options)
     except TerminatedError:
         print("quotientopt: terminated", file=sys.stderr)
         return TERMINATED

@@ -5,7 +5,7 @@ import argparse
 from quotientopt.cli.parser import Parser, fail, interrupted
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+def add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the command to the command line."""
     compare = commands.add_parser(
         "compare",
@@ -83,9 +83,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         ("width", "width of the model, a multiple of 8 (default: 128, vit 64)"),
     ):
         add(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS, help=meaning)
+    compare.set_defaults(run=run_compare)
 
 
-def run(arguments: list[str], options: dict[str, object]) -> int:
+def run_compare(arguments: list[str], options: dict[str, object]) -> int:
     """Run a comparison; what was measured before an interrupt is reported all the same."""
     from quotientopt.compare.comparison import Comparison, Request, command_line
     from quotientopt.compare.protocol import RunFailedError, UsageError

@@ -1,11 +1,11 @@
-"""What all commands share: one-line errors and exit statuses."""
+"""What all commands share: one-line errors, exit statuses, and quiet packages."""
 
 import argparse
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 USAGE_ERROR = 2
@@ -58,3 +58,12 @@ def printable(text: str) -> str:
     """One line without control characters, which a name in a file may hold."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def quiet_transformers() -> None:
+    """Let transformers, if it is installed, print errors only: a command's output is a table."""
+    with suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -9,8 +9,8 @@ import torch
 
 import quotientopt as qo
 from quotientopt.checkpoints import dress_checkpoint, find_checkpoint, load_checkpoint, loading
-from quotientopt.cli import inspect as inspect_command
 from quotientopt.cli import main
+from quotientopt.cli.checkpoints import NOT_EXACT
 from tests.symmetries.families import FAMILIES, transformers
 
 safetensors = pytest.importorskip(
@@ -79,7 +79,7 @@ def test_a_symmetry_that_is_not_exact(source, capsys, monkeypatch):
         return qo.SymmetryMap(heads)
 
     monkeypatch.setattr("quotientopt.checkpoints.outputs.find_symmetries", wrong)
-    assert main(["inspect", str(source)]) == inspect_command.NOT_EXACT == 1
+    assert main(["inspect", str(source)]) == NOT_EXACT == 1
     assert "2 NOT EXACT" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""``quotientopt inspect``."""
+"""The commands on checkpoints: ``quotientopt inspect`` and ``quotientopt dress``."""
 
 import argparse
 import dataclasses
@@ -10,20 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quotientopt.cli.parser import Parser, fail, interrupted
-from quotientopt.cli.quiet import quiet_transformers
+from quotientopt.cli.parser import Parser, fail, interrupted, quiet_transformers
 
 if TYPE_CHECKING:
     from quotientopt.canonical import Redundancy, Spectrum
     from quotientopt.checkpoints import Loaded
     from quotientopt.symmetries import SymmetryMap
 
+
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 EXACT = 1e-9
 NOT_EXACT = 1
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+def add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "inspect",
@@ -49,9 +49,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     add(
         "--dtype", default="auto", choices=DTYPES, help="dtype to load (default: the widest stored)"
     )
+    parser.set_defaults(run=run_inspect)
 
 
-def run(arguments: list[str], options: dict[str, Any]) -> int:
+def run_inspect(_: list[str], options: dict[str, Any]) -> int:
     """Inspect a checkpoint."""
     try:
         return inspect(**options)
@@ -239,3 +240,70 @@ def _record(
         },
         "environment": describe_environment("cpu"),
     }
+
+
+SECTIONS = ("svd", "balanced", "orthonormal", "triangular")
+
+
+def add_dress(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "dress",
+        help="write a checkpoint in canonical form, which computes the same",
+        description=(
+            "Brings all head pairs of a checkpoint to a section of their orbits and writes a copy "
+            "with the same names, dtypes, shards and other files. The outputs on random inputs "
+            "are compared before and after, and the copy is loaded again, before it gets its name."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("path", metavar="MODEL_DIR", help="folder with config.json and weights, or weights alone")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="folder to write, or file for weights alone",
+    )
+    add(
+        "--section",
+        default="svd",
+        choices=SECTIONS,
+        help="svd: one representative per orbit; others up to a rotation or signs in every head",
+    )
+    add(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="config.json of a single file of weights",
+    )
+    add(
+        "--residual",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="rotate the residual stream too, to its principal axes; needs gains that are one",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="replace the checkpoint at --out, once the copy is complete; other files there stay",
+    )
+    parser.set_defaults(run=run_dress)
+
+
+def run_dress(_: list[str], options: dict[str, Any]) -> int:
+    """Dress a checkpoint."""
+    from quotientopt.checkpoints import CheckpointError, dress_checkpoint
+
+    quiet_transformers()
+    try:
+        report = dress_checkpoint(**options)
+    except CheckpointError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        return interrupted("nothing written")
+    print(report)
+    print(f"\nwritten: {options['out']}")
+    return 0
