@@ -1,17 +1,26 @@
 """Layers that hold or read invariants in place of gauges: ``qo.nn``."""
 
 from quotientopt.nn.invariant_attention import InvariantAttention
-from quotientopt.nn.relational_attention import RelationalAttention
-from quotientopt.nn.relational_embedding import RelationalEmbedding, embed_tokens, tokens_of_gram
-from quotientopt.nn.relational_feed_forward import RelationalFeedForward
+from quotientopt.nn.relational_embedding import (
+    PairReadout,
+    PooledReadout,
+    RelationalEmbedding,
+    TokenReadout,
+    embed_tokens,
+    tokens_of_gram,
+)
 from quotientopt.nn.relational_form import (
     JointGram,
     RelationalForm,
     StreamRelations,
     relational_form,
 )
-from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
-from quotientopt.nn.relational_readout import PairReadout, PooledReadout, TokenReadout
+from quotientopt.nn.relational_layers import (
+    RelationalAttention,
+    RelationalFeedForward,
+    RelationalLayerNorm,
+    RelationalRMSNorm,
+)
 from quotientopt.nn.relational_transformer import RelationalTransformer, Relations
 from quotientopt.nn.tokens import CausalDressing, DressedTokens, dress_tokens
 

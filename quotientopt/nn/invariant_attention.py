@@ -17,8 +17,8 @@ from quotientopt.nn.invariant_conversion import (
     read_attention,
     write_attention,
 )
-from quotientopt.nn.invariant_masks import merge_masks
 from quotientopt.nn.invariant_points import CHART, FIXED_RANK, InvariantPoints
+from quotientopt.nn.masks import merge_masks
 
 Cache = tuple[Tensor, Tensor]
 

@@ -1,15 +1,23 @@
-"""The affine chart of the factor quotient: r(n + m − r) numbers for a pair modulo GL(r).
+"""The affine chart of the factor quotient: coordinates of a pair modulo its group.
 
-Where an r×r block B_p of the right factor is invertible, every orbit has exactly one representative
-with ``B_p = c I``: the group element is ``g = c B_p^{-1}``, and ``(g^{-T} A, g B)`` is
+In reading order: the chart modulo GL(r), r(n + m − r) numbers; the chart of rotary heads, of
+r(n + m − 1); `ChartLinear`, an affine map whose matrix is held in a chart.
+
+Where an r×r block B_p of the right factor is invertible, every orbit of GL(r) has exactly one
+representative with ``B_p = c I``: the group element is ``g = c B_p^{-1}``, and ``(g^{-T} A, g B)``
+is
 
     A' = B_pᵀ A / c,    B' = c [I, F] with F = B_p^{-1} B_rest,
 
 up to the order of the columns. The n r numbers of A' and the (m − r) r of c F are coordinates. The
 chart is not global: it does not reach the orbits on which B_p is singular.
 
-Modulo the commutant of rotary positions the same is done plane by plane, with one entry of each
-complex row of B in the place of the block: see :mod:`~quotientopt.nn.invariant_rotary_chart`.
+Modulo the commutant (C*)^{r/2} of rotary positions each plane is a pair of complex rows a, b that
+the group turns into a / ḡ, g b. Where the entry b_p does not vanish, ``g = c / b_p`` makes it c:
+
+    a' = a b̄_p / c,    b' = c b / b_p.
+
+The other entries of b' and all of a' are coordinates.
 """
 
 from __future__ import annotations
@@ -18,9 +26,11 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from quotientopt._linalg import compute_dtype, locate_first, wide
+from quotientopt.groups import RotaryCommutant
 from quotientopt.sections import section
 
 
@@ -257,3 +267,125 @@ def _is_rotary(free: Tensor, columns: Tensor) -> bool:
 
 def _take(B: Tensor, columns: Tensor) -> Tensor:
     return B.gather(-1, columns.unsqueeze(-2).expand(*B.shape[:-1], columns.shape[-1]))
+
+
+def to_rotary_chart(
+    A: Tensor,
+    B: Tensor,
+    pivots: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    name: str = "pair",
+) -> Chart:
+    """Coordinates of the pair (A, B) of rotary heads, rows j and j + r/2 making a plane.
+
+    Parameters
+    ----------
+    A, B : Tensor
+        Shapes ``(*batch, r, n)`` and ``(*batch, r, m)``.
+    pivots : Tensor, optional
+        An entry of each complex row of B, ``(*batch, r/2)``, integers. Default: that of largest
+        modulus; of several that agree to the root of the precision the first.
+    scale, dtype, name
+        As for :func:`~quotientopt.nn.invariant_chart.to_chart`, errors and warnings too.
+    """
+    rank, m = B.shape[-2:]
+    group = RotaryCommutant(rank)
+    a, b = (group.complex_rows(wide(X)) for X in (A, B))
+    modulus, length = b.abs(), torch.linalg.vector_norm(b, dim=-1)
+    failed = ~(length.isfinite() & (length > 0)).all(dim=-1)
+    if bool(failed.any()):
+        raise ValueError(
+            f"right factor B has a vanishing or non-finite rotary plane{locate_first(failed)}"
+        )
+    if pivots is None:
+        slack = 1 - torch.finfo(modulus.dtype).eps ** 0.5
+        largest = modulus >= slack * modulus.amax(dim=-1, keepdim=True)
+        pivots = largest.to(torch.uint8).argmax(dim=-1)
+    else:
+        check_integers(pivots, (*B.shape[:-2], rank // 2), m, name)
+        pivots = pivots.to(device=B.device, dtype=torch.int64)
+    columns = complete_columns(pivots.unsqueeze(-1), m)
+    ordered = b.gather(-1, columns)
+    entry = ordered[..., :1]
+    smallest = (entry.abs().squeeze(-1) / length).amin(dim=-1)
+    judge(smallest, B.dtype if dtype is None else dtype, name)
+    left, F = _real(a * entry.conj()), _real(ordered[..., 1:] / entry)
+    c = balancing_scale(left, F, rank // 2, m)
+    if scale is not None:
+        c = torch.full_like(c, scale)
+    return Chart(left / c[..., None, None], c[..., None, None] * F, columns, c)
+
+
+def _real(planes: Tensor) -> Tensor:
+    return torch.cat((planes.real, planes.imag), dim=-2)
+
+
+class ChartLinear(nn.Module):
+    """An affine map onto the rows of all heads whose matrix is held in the affine chart.
+
+    The matrix of a head, its bias as the last column where there is one, is c [I, F] with the
+    columns permuted; for rotary heads that holds plane by plane. It is put together in
+    :meth:`factor` at every call, a copy of the size of the weights; activations are not gathered.
+
+    Parameters
+    ----------
+    in_features, heads, rank : int
+    bias, rotary : bool
+    device, dtype
+        As for ``nn.Linear``.
+
+    Attributes
+    ----------
+    free : Parameter
+        c F, shape ``(heads, rank, in_features + bias − rank)``, rotary − 1 in place of − rank.
+    columns : Tensor
+        Buffer of int64, ``(heads, in_features + bias)``, rotary ``(heads, rank / 2, …)``; see
+        :class:`~quotientopt.nn.invariant_chart.Chart`.
+    scale : Tensor
+        Buffer, c, shape ``(heads,)``.
+    """
+
+    free: Tensor
+    columns: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        heads: int,
+        rank: int,
+        bias: bool,
+        *,
+        rotary: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = heads * rank
+        width = in_features + bias
+        fixed = 1 if rotary else rank
+        free = torch.zeros(heads, rank, width - fixed, device=device, dtype=dtype)
+        self.free = nn.Parameter(free)
+        batch = (heads, rank // 2) if rotary else (heads,)
+        columns = torch.arange(width, device=device).expand(*batch, width).clone()
+        self.register_buffer("columns", columns)
+        self.register_buffer("scale", torch.ones(heads, device=device, dtype=dtype))
+
+    def factor(self) -> Tensor:
+        """The matrices of all heads, ``(heads, rank, in_features + bias)``."""
+        return assemble(self.free, self.columns, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x Wᵀ + b`` on the last axis."""
+        matrix = self.factor().flatten(0, 1)
+        if matrix.shape[-1] == self.in_features:
+            return functional.linear(x, matrix)
+        return functional.linear(x, matrix[:, :-1], matrix[:, -1])
+
+    def extra_repr(self) -> str:
+        heads, rank, _ = self.free.shape
+        bias = self.columns.shape[-1] > self.in_features
+        return f"in_features={self.in_features}, heads={heads}, rank={rank}, bias={bias}"

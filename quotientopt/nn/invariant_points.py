@@ -14,10 +14,8 @@ from quotientopt._linalg import Pair, standard_normal, wide
 from quotientopt.canonical import dress_
 from quotientopt.canonical.elements import SectionKind
 from quotientopt.manifolds import FactorQuotient
-from quotientopt.nn.invariant_chart import condition, to_chart
-from quotientopt.nn.invariant_chart_linear import ChartLinear
+from quotientopt.nn.invariant_chart import ChartLinear, condition, to_chart, to_rotary_chart
 from quotientopt.nn.invariant_conversion import Matrices, Shape
-from quotientopt.nn.invariant_rotary_chart import to_rotary_chart
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, find_symmetries
 
 FIXED_RANK, CHART = "fixed-rank", "chart"

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from quotientopt._linalg import wide
 from quotientopt.models.attention import rotate
-from quotientopt.nn.invariant_masks import merge_masks
+from quotientopt.nn.masks import merge_masks
 from quotientopt.nn.relational_plan import ONES, Attend, Norm, Perceive
 
 Rotation = tuple[Tensor, Tensor]

@@ -1,25 +1,176 @@
-"""A transformer on Gram matrices of tokens."""
+"""A transformer on Gram matrices of tokens.
 
-from typing import NamedTuple
+In reading order: `Stream`, what flows through it, a Gram matrix or the tokens themselves;
+`RelationalBlock`, one layer; `RelationalTransformer`.
+"""
+
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quotientopt._linalg import check_floating
-from quotientopt.nn.relational_arithmetic import (
+from quotientopt.nn.masks import AttentionMask
+from quotientopt.nn.relational_embedding import PooledReadout, TokenReadout
+from quotientopt.nn.relational_invariants import (
     Dense,
     Standardize,
+    check_gram,
     check_size,
+    congruence,
     full_precision,
+    gram_of_tokens,
+    perceptron,
     raised,
+    token_invariants,
 )
-from quotientopt.nn.relational_attention import check_features, check_tokens
-from quotientopt.nn.relational_block import RelationalBlock
-from quotientopt.nn.relational_invariants import check_gram, gram_of_tokens, token_invariants
-from quotientopt.nn.relational_masks import AttentionMask
-from quotientopt.nn.relational_norms import centred, check_ones
-from quotientopt.nn.relational_readout import PooledReadout, TokenReadout
-from quotientopt.nn.relational_streams import GramStream, Stream, TokenStream
+from quotientopt.nn.relational_layers import (
+    RelationalAttention,
+    RelationalFeedForward,
+    RelationalRMSNorm,
+    centred,
+    check_features,
+    check_ones,
+    check_tokens,
+    scaled,
+    with_identity,
+)
+
+
+class Stream(Protocol):
+    """Something with a Gram matrix that moves when its tokens are mixed or scaled."""
+
+    @property
+    def gram(self) -> Tensor: ...
+
+    def mix(self, M: Tensor) -> None:
+        """``X ↦ M X``."""
+
+    def scale(self, scales: Tensor) -> None:
+        """``x_i ↦ s_i x_i``."""
+
+
+class GramStream:
+    """G and inner products R with reference vectors: ``G ↦ M G Mᵀ``, ``R ↦ M R``."""
+
+    def __init__(self, gram: Tensor, references: Tensor | None) -> None:
+        self.gram, self.references = gram, references
+
+    def mix(self, M: Tensor) -> None:
+        """``X ↦ M X``."""
+        self.gram = congruence(M, self.gram)
+        if self.references is not None:
+            self.references = M @ self.references
+
+    def scale(self, scales: Tensor) -> None:
+        """``x_i ↦ s_i x_i``."""
+        self.gram = scaled(self.gram, scales)
+        if self.references is not None:
+            self.references = scales.unsqueeze(-1) * self.references
+
+
+class TokenStream:
+    """X, whose Gram matrix is made anew after every move."""
+
+    def __init__(self, X: Tensor) -> None:
+        self.X = X
+
+    @property
+    def gram(self) -> Tensor:
+        """``X Xᵀ``."""
+        return gram_of_tokens(self.X)
+
+    def mix(self, M: Tensor) -> None:
+        """``X ↦ M X``."""
+        self.X = M @ self.X
+
+    def scale(self, scales: Tensor) -> None:
+        """``x_i ↦ s_i x_i``."""
+        self.X = scales.unsqueeze(-1) * self.X
+
+
+class RelationalBlock(nn.Module):
+    """Attention and feed-forward on the Gram matrix G and on invariant features f of the tokens.
+
+    With N the normalisation (if any) and P the mixing matrix of :class:`RelationalAttention`::
+
+        X ↦ X + P N(X),   f ↦ f + Σ_h P_h f V_h     attention
+        f ↦ f + φ(f, |x|),  X ↦ s(f, |x|) X          feed-forward
+
+    all of it as an action on G: ``X + P N(X) = (I + P D) X`` with D = diag(1/rms). Features go in
+    standardised (layer normalisation over the features, which O(d) does not act on).
+
+    Parameters
+    ----------
+    heads, features, hidden : int
+        `features` of every token, shared evenly by the heads in attention.
+    width : int, optional
+        d, for normalisation; none by default.
+    causal, max_relative_position
+        As in :class:`RelationalAttention`.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        features: int,
+        hidden: int,
+        width: int | None = None,
+        causal: bool = False,
+        max_relative_position: int | None = None,
+    ) -> None:
+        super().__init__()
+        scale = 1.0 if width is None else 1 / width
+        self.scale = scale
+        self.norm = None if width is None else RelationalRMSNorm(width, check=False)
+        self.attention = RelationalAttention(
+            heads,
+            hidden=hidden,
+            features=features,
+            scale=scale,
+            causal=causal,
+            max_relative_position=max_relative_position,
+            check=False,
+        )
+        self.values = Dense(features, features, bias=False)
+        self.output = Dense(features, features, bias=False)
+        self.feature_map = perceptron(features + 1, 2 * features, features)
+        self.feed_forward = RelationalFeedForward(hidden, features, scale=scale, check=False)
+        self.before_attention = Standardize(features)
+        self.before_map = Standardize(features)
+        self.before_gate = Standardize(features)
+
+    def forward(
+        self,
+        stream: Stream,
+        features: Tensor,
+        masks: AttentionMask,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Move the stream, and return the new features (*batch, N, features)."""
+        features = self._attend(stream, features, masks, chunk_size)
+        gram = stream.gram
+        inputs = torch.cat((self.before_map(features), token_invariants(self.scale * gram)), dim=-1)
+        features = features + self.feature_map(inputs)
+        stream.scale(self.feed_forward.scales(gram, self.before_gate(features)))
+        return features
+
+    def _attend(
+        self, stream: Stream, features: Tensor, masks: AttentionMask, chunk_size: int | None
+    ) -> Tensor:
+        gram = stream.gram
+        scales = None if self.norm is None else self.norm.scales(gram)
+        normal = gram if scales is None else scaled(gram, scales)
+        standardised = self.before_attention(features)
+        values = self.values(standardised).unflatten(-1, (self.attention.heads, -1))
+        P, means = self.attention.attend(
+            normal, standardised, masks, values.transpose(-3, -2), chunk_size
+        )
+        if means is not None:
+            features = features + self.output(means.transpose(-3, -2).flatten(-2))
+        stream.mix(with_identity(P if scales is None else P * scales.unsqueeze(-2)))
+        return features
+
 
 NORMS = (None, "rms", "layer")
 READOUTS = (None, "tokens", "sum", "mean")

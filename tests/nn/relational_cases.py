@@ -2,9 +2,11 @@
 
 import torch
 
-from quotientopt.nn.relational_attention import RelationalAttention
-from quotientopt.nn.relational_feed_forward import RelationalFeedForward
-from quotientopt.nn.relational_norms import RelationalRMSNorm
+from quotientopt.nn.relational_layers import (
+    RelationalAttention,
+    RelationalFeedForward,
+    RelationalRMSNorm,
+)
 
 N, D = 7, 4
 BATCHES = [(), (3,), (2, 3)]

@@ -13,14 +13,14 @@ from quotientopt.manifolds import FactorQuotient
 from quotientopt.models import Attention
 from quotientopt.nn import InvariantAttention
 from quotientopt.nn.invariant_chart import (
+    ChartLinear,
     assemble,
     complete_columns,
     condition,
     pivot_columns,
     to_chart,
+    to_rotary_chart,
 )
-from quotientopt.nn.invariant_chart_linear import ChartLinear
-from quotientopt.nn.invariant_rotary_chart import to_rotary_chart
 
 BATCHES = ((), (3,), (2, 3))
 

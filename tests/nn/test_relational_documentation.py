@@ -3,22 +3,24 @@
 from pathlib import Path
 
 import quotientopt.nn
-from quotientopt.nn import (
-    relational_attention,
-    relational_embedding,
-    relational_feed_forward,
-    relational_norms,
-    relational_readout,
-    relational_transformer,
-)
+from quotientopt.nn import relational_embedding, relational_layers, relational_transformer
 
 PAGE = Path(__file__).parents[2] / "docs" / "relational.md"
 PUBLIC = {
-    relational_attention: ("RelationalAttention",),
-    relational_embedding: ("RelationalEmbedding", "embed_tokens", "tokens_of_gram"),
-    relational_feed_forward: ("RelationalFeedForward",),
-    relational_norms: ("RelationalLayerNorm", "RelationalRMSNorm"),
-    relational_readout: ("PairReadout", "PooledReadout", "TokenReadout"),
+    relational_layers: (
+        "RelationalAttention",
+        "RelationalFeedForward",
+        "RelationalLayerNorm",
+        "RelationalRMSNorm",
+    ),
+    relational_embedding: (
+        "RelationalEmbedding",
+        "embed_tokens",
+        "tokens_of_gram",
+        "PairReadout",
+        "PooledReadout",
+        "TokenReadout",
+    ),
     relational_transformer: ("RelationalTransformer", "Relations"),
 }
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from quotientopt.nn.relational_attention import RelationalAttention
-from quotientopt.nn.relational_feed_forward import RelationalFeedForward
-from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
+from quotientopt.nn.relational_layers import (
+    RelationalAttention,
+    RelationalFeedForward,
+    RelationalLayerNorm,
+    RelationalRMSNorm,
+)
 from tests.nn.relational_cases import N, attention, tokens
 
 BAD_INPUT = {

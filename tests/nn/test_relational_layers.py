@@ -7,9 +7,12 @@ from torch.nn import functional
 
 from quotientopt._linalg import random_orthogonal
 from quotientopt.groups import StabilizerOfOnes
-from quotientopt.nn.relational_attention import RelationalAttention
 from quotientopt.nn.relational_invariants import pair_invariants, token_invariants
-from quotientopt.nn.relational_norms import RelationalLayerNorm, RelationalRMSNorm
+from quotientopt.nn.relational_layers import (
+    RelationalAttention,
+    RelationalLayerNorm,
+    RelationalRMSNorm,
+)
 from tests.nn.relational_cases import BATCHES, LAYERS, D, N, attention, close, tokens
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quotientopt.nn.relational_attention import RelationalAttention
+from quotientopt.nn.relational_layers import RelationalAttention
 from tests.nn.relational_cases import N, attention, close, tokens
 
 

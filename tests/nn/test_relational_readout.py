@@ -1,8 +1,12 @@
 """Readouts of pairs, tokens and sets."""
 
 from quotientopt._linalg import random_orthogonal
-from quotientopt.nn.relational_embedding import embed_tokens
-from quotientopt.nn.relational_readout import PairReadout, PooledReadout, TokenReadout
+from quotientopt.nn.relational_embedding import (
+    PairReadout,
+    PooledReadout,
+    TokenReadout,
+    embed_tokens,
+)
 from tests.nn.relational_cases import D, N, close, tokens
 
 

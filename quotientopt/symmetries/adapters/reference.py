@@ -38,7 +38,7 @@ from quotientopt.symmetries.residual import register_norm
 MODELS = "quotientopt.models"
 ATTENTION = f"{MODELS}.attention.Attention"
 INVARIANT_ATTENTION = "quotientopt.nn.invariant_attention.InvariantAttention"
-RELATIONAL_ATTENTION = "quotientopt.nn.relational_attention.RelationalAttention"
+RELATIONAL_ATTENTION = "quotientopt.nn.relational_layers.RelationalAttention"
 LAYERS = (
     LINEAR,
     EMBEDDING,
