@@ -12,12 +12,10 @@ import quotientopt as qo
 from quotientopt.checkpoints import (
     CheckpointError,
     dress_checkpoint,
+    example_inputs,
     find_checkpoint,
     load_checkpoint,
     verify_checkpoint,
-)
-from quotientopt.checkpoints import (
-    outputs as example_inputs,
 )
 from tests.symmetries.families import FAMILIES, WIDTH, OutputsOnly, transformers
 
