@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quotientopt.checks import fit_slope
-from quotientopt.checks.slopes import rounding_noise, step_sizes
+from quotientopt.checks.verdict import rounding_noise, step_sizes
 
 STEPS = step_sizes(2**-52)
 

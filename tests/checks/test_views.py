@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quotientopt import checks
-from quotientopt.checks.views import as_view
+from quotientopt.checks.subject import as_view
 
 
 @pytest.fixture
