@@ -1,10 +1,11 @@
 """Adapters that come with the package; importing a module registers its adapters.
 
-- ``torch_attention``: ``torch.nn.MultiheadAttention`` and the layers built on it;
-- ``reference``: the models and attentions of this package;
+- ``plain_torch``: ``torch.nn.MultiheadAttention``, the layers built on it, this package's models;
 - ``decoders``, ``decoder_attentions``, ``encoders``, ``encoder_decoders``, ``vision_audio``: the
   transformers package, by one class of each text; timm;
 - ``peft_lora``: low-rank pairs.
+
+They are written with ``layers`` (views of heads), ``branches`` (layers), ``attention`` (pairs).
 """
 
 from quotientopt.symmetries.adapters import (
@@ -13,8 +14,7 @@ from quotientopt.symmetries.adapters import (
     encoder_decoders,
     encoders,
     peft_lora,
-    reference,
-    torch_attention,
+    plain_torch,
     vision_audio,
 )
 
@@ -24,7 +24,6 @@ __all__ = [
     "encoder_decoders",
     "encoders",
     "peft_lora",
-    "reference",
-    "torch_attention",
+    "plain_torch",
     "vision_audio",
 ]

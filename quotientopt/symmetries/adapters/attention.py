@@ -17,6 +17,7 @@ from quotientopt.groups import (
     StructureGroup,
     commutant_of,
 )
+from quotientopt.symmetries.adapters.branches import Sublayer, register_sublayer
 from quotientopt.symmetries.adapters.layers import (
     IDENTITY,
     LINEAR,
@@ -26,6 +27,7 @@ from quotientopt.symmetries.adapters.layers import (
     bias_of,
     consecutive,
     input_heads,
+    known,
     narrowed,
     output_heads,
     own_parameter,
@@ -273,25 +275,18 @@ def projected_attention(
         rows = present_parameter(layer, "weight").shape[0 if kind == LINEAR else 1]
         pick = consecutive(_heads(rows, rank))
         views.append(output_heads(layer, qualified(name, path), rows, pick, kind))
-    width = len(views[0][0].view) * rank
-    pick = consecutive(width // rank)
-    layer = module.get_submodule(layers[3])
-    output = input_heads(layer, qualified(name, layers[3]), width, pick, kind)
-    contribution = Contribution()
-    add_attention(
-        contribution,
+    return with_output(
+        module,
         name,
-        query=views[0],
-        key=views[1],
-        value=views[2],
-        output=output,
-        qk_group=qk_group,
+        layers[3],
+        (len(views[0][0].view), rank),
+        views,
+        qk_group,
+        kind,
         between=between,
-        output_bias=bias_of(layer, qualified(name, layers[3])),
         keys_move=keys_move,
         values_move=values_move,
     )
-    return contribution
 
 
 def stacked_attention(
@@ -320,18 +315,12 @@ def stacked_attention(
     """
     shared = heads if shared is None else shared
     rows = (heads + 2 * shared) * rank
-    starts = {"query": (heads, 0), "key": (shared, heads), "value": (shared, heads + shared)}
-    views = {
-        part: output_heads(
-            module.get_submodule(layers[0]),
-            qualified(name, layers[0]),
-            rows,
-            narrowed(count, start * rank, count * rank),
-            kind,
-        )
-        for part, (count, start) in starts.items()
-    }
-    return _with_output(module, name, layers[1], heads * rank, rank, views, qk_group, kind)
+    layer, path = module.get_submodule(layers[0]), qualified(name, layers[0])
+    views = [
+        output_heads(layer, path, rows, narrowed(count, start * rank, count * rank), kind)
+        for count, start in ((heads, 0), (shared, heads), (shared, heads + shared))
+    ]
+    return with_output(module, name, layers[1], (heads, rank), views, qk_group, kind)
 
 
 def grouped_attention(
@@ -361,49 +350,86 @@ def grouped_attention(
     """
     rows = shared * (groups + 2) * rank
 
+    layer, path = module.get_submodule(layers[0]), qualified(name, layers[0])
+
     def heads(*members: int) -> list[HeadView]:
         return [view for member in members for view in fused(member)]
 
     def fused(member: int) -> list[HeadView]:
         pick: Pick = lambda rows: rows.unflatten(0, (shared, groups + 2, rank))[:, member]  # noqa: E731
-        layer = module.get_submodule(layers[0])
-        return output_heads(layer, qualified(name, layers[0]), rows, pick, kind)
+        return output_heads(layer, path, rows, pick, kind)
 
-    views = {"query": heads(*range(groups)), "key": heads(groups), "value": heads(groups + 1)}
-    width = shared * groups * rank
-    return _with_output(
-        module, name, layers[1], width, rank, views, qk_group, kind, values_move=values_move
+    views = [heads(*range(groups)), heads(groups), heads(groups + 1)]
+    size = (shared * groups, rank)
+    return with_output(
+        module, name, layers[1], size, views, qk_group, kind, values_move=values_move
     )
 
 
-def _with_output(
+def with_output(
     module: Any,
     name: str,
     path: str,
-    width: int,
-    rank: int,
-    views: dict[str, list[HeadView]],
+    size: tuple[int, int],
+    views: Sequence[Sequence[HeadView]],
     qk_group: StructureGroup | None,
-    kind: str,
-    *,
-    values_move: bool = True,
+    kind: str = LINEAR,
+    **options: Any,
 ) -> Contribution:
-    layer = module.get_submodule(path)
-    pick = consecutive(width // rank)
-    output = input_heads(layer, qualified(name, path), width, pick, kind)
+    """Pairs of queries, keys and values that are known, with the output layer at a path.
+
+    Parameters
+    ----------
+    module, name, qk_group, kind
+        See :func:`projected_attention`.
+    path : str
+        Of the output layer, whose inputs are heads that follow one another.
+    size : (int, int)
+        Heads of the queries, and width of a head.
+    views : sequence of sequence of HeadView
+        Of queries, of keys and of values.
+    **options
+        Of :func:`~quotientopt.symmetries.adapters.layers.add_attention`.
+    """
+    layer, (heads, rank) = module.get_submodule(path), size
+    output = input_heads(layer, qualified(name, path), heads * rank, consecutive(heads), kind)
     contribution = Contribution()
     add_attention(
         contribution,
         name,
-        query=views["query"],
-        key=views["key"],
-        value=views["value"],
+        query=views[0],
+        key=views[1],
+        value=views[2],
         output=output,
         qk_group=qk_group,
         output_bias=bias_of(layer, qualified(name, path)),
-        values_move=values_move,
+        **options,
     )
     return contribution
+
+
+def plain_attention(layers: Sequence[str], *names: str, rank: str = "head_dim") -> None:
+    """Make attentions of transformers known that have GL(r) on both pairs of every head.
+
+    What is added to their scores, as positions are, does not depend on queries or keys.
+
+    Parameters
+    ----------
+    layers : sequence of str
+        Paths of the query, key, value and output layers.
+    *names : str
+        See :func:`~quotientopt.symmetries.adapters.layers.transformers_classes`.
+    rank : str
+        Name of the attribute that is the width of a head.
+    """
+
+    def adapter(module: Any, name: str) -> Contribution:
+        require_known_attention(module)
+        r = getattr(module, rank)
+        return projected_attention(module, name, rank=r, layers=layers, qk_group=GL(r))
+
+    known(*names)(adapter)
+    register_sublayer(Sublayer(tuple(layers[:3]), tuple(layers[3:])), *names)
 
 
 def _heads(rows: int, rank: int) -> int:

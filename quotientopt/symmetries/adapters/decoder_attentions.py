@@ -16,22 +16,20 @@ from quotientopt.symmetries.adapters.attention import (
     add_score_gains,
     grouped_attention,
     normalised_group,
+    plain_attention,
     projected_attention,
     require_known_attention,
     rotary_group,
     stacked_attention,
+    with_output,
 )
-from quotientopt.symmetries.adapters.branches import (
-    Sublayer,
-    register_sublayer,
-)
+from quotientopt.symmetries.adapters.branches import Sublayer, register_sublayer
 from quotientopt.symmetries.adapters.layers import (
     CONV1D,
     FALCON_LINEAR,
     HeadView,
     add_attention,
     add_pair,
-    bias_of,
     blocks_of,
     consecutive,
     input_heads,
@@ -128,13 +126,8 @@ def cohere2_attention(module: Any, name: str) -> Contribution:
     if module.sliding_window is not None:
         return rotary_attention(module, name, layout="interleaved")
     require_known_attention(module)
-    return projected_attention(
-        module,
-        name,
-        rank=module.head_dim,
-        layers=(*SEPARATE.readers, *SEPARATE.writers),
-        qk_group=GL(module.head_dim),
-    )
+    rank, layers = module.head_dim, (*SEPARATE.readers, *SEPARATE.writers)
+    return projected_attention(module, name, rank=rank, layers=layers, qk_group=GL(rank))
 
 
 @known("llama4.Llama4TextAttention")
@@ -194,8 +187,8 @@ register_sublayer(
     "glm.GlmAttention",
     "qwen2_5_vl.Qwen2_5_VLAttention",
     "qwen3_vl.Qwen3VLTextAttention",
+    "bitnet.BitNetAttention",
 )
-register_sublayer(SEPARATE, "bitnet.BitNetAttention")
 register_sublayer(Sublayer(SEPARATE.readers, ("dense",)), "phi.PhiAttention")
 
 
@@ -223,13 +216,9 @@ def mpt_attention(module: Any, name: str) -> Contribution:
     """GL(r) on both pairs: ALiBi adds a constant to the scores."""
     if module.clip_qkv:
         raise NotUnderstoodError("queries, keys and values are clipped")
+    rank, layers = module.head_dim, ("Wqkv", "out_proj")
     return stacked_attention(
-        module,
-        name,
-        rank=module.head_dim,
-        heads=module.n_heads,
-        layers=("Wqkv", "out_proj"),
-        qk_group=GL(module.head_dim),
+        module, name, rank=rank, heads=module.n_heads, layers=layers, qk_group=GL(rank)
     )
 
 
@@ -242,37 +231,19 @@ def gpt2_attention(module: Any, name: str) -> Contribution:
     require_known_attention(module)
     rank, heads = module.head_dim, module.num_heads
     if not module.is_cross_attention:
+        layers = ("c_attn", "c_proj")
         return stacked_attention(
-            module,
-            name,
-            rank=rank,
-            heads=heads,
-            layers=("c_attn", "c_proj"),
-            qk_group=GL(rank),
-            kind=CONV1D,
+            module, name, rank=rank, heads=heads, layers=layers, qk_group=GL(rank), kind=CONV1D
         )
-    width = heads * rank
-    key, value = (
+    width, pick = heads * rank, consecutive(heads)
+    views = [output_heads(module.q_attn, qualified(name, "q_attn"), width, pick, CONV1D)]
+    views += [
         output_heads(
             module.c_attn, qualified(name, "c_attn"), 2 * width, consecutive(heads, part, 2), CONV1D
         )
         for part in range(2)
-    )
-    pick = consecutive(heads)
-    query = output_heads(module.q_attn, qualified(name, "q_attn"), width, pick, CONV1D)
-    output = input_heads(module.c_proj, qualified(name, "c_proj"), width, pick, CONV1D)
-    contribution = Contribution()
-    add_attention(
-        contribution,
-        name,
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        qk_group=GL(rank),
-        output_bias=bias_of(module.c_proj, qualified(name, "c_proj")),
-    )
-    return contribution
+    ]
+    return with_output(module, name, "c_proj", (heads, rank), views, GL(rank), CONV1D)
 
 
 def _gpt2_projections(module: Any) -> Sublayer:
@@ -283,13 +254,19 @@ def _gpt2_projections(module: Any) -> Sublayer:
 register_sublayer(_gpt2_projections, "gpt2.GPT2Attention")
 
 
+_fused_by_head = functools.partial(grouped_attention, layers=("query_key_value", "dense"))
+
+
 @known("bloom.BloomAttention")
 def bloom_attention(module: Any, name: str) -> Contribution:
     """GL(r) on both pairs of every head: ALiBi adds a constant to the scores."""
     rank = module.head_dim
     # Computed as on several devices, the output layer has no bias.
     sliced = module.pretraining_tp > 1 and module.slow_but_exact
-    return _fused_by_head(module, name, module.num_heads, rank, GL(rank), values_move=not sliced)
+    heads, moves = module.num_heads, not sliced
+    return _fused_by_head(
+        module, name, rank=rank, shared=heads, qk_group=GL(rank), values_move=moves
+    )
 
 
 @known("gpt_neox.GPTNeoXAttention")
@@ -298,7 +275,8 @@ def gpt_neox_attention(module: Any, name: str) -> Contribution:
     require_known_attention(module)
     rank = module.head_size
     heads = present_parameter(module.dense, "weight").shape[1] // rank
-    return _fused_by_head(module, name, heads, rank, _partly_rotated(module, rank))
+    group = _partly_rotated(module, rank)
+    return _fused_by_head(module, name, rank=rank, shared=heads, qk_group=group)
 
 
 @known("persimmon.PersimmonAttention")
@@ -309,7 +287,8 @@ def persimmon_attention(module: Any, name: str) -> Contribution:
     group: StructureGroup | None = rotary
     if module.qk_layernorm:
         group = normalised_group((module.q_layernorm, module.k_layernorm), rotary)
-    contribution = _fused_by_head(module, name, module.num_heads, module.head_dim, group)
+    rank, heads = module.head_dim, module.num_heads
+    contribution = _fused_by_head(module, name, rank=rank, shared=heads, qk_group=group)
     if module.qk_layernorm:
         add_score_gains(contribution, module, name, ("q_layernorm", "k_layernorm"), rotary)
     return contribution
@@ -320,26 +299,6 @@ def _partly_rotated(module: Any, rank: int) -> StructureGroup:
     if getattr(group, "rotary_dim", 0) != module.rotary_ndims:
         raise NotUnderstoodError(f"{module.rotary_ndims} rotated rows, but {group} by config")
     return group
-
-
-def _fused_by_head(
-    module: Any,
-    name: str,
-    heads: int,
-    rank: int,
-    group: StructureGroup | None,
-    *,
-    values_move: bool = True,
-) -> Contribution:
-    return grouped_attention(
-        module,
-        name,
-        rank=rank,
-        shared=heads,
-        layers=("query_key_value", "dense"),
-        qk_group=group,
-        values_move=values_move,
-    )
 
 
 @known("falcon.FalconAttention")
@@ -383,13 +342,9 @@ def _neighbouring_planes(module: Any) -> StructureGroup:
 @known("gptj.GPTJAttention")
 def gptj_attention(module: Any, name: str) -> Contribution:
     """GL(r − rotated) × (C*)^{rotated/2} on QK, neighbouring rows in a plane."""
-    return projected_attention(
-        module,
-        name,
-        rank=module.head_dim,
-        layers=("q_proj", "k_proj", "v_proj", "out_proj"),
-        qk_group=_neighbouring_planes(module),
-    )
+    rank, group = module.head_dim, _neighbouring_planes(module)
+    layers = (*SEPARATE.readers, "out_proj")
+    return projected_attention(module, name, rank=rank, layers=layers, qk_group=group)
 
 
 @known("codegen.CodeGenAttention")
@@ -448,20 +403,10 @@ def latent_attention(module: Any, name: str, *, interleaved: bool) -> Contributi
     shared = _rows_of(module, name, "kv_b_proj", (heads, plain + values))
     rows = module.kv_lora_rank + turned
     key = _rows_of(module, name, "kv_a_proj_with_mqa", (1, rows))
-    width = heads * values
-    output = input_heads(module.o_proj, qualified(name, "o_proj"), width, consecutive(heads))
     layout = "interleaved" if interleaved else "half"
     group = rotary_group(module.config, turned, layout=layout)
-    contribution = Contribution()
-    add_attention(
-        contribution,
-        name,
-        query=query(0, plain),
-        key=shared(0, plain),
-        value=shared(plain, values),
-        output=output,
-        qk_group=GL(plain),
-    )
+    views = [query(0, plain), shared(0, plain), shared(plain, values)]
+    contribution = with_output(module, name, "o_proj", (heads, values), views, GL(plain))
     left, right = blocks_of(query(plain, turned), 1), blocks_of(key(module.kv_lora_rank, turned))
     add_pair(contribution, qualified(name, "qk_rotary"), group, left, right)
     return contribution
@@ -501,33 +446,4 @@ register_sublayer(
 )
 
 
-@known("opt.OPTAttention")
-def opt_attention(module: Any, name: str) -> Contribution:
-    """GL(r) on both pairs of every head."""
-    require_known_attention(module)
-    return projected_attention(
-        module,
-        name,
-        rank=module.head_dim,
-        layers=("q_proj", "k_proj", "v_proj", "out_proj"),
-        qk_group=GL(module.head_dim),
-    )
-
-
-register_sublayer(Sublayer(SEPARATE.readers, ("out_proj",)), "opt.OPTAttention")
-
-
-def vision_attention(module: Any, name: str) -> Contribution:
-    """(C*)^{r/2} on QK: rows and columns of an image turn different planes."""
-    rank = module.head_dim
-    return stacked_attention(
-        module,
-        name,
-        rank=rank,
-        heads=module.num_heads,
-        layers=("qkv", "proj"),
-        qk_group=RotaryCommutant(rank),
-    )
-
-
-known("qwen2_5_vl.Qwen2_5_VLVisionAttention", "qwen3_vl.Qwen3VLVisionAttention")(vision_attention)
+plain_attention((*SEPARATE.readers, "out_proj"), "opt.OPTAttention")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quotientopt.groups import GL
-from quotientopt.symmetries.adapters.attention import projected_attention, require_known_attention
+from quotientopt.symmetries.adapters.attention import plain_attention
 from quotientopt.symmetries.adapters.branches import (
     Branch,
     Sublayer,
@@ -36,17 +35,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = dense("fc1", "fc2", "activation_fn")
 
 
-@known("bart.BartAttention", "whisper.WhisperAttention", "clip.CLIPAttention")
-@known("siglip.SiglipAttention", "wav2vec2.Wav2Vec2Attention")
-def plain_attention(module: Any, name: str) -> Contribution:
-    """GL(r) on both pairs of every head."""
-    require_known_attention(module)
-    rank = module.head_dim
-    return projected_attention(module, name, rank=rank, layers=PROJECTIONS, qk_group=GL(rank))
-
-
-register_sublayer(
-    Sublayer(PROJECTIONS[:3], PROJECTIONS[3:]),
+plain_attention(
+    PROJECTIONS,
     "bart.BartAttention",
     "whisper.WhisperAttention",
     "clip.CLIPAttention",
@@ -145,15 +135,8 @@ norms("t5.T5LayerNorm")
 T5_LAYERS = ("q", "k", "v", "o")
 
 
-@known("t5.T5Attention")
-def t5_attention(module: Any, name: str) -> Contribution:
-    """GL(r) on both pairs of every head: the position bias is added to the scores."""
-    require_known_attention(module)
-    rank = module.key_value_proj_dim
-    return projected_attention(module, name, rank=rank, layers=T5_LAYERS, qk_group=GL(rank))
-
-
-register_sublayer(Sublayer(T5_LAYERS[:3], T5_LAYERS[3:]), "t5.T5Attention")
+# The position bias is added to the scores.
+plain_attention(T5_LAYERS, "t5.T5Attention", rank="key_value_proj_dim")
 register_sublayer(dense("wi", "wo", "act"), "t5.T5DenseActDense")
 register_sublayer(
     Sublayer(("wi_0", "wi_1"), ("wo",), units=Units("wi_1", "wo")), "t5.T5DenseGatedActDense"

@@ -9,6 +9,7 @@ from typing import Any
 
 from quotientopt.groups import GL
 from quotientopt.symmetries.adapters.attention import (
+    plain_attention,
     projected_attention,
     require_known_attention,
     rotary_group,
@@ -284,17 +285,7 @@ known("eurobert.EuroBertForMaskedLM")(head_adapter("model", "lm_head"))
 DISTILBERT_LAYERS = ("q_lin", "k_lin", "v_lin", "out_lin")
 
 
-@known("distilbert.DistilBertSelfAttention")
-def distilbert_attention(module: Any, name: str) -> Contribution:
-    """GL(r) on both pairs of every head."""
-    require_known_attention(module)
-    rank = module.attention_head_size
-    return projected_attention(module, name, rank=rank, layers=DISTILBERT_LAYERS, qk_group=GL(rank))
-
-
-register_sublayer(
-    Sublayer(DISTILBERT_LAYERS[:3], DISTILBERT_LAYERS[3:]), "distilbert.DistilBertSelfAttention"
-)
+plain_attention(DISTILBERT_LAYERS, "distilbert.DistilBertSelfAttention", rank="attention_head_size")
 register_sublayer(dense("lin1", "lin2", "activation"), "distilbert.FFN")
 known("distilbert.TransformerBlock")(
     layer_adapter(
@@ -318,15 +309,8 @@ known("distilbert.DistilBertForMaskedLM")(head_adapter("distilbert", "vocab_tran
 ALBERT_LAYERS = ("query", "key", "value", "dense")
 
 
-@known("albert.AlbertAttention")
-def albert_attention(module: Any, name: str) -> Contribution:
-    """GL(r) on both pairs of every head; one layer, used many times, counts once."""
-    require_known_attention(module)
-    rank = module.attention_head_size
-    return projected_attention(module, name, rank=rank, layers=ALBERT_LAYERS, qk_group=GL(rank))
-
-
-register_sublayer(Sublayer(ALBERT_LAYERS[:3], ALBERT_LAYERS[3:]), "albert.AlbertAttention")
+# One layer, used many times, counts once.
+plain_attention(ALBERT_LAYERS, "albert.AlbertAttention", rank="attention_head_size")
 known("albert.AlbertLayer")(
     layer_adapter(
         Branch("attention", after="attention.LayerNorm"),

@@ -11,6 +11,7 @@ from quotientopt.groups import GL, RotaryCommutant
 from quotientopt.symmetries.adapters.attention import (
     add_score_gains,
     normalised_group,
+    plain_attention,
     projected_attention,
     require_known_attention,
     stacked_attention,
@@ -41,7 +42,7 @@ from quotientopt.symmetries.adapters.layers import (
     transformers_classes,
     understands,
 )
-from quotientopt.symmetries.adapters.torch_attention import UNKNOWN_REST
+from quotientopt.symmetries.adapters.plain_torch import UNKNOWN_REST
 from quotientopt.symmetries.registry import Contribution, follows, qualified
 from quotientopt.symmetries.residual import register_norm
 
@@ -50,18 +51,11 @@ register_sublayer(FEED_FORWARD, "clip.CLIPMLP")
 register_sublayer(dense("up_proj", "down_proj", "act_fn"), "dinov3_vit.DINOv3ViTMLP")
 register_sublayer(
     Sublayer(VIT_PROJECTIONS[:3], VIT_PROJECTIONS[3:]),
-    "vit.ViTAttention",
-    "dinov2.Dinov2Attention",
     "dinov3_vit.DINOv3ViTAttention",
 )
 
 
-@known("vit.ViTAttention", "dinov2.Dinov2Attention")
-def vit_attention(module: Any, name: str) -> Contribution:
-    """GL(r) on both pairs of every head."""
-    require_known_attention(module)
-    rank = module.head_dim
-    return projected_attention(module, name, rank=rank, layers=VIT_PROJECTIONS, qk_group=GL(rank))
+plain_attention(VIT_PROJECTIONS, "vit.ViTAttention", "dinov2.Dinov2Attention")
 
 
 @known("dinov3_vit.DINOv3ViTAttention")
@@ -71,6 +65,22 @@ def dinov3_attention(module: Any, name: str) -> Contribution:
     rank = module.head_dim
     group = RotaryCommutant(rank)
     return projected_attention(module, name, rank=rank, layers=VIT_PROJECTIONS, qk_group=group)
+
+
+def vision_attention(module: Any, name: str) -> Contribution:
+    """(C*)^{r/2} on QK: rows and columns of an image turn different planes."""
+    rank = module.head_dim
+    return stacked_attention(
+        module,
+        name,
+        rank=rank,
+        heads=module.num_heads,
+        layers=("qkv", "proj"),
+        qk_group=RotaryCommutant(rank),
+    )
+
+
+known("qwen2_5_vl.Qwen2_5_VLVisionAttention", "qwen3_vl.Qwen3VLVisionAttention")(vision_attention)
 
 
 known("vit.ViTLayer")(
