@@ -13,6 +13,7 @@ from quotientopt._linalg import (
     check_floating,
     check_square,
     locate_first,
+    random_device,
     wide,
 )
 
@@ -46,7 +47,6 @@ class StructureGroup(ABC):
     def dim(self) -> int:
         """Dimension of the group, hence of the orbits of full-rank pairs."""
 
-    @abstractmethod
     def random(
         self,
         batch_shape: Sequence[int] = (),
@@ -56,7 +56,36 @@ class StructureGroup(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Random elements ``(*batch_shape, r, r)`` with condition number `cond`, head by head."""
+        """Random elements ``(*batch_shape, r, r)``, head by head; the class says how distributed.
+
+        Parameters
+        ----------
+        batch_shape : sequence of int
+        cond : float
+            Condition number of every element. Groups of orthogonal matrices check it, and it has no
+            other effect there.
+        generator, dtype, device
+            As for :func:`torch.randn`.
+
+        Raises
+        ------
+        ValueError
+            If `cond` is below 1 or not finite.
+        """
+        if not 1.0 <= cond < float("inf"):
+            raise ValueError(f"cond must be finite and at least 1, got {cond!r}")
+        g = self._random(batch_shape, cond, generator, random_device(generator, device))
+        return g.to(dtype or torch.get_default_dtype())
+
+    def _random(
+        self,
+        batch_shape: Sequence[int],
+        cond: float,
+        generator: torch.Generator | None,
+        device: torch.device | str,
+    ) -> Tensor:
+        """Random elements in the widest dtype."""
+        raise NotImplementedError
 
     @abstractmethod
     def algebra_projection(self, matrix: Tensor) -> Tensor:
@@ -163,17 +192,6 @@ class StructureGroup(ABC):
         check_finite("g", g)
         self._wide_inverse(wide(g))
 
-    def _check_commutes(self, g: Tensor, rotations: str) -> None:
-        """The same, and that `g` is its projection, to ``100 r ε`` of the largest entry."""
-        self._check_invertible(g)
-        deviation = (g - self.algebra_projection(g)).abs().amax(dim=(-2, -1))
-        failed = deviation > 100 * self.r * torch.finfo(g.dtype).eps * g.abs().amax(dim=(-2, -1))
-        if bool(failed.any()):
-            raise ValueError(
-                f"g does not commute with the {rotations}{locate_first(failed)}: "
-                f"it is {deviation.max().item():.1e} away from {self!r}"
-            )
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, StructureGroup):
             return NotImplemented
@@ -184,9 +202,3 @@ class StructureGroup(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.r})"
-
-
-def check_cond(cond: float) -> None:
-    """Raise ``ValueError`` unless `cond` can be a condition number."""
-    if not 1.0 <= cond < float("inf"):
-        raise ValueError(f"cond must be finite and at least 1, got {cond!r}")

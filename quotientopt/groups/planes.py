@@ -1,4 +1,8 @@
-"""The commutant of rotated planes some of which share a frequency, wherever their rows lie."""
+"""Commutants of rotations of any planes, and their orthogonal elements.
+
+Planes may share a frequency, and their rows may lie anywhere; :func:`commutant_of` gives the
+simplest group for given frequencies.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,18 @@ from torch import Tensor
 from quotientopt._linalg import (
     check_square,
     locate_first,
-    random_device,
+    skew_part,
     standard_normal,
 )
 from quotientopt._lyapunov import orthogonal_polar_factor
-from quotientopt.groups.base import StructureGroup, check_cond
-from quotientopt.groups.general_linear import GL, log_spaced, random_conditioned
-from quotientopt.groups.rotary import RotaryCommutant
+from quotientopt.groups.base import StructureGroup
+from quotientopt.groups.classical import GL, O, log_spaced
+from quotientopt.groups.rotary import RotaryCommutant, _Commutant
 
 Plane = tuple[int, int]
 
 
-class PlaneCommutant(StructureGroup):
+class PlaneCommutant(_Commutant):
     """Matrices commuting with rotations of planes of rows, m of which may share one frequency.
 
     The complex rows of m planes that turn by the same angles are mixed by any complex m×m matrix;
@@ -30,6 +34,9 @@ class PlaneCommutant(StructureGroup):
     ``∏_k GL(m_k, C) × GL(r − 2 Σ m_k)``, with γ = X + iY as ``[[X, −Y], [Y, X]]`` on the rows
     (real parts, imaginary parts) of its planes. On the left factor it is γ^{-H}. With one plane to
     every frequency this is :class:`~quotientopt.groups.RotaryCommutant`, whose rows lie in order.
+
+    Random elements have random unitary bases, the singular values of all planes together as
+    RotaryCommutant has its moduli, and on the passing rows what it has.
 
     Parameters
     ----------
@@ -89,28 +96,13 @@ class PlaneCommutant(StructureGroup):
             self.r, [[(place[i], place[j]) for i, j in planes] for planes in self.frequencies]
         )
 
-    def random(
+    def _random(
         self,
-        batch_shape: Sequence[int] = (),
-        *,
-        cond: float = 10.0,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        batch_shape: Sequence[int],
+        cond: float,
+        generator: torch.Generator | None,
+        device: torch.device | str,
     ) -> Tensor:
-        """Random unitary bases, singular values logarithmically spaced over ``[cond^{-1/2}, …]``.
-
-        Those of all planes together from ``cond^{-1/2}`` to ``cond^{1/2}``, those of the passing
-        rows downwards, so that the whole has condition number `cond` exactly (1 where there is a
-        single plane or a single passing row and nothing else).
-
-        Raises
-        ------
-        ValueError
-            If `cond` is below 1 or not finite.
-        """
-        check_cond(cond)
-        device = random_device(generator, device)
         values = log_spaced(cond, len(self.planes))
         start, parts = 0, []
         for first, _ in self._indices(torch.device(device)):
@@ -127,9 +119,7 @@ class PlaneCommutant(StructureGroup):
                 bases.append(Q * phase.unsqueeze(-2))
             U, V = bases
             parts.append((U * own.to(U.real.dtype).unsqueeze(-2)) @ V.mH)
-        passing = log_spaced(1 / cond, len(self.pass_rows))
-        block = random_conditioned(batch_shape, passing, generator, device)
-        return self.element(parts, block).to(dtype or torch.get_default_dtype())
+        return self.element(parts, self._random_passing(batch_shape, cond, generator, device))
 
     def algebra_projection(self, matrix: Tensor) -> Tensor:
         """Complex-linear parts of the blocks of every frequency, passing block, the rest zero."""
@@ -196,13 +186,6 @@ class PlaneCommutant(StructureGroup):
             unitary.append(U @ Vh)
         return self.element(unitary, orthogonal_polar_factor(block) if self.pass_rows else block)
 
-    def check_element(self, g: Tensor) -> None:
-        """Raise ``ValueError`` unless `g` has the block structure of the group and is invertible.
-
-        Entries that must vanish or agree do so to ``100 r ε`` of the largest entry.
-        """
-        self._check_commutes(g, "rotations")
-
     def _wide_inverse(self, g: Tensor) -> Tensor:
         parts, block = self.parts(g)
         inverses = []
@@ -240,6 +223,79 @@ class PlaneCommutant(StructureGroup):
         if self.pass_rows:
             factors.append(f"GL({len(self.pass_rows)})")
         return " × ".join(factors)
+
+
+class RotaryPhases(StructureGroup):
+    """O(r − rotary_dim) × U(1)^{rotary_dim/2}: the orthogonal elements of a rotary commutant.
+
+    An RMS norm over a head's queries or keys fixes the lengths that (C*)^{rotary_dim/2} would
+    change. What is left turns every plane by an angle and rotates the rows that pass. Of m planes
+    that share a frequency (:meth:`of`) it is U(m). Random elements are uniformly distributed.
+
+    Parameters
+    ----------
+    r : int
+        Number of rows of both factors.
+    rotary_dim : int, optional
+        Number of rotated rows (the default: all of them).
+    layout : {"half", "interleaved"}
+        As for :class:`~quotientopt.groups.RotaryCommutant`.
+    """
+
+    def __init__(self, r: int, rotary_dim: int | None = None, layout: str = "half") -> None:
+        super().__init__(r)
+        self.commutant: RotaryCommutant | PlaneCommutant = RotaryCommutant(r, rotary_dim, layout)
+
+    @classmethod
+    def of(cls, commutant: RotaryCommutant | PlaneCommutant) -> RotaryPhases:
+        """The orthogonal elements of any commutant."""
+        group = cls(commutant.r, 0)
+        group.commutant = commutant
+        return group
+
+    @property
+    def dim(self) -> int:
+        """m² for m planes of one frequency, and the dimension of the rotations of passing rows."""
+        passing = len(self.commutant.pass_rows)
+        turning = (self.commutant.dim - passing**2) // 2
+        return turning + passing * (passing - 1) // 2
+
+    def _random(
+        self,
+        batch_shape: Sequence[int],
+        cond: float,
+        generator: torch.Generator | None,
+        device: torch.device | str,
+    ) -> Tensor:
+        return self.commutant._random(batch_shape, 1.0, generator, device)
+
+    def algebra_projection(self, matrix: Tensor) -> Tensor:
+        """The skew part of the projection to the commutant's algebra."""
+        return skew_part(self.commutant.algebra_projection(matrix))
+
+    def check_element(self, g: Tensor) -> None:
+        """Raise ``ValueError`` unless `g` is orthogonal and commutes with all rotations."""
+        O(self.r).check_element(g)
+        self.commutant.check_element(g)
+
+    def _wide_inverse(self, g: Tensor) -> Tensor:
+        return g.mT
+
+    def _parameters(self) -> tuple[object, ...]:
+        return (self.commutant,)
+
+    def __repr__(self) -> str:
+        if not isinstance(self.commutant, RotaryCommutant):
+            return f"RotaryPhases.of({self.commutant!r})"
+        return (
+            f"RotaryPhases({self.r}, rotary_dim={self.commutant.rotary_dim}, "
+            f"layout={self.commutant.layout!r})"
+        )
+
+    def __str__(self) -> str:
+        if isinstance(self.commutant, RotaryCommutant):
+            return repr(self)
+        return f"orthogonal part of {self.commutant}"
 
 
 def _in_one_form(planes: Sequence[Plane]) -> tuple[Plane, ...]:

@@ -1,9 +1,8 @@
-"""Groups of rotary position embeddings: their commutant, and its orthogonal elements."""
+"""The commutant of rotary position embeddings, each plane of its own frequency."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,22 +10,57 @@ from torch import Tensor
 from quotientopt._linalg import (
     check_square,
     locate_first,
-    random_device,
-    skew_part,
     standard_normal,
 )
 from quotientopt._lyapunov import orthogonal_polar_factor
-from quotientopt.groups.base import StructureGroup, check_cond
-from quotientopt.groups.general_linear import log_spaced, random_conditioned
-from quotientopt.groups.orthogonal import O
-
-if TYPE_CHECKING:
-    from quotientopt.groups.planes import PlaneCommutant
+from quotientopt.groups.base import StructureGroup
+from quotientopt.groups.classical import log_spaced, random_conditioned
 
 _LAYOUTS = ("half", "interleaved")
 
 
-class RotaryCommutant(StructureGroup):
+class _Commutant(StructureGroup):
+    """What commutes with rotations of planes of rows, and mixes the rows that pass.
+
+    Attributes
+    ----------
+    planes : tuple of (int, int)
+    pass_rows : tuple of int
+    """
+
+    planes: tuple[tuple[int, int], ...]
+    pass_rows: tuple[int, ...]
+
+    def check_element(self, g: Tensor) -> None:
+        """Raise ``ValueError`` unless `g` has the block structure of the group and is invertible.
+
+        Entries that must vanish or agree do so to ``100 r ε`` of the largest entry.
+        """
+        self._check_invertible(g)
+        deviation = (g - self.algebra_projection(g)).abs().amax(dim=(-2, -1))
+        failed = deviation > 100 * self.r * torch.finfo(g.dtype).eps * g.abs().amax(dim=(-2, -1))
+        if bool(failed.any()):
+            raise ValueError(
+                f"g does not commute with the rotations{locate_first(failed)}: "
+                f"it is {deviation.max().item():.1e} away from {self!r}"
+            )
+
+    def _random_passing(
+        self,
+        batch_shape: Sequence[int],
+        cond: float,
+        generator: torch.Generator | None,
+        device: torch.device | str,
+    ) -> Tensor:
+        """Of the passing rows, whose singular values go downwards.
+
+        So one plane and one passing row take opposite ends of the interval.
+        """
+        values = log_spaced(1 / cond, len(self.pass_rows))
+        return random_conditioned(batch_shape, values, generator, device)
+
+
+class RotaryCommutant(_Commutant):
     """Matrices commuting with every rotary position rotation of distinct frequencies.
 
     The first `rotary_dim` rows are rotated plane by plane, the others pass. A matrix commuting with
@@ -37,6 +71,11 @@ class RotaryCommutant(StructureGroup):
     Planes whose frequencies coincide (or vanish) have a larger commutant,
     :class:`~quotientopt.groups.PlaneCommutant`; this is the subgroup that is common to all
     frequencies.
+
+    Random elements have random phases and moduli logarithmically spaced over ``[cond^{-1/2},
+    cond^{1/2}]``, on the passing rows an element of GL with such singular values: the whole has
+    condition number `cond` exactly (1 where there is a single plane or a single passing row and
+    nothing else).
 
     Parameters
     ----------
@@ -73,48 +112,31 @@ class RotaryCommutant(StructureGroup):
         self.rotary_dim = rotary_dim
         self.layout = layout
         half = rotary_dim // 2
-        self.planes: tuple[tuple[int, int], ...] = tuple(
+        self.planes = tuple(
             (j, j + half) if layout == "half" else (2 * j, 2 * j + 1) for j in range(half)
         )
-        self.pass_rows: tuple[int, ...] = tuple(range(rotary_dim, r))
+        self.pass_rows = tuple(range(rotary_dim, r))
 
     @property
     def dim(self) -> int:
         """(r − rotary_dim)² + rotary_dim."""
         return len(self.pass_rows) ** 2 + self.rotary_dim
 
-    def random(
+    def _random(
         self,
-        batch_shape: Sequence[int] = (),
-        *,
-        cond: float = 10.0,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        batch_shape: Sequence[int],
+        cond: float,
+        generator: torch.Generator | None,
+        device: torch.device | str,
     ) -> Tensor:
-        """Random phases, moduli logarithmically spaced over ``[cond^{-1/2}, cond^{1/2}]``.
-
-        The passing rows get an element of GL with the same singular values as :meth:`GL.random`, so
-        the whole has condition number `cond` exactly (1 where there is a single plane or a single
-        passing row and nothing else).
-
-        Raises
-        ------
-        ValueError
-            If `cond` is below 1 or not finite.
-        """
-        check_cond(cond)
-        device = random_device(generator, device)
         direction = standard_normal(
             (*batch_shape, len(self.planes), 2), generator=generator, device=device
         )
         direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         moduli = log_spaced(cond, len(self.planes)).to(direction)
         real, imaginary = (direction * moduli.unsqueeze(-1)).unbind(-1)
-        # Downwards, so that one plane and one passing row take opposite ends of the interval.
-        values = log_spaced(1 / cond, len(self.pass_rows))
-        block = random_conditioned(batch_shape, values, generator, device)
-        return self._assemble(real, imaginary, block).to(dtype or torch.get_default_dtype())
+        block = self._random_passing(batch_shape, cond, generator, device)
+        return self._assemble(real, imaginary, block)
 
     def algebra_projection(self, matrix: Tensor) -> Tensor:
         """Plane blocks to their part ``[[a, −b], [b, a]]``, passing block kept, the rest zero."""
@@ -176,13 +198,6 @@ class RotaryCommutant(StructureGroup):
         rows[..., self.rotary_dim :, :] = passing
         return rows
 
-    def check_element(self, g: Tensor) -> None:
-        """Raise ``ValueError`` unless `g` has the block structure of the group and is invertible.
-
-        Entries that must vanish or agree do so to ``100 r ε`` of the largest entry.
-        """
-        self._check_commutes(g, "rotary rotations")
-
     def _wide_inverse(self, g: Tensor) -> Tensor:
         real, imaginary, block = self._parts(g)
         squared_modulus = real.square() + imaginary.square()
@@ -231,82 +246,3 @@ class RotaryCommutant(StructureGroup):
 
     def __repr__(self) -> str:
         return f"RotaryCommutant({self.r}, rotary_dim={self.rotary_dim}, layout={self.layout!r})"
-
-
-class RotaryPhases(StructureGroup):
-    """O(r − rotary_dim) × U(1)^{rotary_dim/2}: the orthogonal elements of a rotary commutant.
-
-    An RMS norm over a head's queries or keys fixes the lengths that (C*)^{rotary_dim/2} would
-    change. What is left turns every plane by an angle and rotates the rows that pass. Of m planes
-    that share a frequency (:meth:`of`) it is U(m).
-
-    Parameters
-    ----------
-    r : int
-        Number of rows of both factors.
-    rotary_dim : int, optional
-        Number of rotated rows (the default: all of them).
-    layout : {"half", "interleaved"}
-        As for :class:`~quotientopt.groups.RotaryCommutant`.
-    """
-
-    def __init__(self, r: int, rotary_dim: int | None = None, layout: str = "half") -> None:
-        super().__init__(r)
-        self.commutant: RotaryCommutant | PlaneCommutant = RotaryCommutant(r, rotary_dim, layout)
-
-    @classmethod
-    def of(cls, commutant: RotaryCommutant | PlaneCommutant) -> RotaryPhases:
-        """The orthogonal elements of any commutant."""
-        group = cls(commutant.r, 0)
-        group.commutant = commutant
-        return group
-
-    @property
-    def dim(self) -> int:
-        """m² for m planes of one frequency, and the dimension of the rotations of passing rows."""
-        passing = len(self.commutant.pass_rows)
-        turning = (self.commutant.dim - passing**2) // 2
-        return turning + passing * (passing - 1) // 2
-
-    def random(
-        self,
-        batch_shape: Sequence[int] = (),
-        *,
-        cond: float = 10.0,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Uniformly distributed elements; `cond` is checked and has no effect, as for O(r)."""
-        check_cond(cond)
-        return self.commutant.random(
-            batch_shape, cond=1.0, generator=generator, dtype=dtype, device=device
-        )
-
-    def algebra_projection(self, matrix: Tensor) -> Tensor:
-        """The skew part of the projection to the commutant's algebra."""
-        return skew_part(self.commutant.algebra_projection(matrix))
-
-    def check_element(self, g: Tensor) -> None:
-        """Raise ``ValueError`` unless `g` is orthogonal and commutes with all rotations."""
-        O(self.r).check_element(g)
-        self.commutant.check_element(g)
-
-    def _wide_inverse(self, g: Tensor) -> Tensor:
-        return g.mT
-
-    def _parameters(self) -> tuple[object, ...]:
-        return (self.commutant,)
-
-    def __repr__(self) -> str:
-        if not isinstance(self.commutant, RotaryCommutant):
-            return f"RotaryPhases.of({self.commutant!r})"
-        return (
-            f"RotaryPhases({self.r}, rotary_dim={self.commutant.rotary_dim}, "
-            f"layout={self.commutant.layout!r})"
-        )
-
-    def __str__(self) -> str:
-        if isinstance(self.commutant, RotaryCommutant):
-            return repr(self)
-        return f"orthogonal part of {self.commutant}"

@@ -23,7 +23,7 @@ from quotientopt.groups import (
 )
 from quotientopt.optim.update import break_ties
 from quotientopt.sections.factor import svd_element, triangular_element
-from quotientopt.sections.planes import plane_element
+from quotientopt.sections.rotary import plane_element
 
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 

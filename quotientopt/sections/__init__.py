@@ -8,8 +8,13 @@ from quotientopt.sections.factor import (
     svd_element,
     triangular_element,
 )
-from quotientopt.sections.gram import gram_polar, gram_section, gram_svd, gram_triangular
-from quotientopt.sections.orthogonal import orthogonal_section
+from quotientopt.sections.gram import (
+    gram_polar,
+    gram_section,
+    gram_svd,
+    gram_triangular,
+    orthogonal_section,
+)
 from quotientopt.sections.rotary import (
     rotary_balanced_element,
     rotary_element,

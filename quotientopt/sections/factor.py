@@ -17,7 +17,7 @@ still in the derivative, so that it stays finite, and exact for functions that d
 choice of axes among equal singular values; see :mod:`quotientopt.sections.derivatives`.
 
 Pairs of deficient rank have a canonical representative too, and a group element that leads to it:
-:func:`section` with ``"svd"``, which reads the factors themselves (:mod:`.deficient`).
+:func:`section` with ``"svd"``, which reads the factors themselves (:mod:`.convention`).
 """
 
 from collections.abc import Callable
@@ -37,8 +37,13 @@ from quotientopt._linalg import (
     locate_first,
     wide,
 )
-from quotientopt.sections.convention import check_gap_options, turn_of_rows, warn_of_gap
-from quotientopt.sections.deficient import deficient_ranks, dress_deficient
+from quotientopt.sections.convention import (
+    check_gap_options,
+    deficient_ranks,
+    dress_deficient,
+    turn_of_rows,
+    warn_of_gap,
+)
 from quotientopt.sections.derivatives import svd, symmetric_polar, symmetric_root
 
 
