@@ -1,7 +1,7 @@
 """Adapters that come with the package; importing a module registers its adapters.
 
 - ``plain_torch``: ``torch.nn.MultiheadAttention``, the layers built on it, this package's models;
-- ``decoders``, ``decoder_attentions``, ``encoders``, ``encoder_decoders``, ``vision_audio``: the
+- ``decoders``, ``decoder_attentions``, ``encoders`` (and encoder-decoders), ``vision_audio``: the
   transformers package, by one class of each text; timm;
 - ``peft_lora``: low-rank pairs.
 
@@ -11,7 +11,6 @@ They are written with ``layers`` (views of heads), ``branches`` (layers), ``atte
 from quotientopt.symmetries.adapters import (
     decoder_attentions,
     decoders,
-    encoder_decoders,
     encoders,
     peft_lora,
     plain_torch,
@@ -21,7 +20,6 @@ from quotientopt.symmetries.adapters import (
 __all__ = [
     "decoder_attentions",
     "decoders",
-    "encoder_decoders",
     "encoders",
     "peft_lora",
     "plain_torch",

@@ -308,8 +308,11 @@ def add_embeddings(contribution: Contribution, module: nn.Module, name: str, *pa
             add_embedding(contribution, embedding, qualified(name, path))
 
 
-def stack_adapter(*embeddings: str, norm: str | None) -> Adapter:
-    """The adapter of a model that returns hidden states: embeddings, layers and a last norm."""
+def stack_adapter(*embeddings: str, norm: str | None, first: str | None = None) -> Adapter:
+    """The adapter of a model that returns hidden states: embeddings, layers and a last norm.
+
+    Another norm, behind the embeddings (`first`), writes to the stream.
+    """
 
     def adapter(module: Any, name: str) -> Contribution:
         last = None if norm is None else qualified(name, norm)
@@ -317,6 +320,8 @@ def stack_adapter(*embeddings: str, norm: str | None) -> Adapter:
         add_embeddings(contribution, module, name, *embeddings)
         if norm is not None and last is not None:
             add_norm(contribution, module.get_submodule(norm), last, [])
+        if first is not None:
+            add_norm(contribution, module.get_submodule(first), qualified(name, first))
         return contribution
 
     return adapter

@@ -300,17 +300,9 @@ known("gpt2.GPT2Model")(stack_adapter("wte", "wpe", norm="ln_f"))
 known("mpt.MptModel")(stack_adapter("wte", norm="norm_f"))
 known("falcon.FalconModel")(stack_adapter("word_embeddings", norm="ln_f"))
 known("gpt_neox.GPTNeoXModel")(stack_adapter("embed_in", norm="final_layer_norm"))
-
-
-@known("bloom.BloomModel")
-def bloom_model(module: Any, name: str) -> Contribution:
-    """The norm behind the embedding writes to the stream."""
-    contribution = stack_adapter("word_embeddings", norm="ln_f")(module, name)
-    norm = qualified(name, "word_embeddings_layernorm")
-    add_norm(contribution, module.word_embeddings_layernorm, norm)
-    return contribution
-
-
+known("bloom.BloomModel")(
+    stack_adapter("word_embeddings", norm="ln_f", first="word_embeddings_layernorm")
+)
 known(
     "llama.LlamaForCausalLM",
     "mixtral.MixtralForCausalLM",

@@ -1,6 +1,7 @@
-"""Text encoders of the transformers package: BERT and what follows it, norms behind the branches.
+"""Text encoders and encoder-decoders of the transformers package.
 
-As for decoders, classes of other families with the same text as one named here are its copies.
+BERT and what follows it, with norms behind the branches; then BART's kind, Whisper and T5. As for
+decoders, classes of other families with the same text as one named here are its copies.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from quotientopt.symmetries.adapters.branches import (
     head_adapter,
     layer_adapter,
     register_sublayer,
+    require_known,
     stack_adapter,
 )
+from quotientopt.symmetries.adapters.decoders import norms
 from quotientopt.symmetries.adapters.layers import (
     HeadView,
+    add_consumer,
     add_norm,
     add_pair,
     add_reader,
@@ -37,10 +41,11 @@ from quotientopt.symmetries.adapters.layers import (
     consecutive,
     known,
     output_heads,
+    register_embedding,
     require,
     transformers_classes,
 )
-from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, qualified
+from quotientopt.symmetries.registry import Adapter, Contribution, NotUnderstoodError, qualified
 
 BERT_LAYERS = ("self.query", "self.key", "self.value", "output.dense")
 BERT_ATTENTIONS = transformers_classes("bert.BertSelfAttention", "bert.BertCrossAttention")
@@ -62,28 +67,29 @@ def bert_attention(module: Any, name: str) -> Contribution:
 register_sublayer(Sublayer(BERT_LAYERS[:3], BERT_LAYERS[3:]), "bert.BertAttention")
 
 
-@known("bert.BertLayer")
-def bert_layer(module: Any, name: str) -> Contribution:
-    """Norms behind the branches; keys and values of a cross-attention read the encoder."""
-    branches = [Branch("attention", after="attention.output.LayerNorm")]
-    if hasattr(module, "crossattention"):
-        norm = "crossattention.output.LayerNorm"
-        branches.append(Branch("crossattention", after=norm, cross=True))
-    contribution = layer_adapter(*branches)(module, name)
-    _add_bert_feed_forward(contribution, module, name)
-    return contribution
+def _layer_with_norms_behind(norm: str) -> Adapter:
+    """BERT's kind of layer; keys and values of a cross-attention read the encoder."""
+
+    def adapter(module: Any, name: str) -> Contribution:
+        branches = [Branch("attention", after=norm)]
+        if hasattr(module, "crossattention"):
+            cross = "crossattention.output.LayerNorm"
+            branches.append(Branch("crossattention", after=cross, cross=True))
+        contribution = layer_adapter(*branches)(module, name)
+        require(module.intermediate, *transformers_classes("bert.BertIntermediate"))
+        require(module.output, *transformers_classes("bert.BertOutput"))
+        form = dense("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
+        add_branches(contribution, module, name, Branch(form, after="output.LayerNorm"))
+        return contribution
+
+    return adapter
 
 
-def _add_bert_feed_forward(contribution: Contribution, module: Any, name: str) -> None:
-    require(module.intermediate, *transformers_classes("bert.BertIntermediate"))
-    require(module.output, *transformers_classes("bert.BertOutput"))
-    form = dense("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
-    add_branches(contribution, module, name, Branch(form, after="output.LayerNorm"))
-
-
+known("bert.BertLayer")(_layer_with_norms_behind("attention.output.LayerNorm"))
 BERT_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 BERT_EMBEDDING_CLASSES = transformers_classes(
-    "bert.BertEmbeddings", "roberta.RobertaEmbeddings", "mpnet.MPNetEmbeddings"
+    *("bert.BertEmbeddings", "roberta.RobertaEmbeddings"),
+    *("mpnet.MPNetEmbeddings", "distilbert.Embeddings"),
 )
 BERT_POOLERS = transformers_classes("bert.BertPooler", "mpnet.MPNetPooler")
 
@@ -92,32 +98,30 @@ BERT_POOLERS = transformers_classes("bert.BertPooler", "mpnet.MPNetPooler")
 def bert_model(module: Any, name: str) -> Contribution:
     """Residual axes of the embeddings, whose norm writes to the stream, and of the pooler."""
     contribution = Contribution(outputs={name: None})
-    _add_embeddings(contribution, module, name, BERT_EMBEDDINGS)
+    _add_embeddings(contribution, module, name)
     if module.pooler is not None:
         require(module.pooler, *BERT_POOLERS)
         add_reader(contribution, module.pooler.dense, qualified(name, "pooler.dense"))
     return contribution
 
 
-def _add_embeddings(
-    contribution: Contribution, module: Any, name: str, parts: tuple[str, ...]
-) -> None:
+def _add_embeddings(contribution: Contribution, module: Any, name: str) -> None:
     embeddings = require(module.embeddings, *BERT_EMBEDDING_CLASSES)
     path = qualified(name, "embeddings")
-    present = [part for part in parts if hasattr(embeddings, part)]
+    present = [part for part in BERT_EMBEDDINGS if hasattr(embeddings, part)]
     add_embeddings(contribution, embeddings, path, *present)
     add_norm(contribution, embeddings.LayerNorm, qualified(path, "LayerNorm"))
 
 
-@known("electra.ElectraModel")
+@known("electra.ElectraModel", "distilbert.DistilBertModel")
 def electra_model(module: Any, name: str) -> Contribution:
-    """Embeddings of another width are projected to the stream."""
+    """No pooler; ELECTRA's embeddings of another width are projected to the stream."""
     contribution = Contribution(outputs={name: None})
     if hasattr(module, "embeddings_project"):
         path = qualified(name, "embeddings_project")
         add_writer(contribution, module.embeddings_project, path)
     else:
-        _add_embeddings(contribution, module, name, BERT_EMBEDDINGS)
+        _add_embeddings(contribution, module, name)
     return contribution
 
 
@@ -147,14 +151,7 @@ def mpnet_attention(module: Any, name: str) -> Contribution:
 register_sublayer(Sublayer(MPNET_LAYERS[:3], MPNET_LAYERS[3:]), "mpnet.MPNetAttention")
 
 
-@known("mpnet.MPNetLayer")
-def mpnet_layer(module: Any, name: str) -> Contribution:
-    """Norms behind the branches."""
-    branch = Branch("attention", after="attention.LayerNorm")
-    contribution = layer_adapter(branch)(module, name)
-    _add_bert_feed_forward(contribution, module, name)
-    return contribution
-
+known("mpnet.MPNetLayer")(_layer_with_norms_behind("attention.LayerNorm"))
 
 # DeBERTa: queries also meet the keys of relative positions, keys their queries.
 DEBERTA_LAYERS = ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")
@@ -197,13 +194,7 @@ def _deberta_projections(module: Any) -> Sublayer:
 register_sublayer(_deberta_projections, "deberta_v2.DebertaV2Attention")
 
 
-@known("deberta_v2.DebertaV2Layer")
-def deberta_layer(module: Any, name: str) -> Contribution:
-    """Norms behind the branches."""
-    branch = Branch("attention", after="attention.output.LayerNorm")
-    contribution = layer_adapter(branch)(module, name)
-    _add_bert_feed_forward(contribution, module, name)
-    return contribution
+known("deberta_v2.DebertaV2Layer")(_layer_with_norms_behind("attention.output.LayerNorm"))
 
 
 @known("deberta_v2.DebertaV2Model")
@@ -249,14 +240,8 @@ def modernbert_attention(module: Any, name: str) -> Contribution:
     rank = module.head_dim
     heads = module.Wqkv.weight.shape[0] // (3 * rank)
     layer_type = "sliding_attention" if module.sliding_window is not None else "full_attention"
-    return stacked_attention(
-        module,
-        name,
-        rank=rank,
-        heads=heads,
-        layers=("Wqkv", "Wo"),
-        qk_group=rotary_group(module.config, rank, layer_type=layer_type),
-    )
+    group, layers = rotary_group(module.config, rank, layer_type=layer_type), ("Wqkv", "Wo")
+    return stacked_attention(module, name, rank=rank, heads=heads, layers=layers, qk_group=group)
 
 
 register_sublayer(Sublayer(("Wqkv",), ("Wo",)), "modernbert.ModernBertAttention")
@@ -266,25 +251,15 @@ register_sublayer(
 known("modernbert.ModernBertEncoderLayer")(
     layer_adapter(Branch("attn", before="attn_norm"), Branch("mlp", before="mlp_norm"))
 )
-
-
-@known("modernbert.ModernBertModel")
-def modernbert_model(module: Any, name: str) -> Contribution:
-    """The norm behind the embedding writes to the stream."""
-    contribution = stack_adapter("embeddings.tok_embeddings", norm="final_norm")(module, name)
-    norm = qualified(name, "embeddings.norm")
-    add_norm(contribution, module.embeddings.norm, norm)
-    return contribution
-
-
+known("modernbert.ModernBertModel")(
+    stack_adapter("embeddings.tok_embeddings", norm="final_norm", first="embeddings.norm")
+)
 known("modernbert.ModernBertForMaskedLM")(head_adapter("model", "head.dense"))
 known("eurobert.EuroBertForMaskedLM")(head_adapter("model", "lm_head"))
 
 
 # DistilBERT and ALBERT.
 DISTILBERT_LAYERS = ("q_lin", "k_lin", "v_lin", "out_lin")
-
-
 plain_attention(DISTILBERT_LAYERS, "distilbert.DistilBertSelfAttention", rank="attention_head_size")
 register_sublayer(dense("lin1", "lin2", "activation"), "distilbert.FFN")
 known("distilbert.TransformerBlock")(
@@ -292,23 +267,8 @@ known("distilbert.TransformerBlock")(
         Branch("attention", after="sa_layer_norm"), Branch("ffn", after="output_layer_norm")
     )
 )
-
-
-@known("distilbert.DistilBertModel")
-def distilbert_model(module: Any, name: str) -> Contribution:
-    """Residual axes of the embeddings, whose norm writes to the stream."""
-    contribution = Contribution(outputs={name: None})
-    require(module.embeddings, *transformers_classes("distilbert.Embeddings"))
-    path = qualified(name, "embeddings")
-    add_embeddings(contribution, module.embeddings, path, *BERT_EMBEDDINGS[:2])
-    add_norm(contribution, module.embeddings.LayerNorm, qualified(path, "LayerNorm"))
-    return contribution
-
-
 known("distilbert.DistilBertForMaskedLM")(head_adapter("distilbert", "vocab_transform"))
 ALBERT_LAYERS = ("query", "key", "value", "dense")
-
-
 # One layer, used many times, counts once.
 plain_attention(ALBERT_LAYERS, "albert.AlbertAttention", rank="attention_head_size")
 known("albert.AlbertLayer")(
@@ -336,3 +296,145 @@ def albert_language_model(module: Any, name: str) -> Contribution:
     """Residual axis of the head's first layer; what follows it is another space."""
     require(module.predictions, *transformers_classes("albert.AlbertMLMHead"))
     return head_adapter("albert", "predictions.dense")(module, name)
+
+
+# ---- encoder-decoders ----------------------------------------------------------------------------
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+FEED_FORWARD = dense("fc1", "fc2", "activation_fn")
+plain_attention(
+    PROJECTIONS,
+    "bart.BartAttention",
+    "whisper.WhisperAttention",
+    "clip.CLIPAttention",
+    "siglip.SiglipAttention",
+    "wav2vec2.Wav2Vec2Attention",
+)
+
+
+def _layer(*, first: bool, decoder: bool) -> Adapter:
+    """Layers of BART's kind, with norms in front of every branch or behind it."""
+    branches = [Branch.beside("self_attn_layer_norm", "self_attn", first=first)]
+    if decoder:
+        norm = "encoder_attn_layer_norm"
+        branches.append(Branch.beside(norm, "encoder_attn", first=first, cross=True))
+    branches.append(Branch.beside("final_layer_norm", FEED_FORWARD, first=first))
+    return layer_adapter(*branches)
+
+
+known("bart.BartEncoderLayer")(_layer(first=False, decoder=False))
+known("bart.BartDecoderLayer")(_layer(first=False, decoder=True))
+known("mbart.MBartEncoderLayer", "whisper.WhisperEncoderLayer")(_layer(first=True, decoder=False))
+known("mbart.MBartDecoderLayer", "whisper.WhisperDecoderLayer")(_layer(first=True, decoder=True))
+register_embedding(
+    "bart.BartScaledWordEmbedding",
+    "bart.BartLearnedPositionalEmbedding",
+    "mbart.MBartScaledWordEmbedding",
+    "mbart.MBartLearnedPositionalEmbedding",
+    "pegasus.PegasusSinusoidalPositionalEmbedding",
+    "whisper.WhisperPositionalEmbedding",
+)
+
+
+@known("bart.BartEncoder", "bart.BartDecoder", "mbart.MBartEncoder", "mbart.MBartDecoder")
+@known("pegasus.PegasusEncoder", "pegasus.PegasusDecoder", "whisper.WhisperDecoder")
+def stack(module: Any, name: str) -> Contribution:
+    """Embeddings of tokens and positions; a norm behind them writes to the stream."""
+    last, first = (n if hasattr(module, n) else None for n in ("layer_norm", "layernorm_embedding"))
+    adapter = stack_adapter("embed_tokens", "embed_positions", norm=last, first=first)
+    return adapter(module, name)
+
+
+@known("bart.BartModel", "mbart.MBartModel", "pegasus.PegasusModel", "whisper.WhisperModel")
+def encoder_decoder(module: Any, name: str) -> Contribution:
+    """Residual axes of the keys and values that read the encoder.
+
+    Encoder and decoder have a stream each; with the embedding shared, both turn together.
+    """
+    contribution = Contribution()
+    require_known(module.encoder)
+    require_known(module.decoder)
+    if hasattr(module, "shared"):
+        add_embeddings(contribution, module, name, "shared")
+    paths = [
+        f"decoder.layers.{index}.encoder_attn.{part}"
+        for index in range(len(module.decoder.layers))
+        for part in PROJECTIONS[1:3]
+    ]
+    add_consumer(contribution, module, name, "encoder", *paths)
+    return contribution
+
+
+def _decoder_head(head: str) -> Adapter:
+    """Residual axis of the head, tied to the embedding or not."""
+
+    def adapter(module: Any, name: str) -> Contribution:
+        require_known(module.model)
+        return head_adapter("model.decoder", head)(module, name)
+
+    return adapter
+
+
+known(
+    "bart.BartForConditionalGeneration",
+    "mbart.MBartForConditionalGeneration",
+    "pegasus.PegasusForConditionalGeneration",
+)(_decoder_head("lm_head"))
+known("whisper.WhisperForConditionalGeneration")(_decoder_head("proj_out"))
+
+
+@known("whisper.WhisperEncoder")
+def whisper_encoder(module: Any, name: str) -> Contribution:
+    """Residual axis of the positions; the activation behind the convolutions breaks O(d)."""
+    contribution = stack_adapter("embed_positions", norm="layer_norm")(module, name)
+    contribution.residual_breakers.append(f"activation behind {qualified(name, 'conv2')}")
+    return contribution
+
+
+# T5: relative position biases, RMS norms, no scaling of scores.
+norms("t5.T5LayerNorm")
+T5_LAYERS = ("q", "k", "v", "o")
+# The position bias is added to the scores.
+plain_attention(T5_LAYERS, "t5.T5Attention", rank="key_value_proj_dim")
+register_sublayer(dense("wi", "wo", "act"), "t5.T5DenseActDense")
+register_sublayer(
+    Sublayer(("wi_0", "wi_1"), ("wo",), units=Units("wi_1", "wo")), "t5.T5DenseGatedActDense"
+)
+
+
+@known("t5.T5Block")
+def t5_block(module: Any, name: str) -> Contribution:
+    """Norms in front of the branches; keys and values of a cross-attention read the encoder."""
+    require(module.layer[0], *transformers_classes("t5.T5LayerSelfAttention"))
+    branches = [Branch("layer.0.SelfAttention", before="layer.0.layer_norm")]
+    if module.is_decoder:
+        require(module.layer[1], *transformers_classes("t5.T5LayerCrossAttention"))
+        norm = "layer.1.layer_norm"
+        branches.append(Branch("layer.1.EncDecAttention", before=norm, cross=True))
+    last = len(module.layer) - 1
+    require(module.layer[last], *transformers_classes("t5.T5LayerFF"))
+    branches.append(Branch(f"layer.{last}.DenseReluDense", before=f"layer.{last}.layer_norm"))
+    return layer_adapter(*branches)(module, name)
+
+
+known("t5.T5Stack")(stack_adapter("embed_tokens", norm="final_layer_norm"))
+
+
+@known("t5.T5Model", "t5.T5ForConditionalGeneration", "t5.T5EncoderModel")
+def t5_model(module: Any, name: str) -> Contribution:
+    """Residual axes of the shared embedding, of what reads the encoder, and of the head."""
+    contribution = Contribution()
+    add_embeddings(contribution, module, name, "shared")
+    require_known(module.encoder)
+    if hasattr(module, "decoder"):
+        require_known(module.decoder)
+        paths = [
+            f"decoder.block.{index}.layer.1.EncDecAttention.{part}"
+            for index in range(len(module.decoder.block))
+            for part in T5_LAYERS[1:3]
+        ]
+        add_consumer(contribution, module, name, "encoder", *paths)
+    if hasattr(module, "lm_head"):
+        add_consumer(contribution, module, name, "decoder", "lm_head")
+    return contribution

@@ -26,7 +26,7 @@ from quotientopt.symmetries.adapters.branches import (
     register_sublayer,
     require_known,
 )
-from quotientopt.symmetries.adapters.encoder_decoders import FEED_FORWARD
+from quotientopt.symmetries.adapters.encoders import FEED_FORWARD
 from quotientopt.symmetries.adapters.layers import (
     CONV2D,
     IDENTITY,
