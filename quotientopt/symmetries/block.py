@@ -49,7 +49,7 @@ class Block:
     @property
     def _end(self) -> int:
         """Elements of the parameter's memory up to the last one of the block."""
-        return self.offset + _extent(self.size, self.stride)
+        return self.offset + extent(self.size, self.stride)
 
     @classmethod
     def of(cls, view: Tensor, parameter: Tensor | None = None, name: str = "") -> Block:
@@ -126,7 +126,7 @@ class Block:
                 f"the memory layout of parameter {self.name!r} has changed from strides "
                 f"{self.layout} to {self.parameter.stride()}; find the model's symmetries again"
             )
-        if self._end > _extent(self.parameter.shape, self.layout):
+        if self._end > extent(self.parameter.shape, self.layout):
             raise ValueError(
                 f"parameter {self.name!r} has shape {tuple(self.parameter.shape)} now, less than "
                 "its symmetry acts on; find the model's symmetries again"
@@ -151,7 +151,7 @@ class Block:
         return None
 
 
-def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
+def extent(size: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from the first to the last one of a strided tensor, both included."""
     if 0 in size:
         return 0

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from quotientopt.symmetries.block import Block
+from quotientopt.symmetries.block import Block, extent
 from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.registry import plain, qualified
 
@@ -82,8 +82,7 @@ def _sharing_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
     for parameter in parameters:
         if parameter.numel():
             start = parameter.data_ptr()
-            steps = zip(parameter.shape, parameter.stride(), strict=True)
-            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            length = extent(parameter.shape, parameter.stride())
             end = start + length * parameter.element_size()
             address = parameter.untyped_storage().data_ptr()
             ranges[address].append((start, end, parameter))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -43,6 +43,7 @@ from quotientopt.symmetries.residual import (
     norm_breakers,
     unknown_layers,
 )
+from quotientopt.symmetries.verification import arguments_of
 
 _SHOWN = 3
 
@@ -189,16 +190,8 @@ def symmetries_from(model: nn.Module, example_inputs: Any = None) -> SymmetryMap
     """
     if example_inputs is None:
         return find_symmetries(model)
-    if isinstance(example_inputs, Tensor):
-        return find_symmetries(model, example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return find_symmetries(model, **example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return find_symmetries(model, *example_inputs)
-    raise TypeError(
-        "example_inputs must be a tensor, a tuple of arguments or a mapping of keyword arguments, "
-        f"got {type(example_inputs).__name__}"
-    )
+    args, kwargs = arguments_of(example_inputs)
+    return find_symmetries(model, *args, **kwargs)
 
 
 def gaps(model: nn.Module, symmetries: SymmetryMap) -> str:

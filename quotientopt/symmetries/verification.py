@@ -126,19 +126,7 @@ def float64_outputs(
     ValueError
         If there is no output to compare, or one is not finite.
     """
-    inputs: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Tensor):
-        inputs = (example_inputs,)
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        inputs = tuple(example_inputs)
-    else:
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple of arguments or a mapping of keyword "
-            f"arguments, got {type(example_inputs).__name__}"
-        )
+    inputs, kwargs = arguments_of(example_inputs)
     with _float64_copies(model, train_mode=train_mode):
         outputs = _run(model, inputs, kwargs)
     if not outputs:
@@ -147,6 +135,31 @@ def float64_outputs(
         if not bool(value.isfinite().all()):
             raise ValueError(f"output {name!r} of {type(model).__name__} is not finite")
     return outputs
+
+
+def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a batch as a data loader gives it.
+
+    Parameters
+    ----------
+    example_inputs : Tensor, tuple or list, or mapping
+        One argument, positional arguments, or keyword arguments.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple of arguments or a mapping of keyword arguments, "
+        f"got {type(example_inputs).__name__}"
+    )
 
 
 @contextmanager
@@ -348,7 +361,7 @@ def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     kind = next((device.type for device in devices), "cpu")
     cuda = [device for device in devices if device.type == "cuda"]
     # Fresh arguments: a cache among them would grow from run to run.
-    inputs, kwargs = tree_map(_fresh, (tuple(inputs), dict(kwargs)))
+    inputs, kwargs = tree_map(fresh, (tuple(inputs), dict(kwargs)))
     # The generators' state is put back after every run, so that all runs draw the same numbers.
     drawn = random.getstate()  # layers may be dropped by it
     random.seed(0)
@@ -360,7 +373,8 @@ def _run(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return dict(floating_tensors(output, "output"))
 
 
-def _fresh(leaf: Any) -> Any:
+def fresh(leaf: Any) -> Any:
+    """A copy of one argument, floating-point tensors in float64."""
     if isinstance(leaf, Tensor):
         leaf = leaf.detach()
         return leaf.to(torch.float64 if leaf.is_floating_point() else leaf.dtype, copy=True)

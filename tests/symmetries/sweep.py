@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quotientopt.symmetries import SymmetryMap, find_symmetries
 from quotientopt.symmetries.discovery import discover
-from quotientopt.symmetries.discovery.pairs import within
+from quotientopt.symmetries.registry import inside
 from tests.symmetries.double import KeepFloat64
 from tests.symmetries.families import VOCABULARY, randomize_, tokens, transformers, values
 from tests.symmetries.places import places
@@ -203,7 +203,7 @@ def _examine(verdict: Verdict, model: nn.Module, inputs: dict[str, Tensor]) -> N
     reached = [
         symmetry
         for symmetry in find_symmetries(model).heads
-        if not any(within(b.name, path) for b in symmetry.blocks for path in found.not_exercised)
+        if not any(inside(b.name, path) for b in symmetry.blocks for path in found.not_exercised)
     ]
     claimed, shown = ({where: group for group, where in places(s)} for s in (reached, found.heads))
     verdict.missed = len(claimed.keys() - shown.keys())

@@ -17,10 +17,10 @@ from quotientopt.groups import GL, O, StabilizerOfOnes
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.charges import Part, Rows
 from quotientopt.symmetries.discovery.gradients import blocks
-from quotientopt.symmetries.discovery.pairs import FoundPair, common_module, silent_bias, within
+from quotientopt.symmetries.discovery.pairs import FoundPair, common_module, silent_bias
 from quotientopt.symmetries.discovery.point import GenericPoint, Gradients
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, Translation
-from quotientopt.symmetries.registry import qualified
+from quotientopt.symmetries.registry import inside, qualified
 from quotientopt.symmetries.verification import largest_deviation
 
 Piece = tuple[Part, Tensor]
@@ -184,11 +184,11 @@ class Names:
             kind = "qk"
             # Called after the attention, also where queries and keys are one matrix inside it.
             around = [scope_of(p) for p in pairs if not p.scores and p.rank > 1]
-            scope = max((s for s in around if within(scope, s)), key=len, default=scope)
+            scope = max((s for s in around if inside(scope, s)), key=len, default=scope)
         elif pair.rank == 1 and pair.heads > 1:
             kind = "units"
         elif _in_heads(pair) or any(
-            other.scores and other.heads == 1 and within(scope_of(other), scope) for other in pairs
+            other.scores and other.heads == 1 and inside(scope_of(other), scope) for other in pairs
         ):
             kind = "vo"
         else:

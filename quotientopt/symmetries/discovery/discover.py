@@ -32,7 +32,6 @@ from quotientopt.symmetries.discovery.pairs import (
     linked_pairs,
     may_be_units,
     several_readers,
-    within,
 )
 from quotientopt.symmetries.discovery.point import Call, GenericPoint, Gradients, calls_of
 from quotientopt.symmetries.discovery.proof import Prover, all_proved, jointly, proved_scale
@@ -43,7 +42,7 @@ from quotientopt.symmetries.discovery.queries_keys import (
     wider_scores,
 )
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
-from quotientopt.symmetries.registry import looks_like_attention, qualified
+from quotientopt.symmetries.registry import inside, looks_like_attention, qualified
 
 # Float64 copies at once: the point, two gradients where a batch has more tokens than thin factors
 # of them have columns, and one that is being worked on.
@@ -132,10 +131,10 @@ def discover(
                 _examine(model.get_submodule(path), path, calls[path], generator, found)
             else:
                 found.not_exercised.append(path)
-        inside = [
-            name for name, _ in model.named_parameters() if any(within(name, p) for p in pieces)
+        examined = [
+            name for name, _ in model.named_parameters() if any(inside(name, p) for p in pieces)
         ]
-        found.not_examined = [n for n, _ in model.named_parameters() if n not in inside]
+        found.not_examined = [n for n, _ in model.named_parameters() if n not in examined]
         found.stream = find_stream(
             found.heads, found.hidden_units, dict(model.named_parameters()), {}, {}
         )
@@ -159,7 +158,7 @@ def _examine(
     pairs = [
         pair
         for pair in find_pairs(cuts, _numbers(module), suspects)
-        if not any(within(path, scope_of(pair)) for path in still)
+        if not any(inside(path, scope_of(pair)) for path in still)
     ]
     noise = max(
         (rows.precision for cut in cuts for rows in cut if rows.precision < LIMIT), default=0.0
@@ -288,7 +287,7 @@ def _idle(module: nn.Module, gradients: Gradients) -> list[str]:
     found: list[str] = []
     for path, part in module.named_modules():
         own = [qualified(path, name) for name, _ in part.named_parameters()]
-        if own and all(name in idle for name in own) and not any(within(path, p) for p in found):
+        if own and all(name in idle for name in own) and not any(inside(path, p) for p in found):
             found.append(path)
     return found
 

@@ -21,6 +21,7 @@ from quotientopt.groups import (
     StructureGroup,
 )
 from quotientopt.symmetries.discovery.charges import LIMIT, Rows, largest_groups
+from quotientopt.symmetries.registry import inside
 
 Place = tuple[str, int | None]
 
@@ -139,11 +140,6 @@ def silent_bias(rows: Rows, index: Tensor) -> bool:
 
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
-
-
-def within(name: str, path: str) -> bool:
-    """Whether a parameter or module of that name is, or lies in, the module at `path`."""
-    return not path or name == path or name.startswith(f"{path}.")
 
 
 def common_module(names: Iterable[str]) -> str:
@@ -280,8 +276,8 @@ def _completed(one: Rows, two: Rows, links: Tensor) -> tuple[Tensor, Tensor]:
     idle = (~two.exercised).nonzero().squeeze(-1)
     if len(distances) == 1 and counts[0] >= SOME * (len(right) + len(idle)) and len(idle):
         partners = idle + distances[0]
-        inside = (partners >= 0) & (partners < len(one))
-        silent = inside & ~one.exercised[partners.clamp(0, len(one) - 1)]
+        there = (partners >= 0) & (partners < len(one))
+        silent = there & ~one.exercised[partners.clamp(0, len(one) - 1)]
         right = torch.cat((right, idle[silent]))
         left = torch.cat((left, partners[silent]))
         order = right.argsort()
@@ -409,7 +405,7 @@ def several_readers(versions: Sequence[Rows], linked: set[Place]) -> Iterator[Fo
     readers = [v for v in versions if not v.output and v.key not in linked]
     for right in writers:
         module = right.name.rpartition(".")[0].rpartition(".")[0]
-        near = [v for v in readers if len(v) == len(right) and within(v.name, module)]
+        near = [v for v in readers if len(v) == len(right) and inside(v.name, module)]
         every = torch.arange(len(right)).unsqueeze(0)
         for count in range(2, min(len(near), 4) + 1):
             for chosen in itertools.combinations(near, count):

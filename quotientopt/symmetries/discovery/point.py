@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -20,7 +19,7 @@ from quotientopt.symmetries.discovery.gradients import (
     Store,
     blocks,
 )
-from quotientopt.symmetries.verification import KeepFloat64, floating_tensors
+from quotientopt.symmetries.verification import KeepFloat64, floating_tensors, fresh
 
 # Random functions of the outputs; the charges of two must agree where one could by chance.
 FUNCTIONS = 2
@@ -314,14 +313,6 @@ def calls_of(module: nn.Module, paths: Sequence[str], run: Callable[[], object])
             stack.callback(hook.remove)
         run()
     return found
-
-
-def fresh(leaf: Any) -> Any:
-    """A copy of one argument, floating-point tensors in float64."""
-    if isinstance(leaf, Tensor):
-        leaf = leaf.detach()
-        return leaf.to(torch.float64 if leaf.is_floating_point() else leaf.dtype, copy=True)
-    return copy.deepcopy(leaf)
 
 
 @contextmanager

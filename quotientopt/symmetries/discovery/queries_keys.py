@@ -22,8 +22,8 @@ from quotientopt.symmetries.discovery.pairs import (
     divisors,
     keys_first,
     swapped,
-    within,
 )
+from quotientopt.symmetries.registry import inside
 
 # Share of its terms that the charge of a length has which a norm hides but for its epsilon.
 UNSEEN = 1e-4
@@ -41,7 +41,7 @@ def queries_and_keys(
     """
     h, g = values.heads, len(values.left)
     scope = common_module([values.left[0][0].name, values.right[0].name])
-    near = [cut for cut in cuts if cut[0].output and within(cut[0].name, scope)]
+    near = [cut for cut in cuts if cut[0].output and inside(cut[0].name, scope)]
     queries: list[tuple[Sequence[Rows], Tensor]] = []
     keys: list[tuple[Sequence[Rows], Tensor]] = []
     both: list[tuple[Sequence[Rows], Tensor, Tensor]] = []
@@ -66,8 +66,8 @@ def _beside_values(values: Tensor, free: Tensor) -> Iterator[tuple[Tensor, Tenso
     r = values.shape[1]
     known = set(free.tolist())
     shifts = range(-int(values.min()) // r * r, int(free.max()) + 1, r)
-    inside = [s for s in shifts if s and known.issuperset((values + s).flatten().tolist())]
-    for a, b in itertools.permutations(inside, 2):
+    free_shifts = [s for s in shifts if s and known.issuperset((values + s).flatten().tolist())]
+    for a, b in itertools.permutations(free_shifts, 2):
         yield (values + a).unsqueeze(1), (values + b).unsqueeze(1)
 
 
@@ -120,7 +120,7 @@ def shared_rotary_keys(
     for cut in cuts:
         if cut[0].key == own.key:
             queries.append((cut, rows.view(1, pair.heads, r)))
-        elif cut[0].output and within(cut[0].name, scope):
+        elif cut[0].output and inside(cut[0].name, scope):
             free = taken.free(cut[0])
             if len(free) > r:
                 keys += [(cut, part.view(1, 1, r)) for part in (free[-r:], free[:r])]
@@ -153,7 +153,7 @@ def scores_alone(
     for near in scopes.values():
         if len(near) > MANY_CUTS:
             continue
-        fused = any(within(cut[0].name, path) for cut in near for path in attentions)
+        fused = any(inside(cut[0].name, path) for cut in near for path in attentions)
         pairs = itertools.combinations((cut[0] for cut in near), 2)
         if not fused and not any(_may_share_a_scale(*pair, taken) for pair in pairs):
             continue
