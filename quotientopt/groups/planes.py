@@ -21,12 +21,12 @@ from quotientopt._linalg import (
 from quotientopt._lyapunov import orthogonal_polar_factor
 from quotientopt.groups.base import StructureGroup
 from quotientopt.groups.classical import GL, O, log_spaced
-from quotientopt.groups.rotary import RotaryCommutant, _Commutant
+from quotientopt.groups.rotary import Commutant, RotaryCommutant
 
 Plane = tuple[int, int]
 
 
-class PlaneCommutant(_Commutant):
+class PlaneCommutant(Commutant):
     """Matrices commuting with rotations of planes of rows, m of which may share one frequency.
 
     The complex rows of m planes that turn by the same angles are mixed by any complex m×m matrix;

@@ -19,8 +19,8 @@ from quotientopt.groups.classical import log_spaced, random_conditioned
 _LAYOUTS = ("half", "interleaved")
 
 
-class _Commutant(StructureGroup):
-    """What commutes with rotations of planes of rows, and mixes the rows that pass.
+class Commutant(StructureGroup):
+    """Groups that commute with rotations of planes of rows, and mix the rows that pass.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class _Commutant(StructureGroup):
         return random_conditioned(batch_shape, values, generator, device)
 
 
-class RotaryCommutant(_Commutant):
+class RotaryCommutant(Commutant):
     """Matrices commuting with every rotary position rotation of distinct frequencies.
 
     The first `rotary_dim` rows are rotated plane by plane, the others pass. A matrix commuting with

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quotientopt.groups import O, PlaneCommutant, RotaryCommutant, RotaryPhases, StructureGroup
+from quotientopt.groups import (
+    Commutant,
+    O,
+    PlaneCommutant,
+    RotaryCommutant,
+    RotaryPhases,
+    StructureGroup,
+)
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry
 
@@ -40,7 +47,7 @@ def orbit_dimension(symmetry: HeadSymmetry, free_means: Iterable[Tensor] = ()) -
     right = tuple(b for b in symmetry.right_blocks if b not in moved)
     group = symmetry.group
     A, B = (torch.cat([_wide(b.view()) for b in side], dim=-1) for side in (left, right))
-    if isinstance(group, RotaryCommutant | PlaneCommutant | RotaryPhases):
+    if isinstance(group, Commutant | RotaryPhases):
         return _rotary_dimension(group, A, B)
     if isinstance(group, O):
         X = group.moving_part(torch.cat((A, B), dim=-1).mT).mT

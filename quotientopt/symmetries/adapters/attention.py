@@ -9,6 +9,7 @@ from torch import nn
 
 from quotientopt.groups import (
     GL,
+    Commutant,
     O,
     PlaneCommutant,
     RotaryCommutant,
@@ -155,7 +156,7 @@ def normalised_group(
         unknown = type(norms[kinds.index(None)]).__name__
         raise NotUnderstoodError(f"{unknown} on queries or keys is not known")
     centres = any(kind is not None and kind.centres for kind in kinds)
-    rotary = isinstance(group, RotaryCommutant | PlaneCommutant)
+    rotary = isinstance(group, Commutant)
     # A list, so that every norm is checked.
     intact = [_commutes(norm, group, whole) for norm in norms]
     if not all(intact) or (centres and (rotary or whole)):
@@ -198,7 +199,7 @@ def add_score_gains(
     if keys % group.r or queries % keys:
         return
     count = group.r
-    if isinstance(group, RotaryCommutant | PlaneCommutant):
+    if isinstance(group, Commutant):
         count = len(group.planes) + len(group.pass_rows)
     contribution.score_gains[qualified(name, norms[0], "weight")] = count * (keys // group.r)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from quotientopt.groups import GL, PlaneCommutant, RotaryCommutant, StructureGroup
+from quotientopt.groups import GL, Commutant, StructureGroup
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.classes import alteration
 from quotientopt.symmetries.head import HeadSymmetry, Translation
@@ -229,7 +229,7 @@ def add_attention(
         moved = _biases(right) if keys_move and isinstance(qk_group, GL) else ()
         translation = Translation(moved) if moved else None
         add_pair(contribution, qualified(name, "qk"), qk_group, left, right, translation)
-        if keys_move and isinstance(qk_group, RotaryCommutant | PlaneCommutant):
+        if keys_move and isinstance(qk_group, Commutant):
             count = right[0].size[0] * len(qk_group.pass_rows)
             contribution.silent_keys |= {b.name: count for b in _biases(right) if count}
     else:
