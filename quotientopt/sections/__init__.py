@@ -15,11 +15,7 @@ from quotientopt.sections.gram import (
     gram_triangular,
     orthogonal_section,
 )
-from quotientopt.sections.rotary import (
-    rotary_balanced_element,
-    rotary_element,
-    rotary_section,
-)
+from quotientopt.sections.rotary import rotary_balanced_element, rotary_element, rotary_section
 
 __all__ = [
     "balanced_element",

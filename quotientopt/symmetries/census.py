@@ -31,9 +31,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from quotientopt.groups import (
-    GL,
-)
+from quotientopt.groups import GL
 from quotientopt.symmetries.exactness import Ownership
 from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.registry import Contribution

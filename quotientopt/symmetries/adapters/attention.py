@@ -34,12 +34,7 @@ from quotientopt.symmetries.adapters.layers import (
     own_parameter,
     present_parameter,
 )
-from quotientopt.symmetries.registry import (
-    Contribution,
-    NotUnderstoodError,
-    follows,
-    qualified,
-)
+from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, follows, qualified
 from quotientopt.symmetries.residual import norm_kind
 
 # Functions of q kᵀ and v alone; anyone may register others with transformers.

@@ -8,10 +8,7 @@ from torch import nn
 
 from quotientopt.groups import GL, RotaryCommutant, StructureGroup
 from quotientopt.symmetries.adapters.attention import with_output
-from quotientopt.symmetries.adapters.branches import (
-    Units,
-    add_units,
-)
+from quotientopt.symmetries.adapters.branches import Units, add_units
 from quotientopt.symmetries.adapters.layers import (
     EMBEDDING,
     LINEAR,

@@ -16,10 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quotientopt.groups import (
-    GL,
-    StructureGroup,
-)
+from quotientopt.groups import GL, StructureGroup
 from quotientopt.symmetries.discovery.charges import LIMIT, Rows, largest_groups
 from quotientopt.symmetries.registry import inside
 
