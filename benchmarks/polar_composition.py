@@ -1,7 +1,7 @@
 """Odd polynomials whose composition is nearest to one, and how near it brings matrices to polar.
 
 Each polynomial minimises the largest error on the range of the one before, by linear programming
-on a grid. Prints the coefficients that ``quotientopt.optim.update.COMPOSITION`` holds, and the
+on a grid. Prints the coefficients that ``quotientopt.optim.polar.COMPOSITION`` holds, and the
 cosine of the result with the polar factor of random matrices, beside Polar Express' five quintics
 on the Frobenius norm (Amsel et al., arXiv 2505.16932) and the one step of version 0.1.0.
 
@@ -22,13 +22,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from quotientopt.compare.protocol import describe_environment
-from quotientopt.optim.update import (
-    COMPOSITION,
-    NARROW_COMPOSITION,
-    bfloat16_product,
-    orthogonalise,
-    polar_direction,
-)
+from quotientopt.optim.polar import COMPOSITION, NARROW_COMPOSITION, orthogonalise, polar_direction
+from quotientopt.optim.update import bfloat16_product
 
 LOWER = 0.01
 DEGREES = (9, 9, 5)

@@ -19,11 +19,12 @@ from quotientopt.groups import GL
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.optim import buckets as bucket_module
 from quotientopt.optim import engine as engine_module
-from quotientopt.optim import update as polar_module
+from quotientopt.optim import polar as polar_module
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.engine import Engine
+from quotientopt.optim.polar import polar_factor, row_polar_factor
 from quotientopt.optim.slices import SIDES, Slice
-from quotientopt.optim.update import Product, polar_factor, row_polar_factor
+from quotientopt.optim.update import Product
 from quotientopt.symmetries import HeadSymmetry
 
 Patch = Generator[None, None, None]

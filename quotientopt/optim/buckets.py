@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
+from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_factor
 from quotientopt.optim.slices import Slice
 from quotientopt.optim.update import (
     Product,
@@ -18,13 +20,10 @@ from quotientopt.optim.update import (
     gated,
     moments_,
     next_eigenframe,
-    orthogonalise,
-    polar_direction,
     products_at,
     residual_eigenframe,
     rotate_,
     round_stochastically,
-    row_polar_factor,
     two_sided,
 )
 
@@ -378,3 +377,50 @@ class Bucket:
         elif self.options["stochastic_rounding"]:
             weights = round_stochastically(weights, stored.dtype)
         torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
+
+
+def stack_slices(
+    slices: Sequence[Slice],
+    frames: Mapping[int, HeadFrames],
+    param_groups: Sequence[Mapping[str, Any]],
+) -> tuple[list[Bucket], dict[tuple[Any, ...], SharedResidualFrame]]:
+    """Slices that are alike together, each by itself where ``foreach`` is False.
+
+    Parameters
+    ----------
+    slices : sequence of Slice
+    frames : mapping
+        Head frames by ``id`` of their slices.
+    param_groups : sequence of mapping
+
+    Returns
+    -------
+    list of Bucket
+    dict of tuple to SharedResidualFrame
+        By their stream.
+    """
+    shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
+    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+    # Left sides first: the slices of a bucket then lie in the order of their frames.
+    for slice_ in sorted(slices, key=lambda slice_: slice_.side):
+        key = (
+            slice_.group_index,
+            id(frames.get(id(slice_))),
+            slice_.shape,
+            slice_.residual,
+            slice_.takes_scale,
+            slice_.parameter.dtype,
+            slice_.parameter.device,
+            len(grouped) if param_groups[slice_.group_index]["foreach"] is False else None,
+        )
+        grouped[key].append(slice_)
+    buckets = []
+    for members in grouped.values():
+        first, options = members[0], param_groups[members[0].group_index]
+        own = None
+        if first.residual and options["residual_frame"] == "shared":
+            stream = stream_of(first)
+            own = shared.setdefault(stream, SharedResidualFrame(*stream))
+        dtype = compute_dtype(first.parameter.dtype)
+        buckets.append(Bucket(members, frames.get(id(first)), own, dtype, options))
+    return buckets, shared

@@ -1,22 +1,21 @@
-"""What the optimizers refuse, with one line that names the thing and the way out."""
+"""What the optimizers refuse before a step: options, then gradients.
+
+Every refusal is one line that names the thing and the way out. Those of saved states are in
+:mod:`quotientopt.optim.saved`, those of group elements in :mod:`quotientopt.optim.slices`.
+"""
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.dressing import HEAD_FRAMES
-from quotientopt.optim.pairs import PAIR_METRICS
-from quotientopt.optim.slices import SIDES, TRANSPORTED, Slices
+from quotientopt.optim.slices import TRANSPORTED
 from quotientopt.optim.update import PRECISIONS
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 
 class StepRefusedError(ValueError):
@@ -31,9 +30,19 @@ class RankError(StepRefusedError):
     """A factor is not finite; of a low-rank pair also: both are zero."""
 
 
-RESIDUAL_FRAMES = ("per_matrix", "shared")
+# Of QuotientAdam's param groups, in the order of its arguments.
+OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "head_frame", "row_frame", "residual_frame"),
+    *("refresh_every", "max_grad_norm", "nesterov", "polar", "update_scale", "precision"),
+    *("lora_frame", "lora_polar", "master_weights", "stochastic_rounding", "maximize"),
+    *("foreach", "capturable"),
+)
+HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 ROW_FRAMES = ("per_head", "per_matrix")
+RESIDUAL_FRAMES = ("per_matrix", "shared")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
+# Of QuotientSGD.
+PAIR_METRICS = ("preconditioned", "right-invariant")
 
 
 def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
@@ -108,11 +117,74 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         raise ValueError("weight decay is always decoupled in QuotientAdam")
 
 
+def refuse_bad_options(options: Mapping[str, Any]) -> None:
+    """Check the options of a param group.
+
+    Raises
+    ------
+    ValueError
+        Naming the option and what it may be.
+    """
+    lr, foreach = options["lr"], options["foreach"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
+    for name, number in (("lr", int | float | Tensor), ("weight_decay", int | float)):
+        value = options[name]
+        if not isinstance(value, number) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number that is not negative, got {value!r}")
+    momentum = options["momentum"]
+    if not isinstance(momentum, int | float) or not 0 <= momentum < float("inf"):
+        raise ValueError(f"momentum must be a finite number that is not negative, got {momentum!r}")
+    if options["metric"] not in PAIR_METRICS:
+        choices = " or ".join(map(repr, PAIR_METRICS))
+        raise ValueError(f"metric must be {choices}, got {options['metric']!r}")
+    for name in ("nesterov", "maximize"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    if foreach is not None and not isinstance(foreach, bool):
+        raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
+    if options["nesterov"] and momentum == 0:
+        raise ValueError("nesterov=True needs a momentum above zero")
+    if options.get("dampening", 0) != 0:
+        raise ValueError(f"dampening is not available, got {options['dampening']!r}; use 0")
+    refuse_options_of_torch(options, "QuotientSGD")
+
+
 def refuse_options_of_torch(options: Mapping[str, Any], optimizer: str) -> None:
     """Refuse options of torch's optimizers that a param group asks for in vain."""
     for name in ("amsgrad", "fused", "differentiable"):
         if options.get(name):
             raise ValueError(f"{optimizer} has no {name}; leave it out")
+
+
+# Options of the whole optimizer, in every param group.
+WHOLE = ("max_grad_norm", "refresh_every", "capturable")
+
+
+def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that differ between groups but belong to the whole optimizer."""
+    for name in WHOLE:
+        values = {group[name] for group in param_groups}
+        if len(values) > 1:
+            raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")
+
+
+def refuse_changed_options(
+    param_groups: Sequence[Mapping[str, Any]], checked: list[list[Any]]
+) -> list[list[Any]]:
+    """Refuse what options may not be, if those of the whole optimizer are not as ``checked``.
+
+    Returns
+    -------
+    list of list
+        The options that are checked now.
+    """
+    options = [[group[name] for name in WHOLE] for group in param_groups]
+    if options != checked:
+        for group in param_groups:
+            refuse_bad_hyperparameters(group)
+        refuse_mixed_groups(param_groups)
+    return options
 
 
 def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
@@ -122,6 +194,16 @@ def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor]
             raise RuntimeError(
                 f"the gradient of {name_of(parameter)!r} is sparse; QuotientAdam needs dense "
                 "gradients (for an embedding: sparse=False)"
+            )
+
+
+def refuse_sparse_of_pairs(gradients: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse sparse gradients of parameters that belong to a symmetry."""
+    for name, gradient in gradients:
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {name!r} is sparse, and the parameter belongs to a symmetry; "
+                "use dense gradients (for an embedding: sparse=False)"
             )
 
 
@@ -157,6 +239,36 @@ def refuse_nonfinite(
         f"{subject} has NaN or infinite entries, or overflows when squared; nothing was updated. "
         "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
     )
+
+
+def largest_entries(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Largest modulus of each gradient, which is finite where all its entries are."""
+    values = [g._values() if g.is_sparse else g for g in gradients]
+    values = [value for value in values if value.numel()]
+    return list(torch._foreach_norm(values, float("inf"))) if values else []
+
+
+def refuse_nonfinite_entries(
+    gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]
+) -> None:
+    """Refuse gradients with NaN or infinite entries.
+
+    Raises
+    ------
+    GradientError
+        Naming the first parameter.
+    """
+    bad = [
+        name_of(parameter)
+        for parameter, gradient in gradients.items()
+        if not all(bool(largest.isfinite()) for largest in largest_entries([gradient]))
+    ]
+    if bad:
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise GradientError(
+            f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
+            "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
+        )
 
 
 # Of all gradients together where states are float32: beyond it squares and their sums overflow.
@@ -213,161 +325,6 @@ def norms_of(tensors: Iterable[Tensor], *, clipped: bool = False) -> list[Tensor
     return [norm.to(tensors[0].device) for norm in norms]
 
 
-def refuse_unmovable(
-    element: Mapping[str, Tensor], symmetries: SymmetryMap, slices: Slices
-) -> None:
-    """Refuse to move state that has no law of transformation: that of plain Adam.
-
-    Raises
-    ------
-    ValueError
-        If the element names an unknown symmetry, or acts on parameters without the frame that
-        would make their state dressed.
-    """
-    known = {symmetry.name: symmetry for symmetry in symmetries.heads}
-    covered = {(slice_.symmetry.name, slice_.side) for slice_ in slices.framed if slice_.symmetry}
-    unturned = {id(slice_.parameter) for slice_ in slices.framed if not slice_.residual}
-    unturned |= {id(slice_.parameter) for slice_ in slices.transported}
-    plain = {id(parameter) for parameters in slices.plain for parameter in parameters}
-    framed = {id(slice_.parameter) for slice_ in slices.framed}
-    for name in element:
-        blocked: list[str] = []
-        if name == RESIDUAL and symmetries.residual is not None:
-            symmetries.residual.check_element(element[name])
-            stream = symmetries.residual.parameters
-            blocked = [n for n, p in stream.items() if id(p) in plain | unturned]
-        elif name in known:
-            known[name].check_element(element[name])
-            sides = (known[name].left_blocks, known[name].right_blocks)
-            blocked = [
-                block.name
-                for side, blocks in zip(SIDES, sides, strict=True)
-                for block in blocks
-                if (name, side) not in covered and id(block.parameter) in plain | framed
-            ]
-        elif (translated := _translated(name, symmetries)) is not None:
-            translated.check_translation(element[name])
-        else:
-            _refuse_lawless(name, symmetries)
-        if blocked:
-            raise ValueError(
-                f"cannot move the optimizer's state by {name!r}: that of {blocked[0]!r} is plain "
-                "Adam's and depends on the gauge; use a head_frame and a residual_frame"
-            )
-
-
-def refuse_untaken_translations(
-    element: Mapping[str, Tensor],
-    symmetries: SymmetryMap,
-    absorbed: Iterable[tuple[HeadSymmetry, Any]],
-) -> None:
-    """Refuse translations of values' biases whose output bias is not trained.
-
-    Derivatives at a fixed effective bias, which the state holds otherwise, do not see them; those
-    at a fixed output bias do, and by how much the state cannot know.
-
-    Parameters
-    ----------
-    element : mapping of str to Tensor
-    symmetries : SymmetryMap
-    absorbed : iterable
-        Of :func:`quotientopt.optim.translations.absorbed_biases`.
-
-    Raises
-    ------
-    ValueError
-        Naming the translation and the output bias.
-    """
-    taken = {symmetry.name + TRANSLATION for symmetry, _ in absorbed}
-    for name in element:
-        symmetry = _translated(name, symmetries)
-        if name in taken or symmetry is None or symmetry.translation is None:
-            continue
-        sink = symmetry.translation.sink
-        if sink is not None:
-            raise ValueError(
-                f"cannot move the optimizer's state by {name!r}: {sink.name!r}, which takes the "
-                "translation, is not trained here, so that the state depends on the gauge; leave "
-                "the name out of the element"
-            )
-
-
-def _translated(name: str, symmetries: SymmetryMap) -> HeadSymmetry | None:
-    """The symmetry whose biases the part of an element of that name translates."""
-    return next(
-        (
-            symmetry
-            for symmetry in symmetries.heads
-            if symmetry.translation is not None and symmetry.name + TRANSLATION == name
-        ),
-        None,
-    )
-
-
-def _refuse_lawless(name: str, symmetries: SymmetryMap) -> NoReturn:
-    """Refuse a name that is unknown, or acts on parameters with plain state alone."""
-    if name in symmetries.names:
-        first = next(symmetry for symmetry in symmetries.linear if symmetry.name == name)
-        raise ValueError(
-            f"cannot move the optimizer's state by {name!r}: that of {first.blocks[0].name!r} is "
-            "plain and depends on the gauge; leave the name out of the element, or dress hidden "
-            "units with QuotientAdam(hidden_units=True)"
-        )
-    known = sorted(symmetry.name for symmetry in symmetries.heads)
-    raise ValueError(f"no symmetry called {name!r}; known: {known}")
-
-
-def refuse_foreign_symmetries(
-    param_groups: Sequence[Mapping[str, Any]], symmetries: SymmetryMap
-) -> None:
-    """Refuse symmetries of another model, which would silently leave plain steps."""
-    own = {id(p) for group in param_groups for p in group["params"]}
-    known = {id(b.parameter) for s in symmetries.heads for b in s.blocks}
-    if symmetries.residual is not None:
-        known |= {id(p) for p in symmetries.residual.parameters.values()}
-    if known and not known & own:
-        raise ValueError(
-            "the symmetries belong to another model: none of its parameters is in the "
-            "optimizer; pass find_symmetries(model) of the model that is trained"
-        )
-
-
-_ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
-
-
-def refuse_partitions() -> None:
-    """Refuse to be made by ZeroRedundancyOptimizer, which gives each process some parameters.
-
-    Raises
-    ------
-    ValueError
-        With the reason and the way out.
-    """
-    if _ZERO_REDUNDANCY not in sys.modules:
-        return
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == _ZERO_REDUNDANCY:
-            raise ValueError(
-                "ZeroRedundancyOptimizer deals parameters out one by one, which cuts pairs, and "
-                "lets every process clip and refuse steps by itself; shard with FSDP2 "
-                "(torch.distributed.fsdp.fully_shard), where pairs stay whole"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-# Options of the whole optimizer, in every param group.
-WHOLE = ("max_grad_norm", "refresh_every", "capturable")
-
-
-def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse options that differ between groups but belong to the whole optimizer."""
-    for name in WHOLE:
-        values = {group[name] for group in param_groups}
-        if len(values) > 1:
-            raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")
-
-
 class NonfiniteGate:
     """Finds gradients that are not finite on the device, and tells of them later.
 
@@ -419,114 +376,4 @@ class NonfiniteGate:
                 f"gradients had NaN or infinite entries, or overflowed when squared, in {count} of "
                 "the steps since frames were last made; those steps changed nothing, nor does this "
                 "one. Lower the learning rate, or scale the loss with a GradScaler"
-            )
-
-
-def refuse_bad_options(options: Mapping[str, Any]) -> None:
-    """Check the options of a param group.
-
-    Raises
-    ------
-    ValueError
-        Naming the option and what it may be.
-    """
-    lr, foreach = options["lr"], options["foreach"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
-    for name, number in (("lr", int | float | Tensor), ("weight_decay", int | float)):
-        value = options[name]
-        if not isinstance(value, number) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number that is not negative, got {value!r}")
-    momentum = options["momentum"]
-    if not isinstance(momentum, int | float) or not 0 <= momentum < float("inf"):
-        raise ValueError(f"momentum must be a finite number that is not negative, got {momentum!r}")
-    if options["metric"] not in PAIR_METRICS:
-        choices = " or ".join(map(repr, PAIR_METRICS))
-        raise ValueError(f"metric must be {choices}, got {options['metric']!r}")
-    for name in ("nesterov", "maximize"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
-    if foreach is not None and not isinstance(foreach, bool):
-        raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
-    if options["nesterov"] and momentum == 0:
-        raise ValueError("nesterov=True needs a momentum above zero")
-    if options.get("dampening", 0) != 0:
-        raise ValueError(f"dampening is not available, got {options['dampening']!r}; use 0")
-    refuse_options_of_torch(options, "QuotientSGD")
-
-
-def refuse_sparse_of_pairs(gradients: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse sparse gradients of parameters that belong to a symmetry."""
-    for name, gradient in gradients:
-        if gradient.layout != torch.strided:
-            raise RuntimeError(
-                f"the gradient of {name!r} is sparse, and the parameter belongs to a symmetry; "
-                "use dense gradients (for an embedding: sparse=False)"
-            )
-
-
-def largest_entries(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Largest modulus of each gradient, which is finite where all its entries are."""
-    values = [g._values() if g.is_sparse else g for g in gradients]
-    values = [value for value in values if value.numel()]
-    return list(torch._foreach_norm(values, float("inf"))) if values else []
-
-
-def refuse_nonfinite_entries(
-    gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]
-) -> None:
-    """Refuse gradients with NaN or infinite entries.
-
-    Raises
-    ------
-    GradientError
-        Naming the first parameter.
-    """
-    bad = [
-        name_of(parameter)
-        for parameter, gradient in gradients.items()
-        if not all(bool(largest.isfinite()) for largest in largest_entries([gradient]))
-    ]
-    if bad:
-        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise GradientError(
-            f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
-            "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
-        )
-
-
-def refuse_foreign_element(element: Mapping[str, Tensor], symmetries: SymmetryMap) -> None:
-    """Refuse a group element that does not act on these symmetries.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name, or an element of the wrong shape or outside its group.
-    """
-    known: dict[str, HeadSymmetry] = {symmetry.name: symmetry for symmetry in symmetries.heads}
-    for name, g in element.items():
-        if name == RESIDUAL and symmetries.residual is not None:
-            symmetries.residual.check_element(g)
-        elif name in known:
-            known[name].check_element(g)
-        elif (translated := _translated(name, symmetries)) is not None:
-            translated.check_translation(g)
-        else:
-            _refuse_lawless(name, symmetries)
-
-
-def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
-    """Refuse saved state that is not a momentum of the parameter's shape.
-
-    Raises
-    ------
-    ValueError
-        Naming the parameter.
-    """
-    for value in state.values():
-        if value is not None and torch.as_tensor(value).shape != parameter.shape:
-            raise ValueError(
-                f"the saved momentum of {name!r} has shape {tuple(torch.as_tensor(value).shape)}, "
-                f"expected {tuple(parameter.shape)}: it is not the state of a QuotientSGD on this "
-                "model"
             )

@@ -1,21 +1,27 @@
-"""The framed part of an optimizer step, over all buckets."""
+"""A step of QuotientAdam over all framed parameters: buckets, their frames, low-rank pairs.
+
+:class:`PreparedStep` is what :meth:`QuotientAdam.step` makes first, without changing anything;
+:class:`Engine` has the stacks and says when frames are made; :class:`Peers` stands for the other
+processes of a sharded model, of which an ordinary one has none.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.buckets import Bucket, stream_of
-from quotientopt.optim.frames import FreshDressing, HeadFrames, SharedResidualFrame
+from quotientopt._linalg import wide_dtype
+from quotientopt.optim.buckets import Bucket, stack_slices
+from quotientopt.optim.dressing import FreshDressing
+from quotientopt.optim.frames import WatchedFactors, stack_heads
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
-from quotientopt.optim.low_rank_stack import Prepared, marks_of
-from quotientopt.optim.slices import Slice, Slices, frame_kind
-from quotientopt.optim.state import Entry, adopt
+from quotientopt.optim.low_rank_stack import Prepared
+from quotientopt.optim.slices import Slices
+from quotientopt.optim.state import State, adopt, filed
 from quotientopt.optim.update import rotate_
 from quotientopt.symmetries.map import RESIDUAL
 
@@ -24,7 +30,6 @@ from quotientopt.symmetries.map import RESIDUAL
 COVARIANCE_EVERY = 2
 COVARIANCE_BETA = 0.9
 
-State = Mapping[Tensor, dict[str, Any]]
 Dressings = Mapping[int, FreshDressing]
 
 
@@ -56,6 +61,29 @@ class Peers:
         return grams
 
 
+class PreparedStep(NamedTuple):
+    """A step that is ready to be taken.
+
+    ``framed`` tells whether any slice has a gradient, ``look`` whether the host need not wait for
+    the device; ``norms`` are those of what was ``measured``, dressed gradients and plain ones.
+    """
+
+    engine: Engine
+    framed: bool
+    look: bool
+    active: list[tuple[Bucket, list[int]]]
+    dressings: Dressings | None
+    pairs: list[tuple[LowRankPairs, Prepared]]
+    dressed: list[Tensor]
+    norms: Sequence[Tensor] = ()
+    measured: Sequence[Tensor] = ()
+
+    @property
+    def dressed_stacks(self) -> list[Tensor]:
+        """All dressed gradients, in stacks."""
+        return [*self.dressed, *(stack for _, own in self.pairs for stack in own.dressed)]
+
+
 class Engine:
     """Buckets of framed slices and one step of Adam on all of them.
 
@@ -79,121 +107,19 @@ class Engine:
     ) -> None:
         self.peers = Peers() if peers is None else peers
         self.param_groups = param_groups
-        self.heads: list[HeadFrames] = []
-        self.shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
-        self.buckets: list[Bucket] = []
         self.pairs = stack_pairs(slices.transported, param_groups)
-        frames = self._head_frames(slices.framed)
-        grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
-        # Left sides first: the slices of a bucket then lie in the order of their frames.
-        for slice_ in sorted(slices.framed, key=lambda slice_: slice_.side):
-            heads = frames.get(id(slice_))
-            options = param_groups[slice_.group_index]
-            key = (
-                slice_.group_index,
-                id(heads),
-                slice_.shape,
-                slice_.residual,
-                slice_.takes_scale,
-                slice_.parameter.dtype,
-                slice_.parameter.device,
-                len(grouped) if options["foreach"] is False else None,
-            )
-            grouped[key].append(slice_)
-        for members in grouped.values():
-            heads = frames.get(id(members[0]))
-            bucket = Bucket(
-                members,
-                heads,
-                self._shared_frame(members[0]),
-                compute_dtype(members[0].parameter.dtype),
-                param_groups[members[0].group_index],
-            )
-            self.buckets.append(bucket)
-        blocks = [b for h in self.heads for s in h.symmetries for b in s.blocks]
-        self._factors = list({id(b.parameter): b.parameter for b in blocks}.values())
-        self._on_host = [b for b in blocks if b.parameter.device.type == "cpu"]
-        self._marks: list[tuple[int, int]] | None = None
-        self._asked = False
-        self._sample: Tensor | None = None
-        self._columns: list[Tensor] = []
-        self._pointers: list[int] = []
-        adopt(list(self.entries()), self.buckets, self.pairs, state)
-        self._file(state)
-
-    def _head_frames(self, slices: Sequence[Slice]) -> dict[int, HeadFrames]:
-        grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
-        for slice_ in slices:
-            if slice_.symmetry is not None:
-                kind = frame_kind(self.param_groups[slice_.group_index], slice_.symmetry) or ""
-                joint = self.param_groups[slice_.group_index]["row_frame"] == "per_matrix"
-                key = (kind, joint, slice_.symmetry.group, slice_.symmetry.heads)
-                grouped[*key, slice_.parameter.dtype, slice_.parameter.device].append(slice_)
-        frames: dict[int, HeadFrames] = {}
-        for (kind, joint, *_), members in grouped.items():
-            parameter = members[0].parameter
-            heads = HeadFrames(
-                list(dict.fromkeys(slice_.symmetry for slice_ in members if slice_.symmetry)),
-                kind,
-                joint=joint,
-                dtype=compute_dtype(parameter.dtype),
-                device=parameter.device,
-            )
-            self.heads.append(heads)
-            frames |= {id(slice_): heads for slice_ in members}
-        return frames
-
-    def _shared_frame(self, slice_: Slice) -> SharedResidualFrame | None:
-        if (
-            not slice_.residual
-            or self.param_groups[slice_.group_index]["residual_frame"] != "shared"
-        ):
-            return None
-        key = stream_of(slice_)
-        if key not in self.shared:
-            self.shared[key] = SharedResidualFrame(*key)
-        return self.shared[key]
-
-    def entries(self) -> Iterator[Entry]:
-        """Every tensor of the state, under each slice that needs it."""
-        for bucket in self.buckets:
-            for i, slice_ in enumerate(bucket.slices):
-                for key, stack in bucket.state.items():
-                    yield Entry(slice_, key, stack[i])
-                if bucket.heads is not None:
-                    place = bucket.heads.place(slice_)
-                    yield Entry(slice_, "head_frame", bucket.heads.frame[place])
-                    yield Entry(slice_, "head_covariance", bucket.heads.covariance[place])
-                if bucket.shared is not None:
-                    yield Entry(slice_, "residual_frame", bucket.shared.frame)
-                    yield Entry(slice_, "residual_covariance", bucket.shared.covariance)
-
-    def _file(self, state: State) -> None:
-        """Make the optimizer's state views of the stacked tensors."""
-        self._watched = []
-        for slice_, key, tensor in self.entries():
-            state[slice_.parameter][key + slice_.suffix] = tensor
-            if key in ("exp_avg", "exp_avg_sq"):
-                self._watched.append((slice_.parameter, key + slice_.suffix, tensor))
-        self._steps_on_host: dict[Tensor, Tensor] = {}
-        for bucket in self.buckets:
-            for i, slice_ in enumerate(bucket.slices):
-                own = state[slice_.parameter]
-                if bucket.device_steps is not None:
-                    own["step"] = bucket.device_steps[i]
-                else:
-                    own["step"] = torch.as_tensor(own.get("step", 0.0), dtype=torch.float32)
-                    self._steps_on_host[slice_.parameter] = own["step"]
-        for slice_, key, tensor in (entry for pairs in self.pairs for entry in pairs.entries()):
-            state[slice_.parameter][key] = tensor
-            if key in ("exp_avg", "exp_avg_sq"):
-                self._watched.append((slice_.parameter, key, tensor))
+        self.heads, frames = stack_heads(slices.framed, param_groups)
+        self.buckets, self.shared = stack_slices(slices.framed, frames, param_groups)
+        blocks = (b for h in self.heads for s in h.symmetries for b in s.blocks)
+        self._factors = WatchedFactors(blocks)
+        adopt(self.buckets, self.pairs, state)
+        self._moments, self._steps_on_host = filed(self.buckets, self.pairs, state)
 
     def holds(self, state: State) -> bool:
         """Whether the optimizer's state is still the one kept here, not replaced or cleared."""
         return all(
-            state[parameter].get(key) is tensor if parameter in state else False
-            for parameter, key, tensor in self._watched
+            state[slice_.parameter].get(key) is tensor if slice_.parameter in state else False
+            for slice_, key, tensor in self._moments
         )
 
     def active(self) -> list[tuple[Bucket, list[int]]]:
@@ -207,18 +133,42 @@ class Engine:
                 found.append((bucket, rows))
         return found
 
-    def prepare_pairs(
-        self, capturing: bool = False, *, look: bool
-    ) -> list[tuple[LowRankPairs, Prepared]]:
-        """Coordinates and dressed gradients of the low-rank pairs that have a gradient."""
-        prepared = [(pairs, pairs.prepare(capturing, look=look)) for pairs in self.pairs]
-        return [(pairs, own) for pairs, own in prepared if own is not None]
+    def prepare(
+        self,
+        before: Callable[[], None],
+        *,
+        look: bool,
+    ) -> PreparedStep:
+        """Frames that are due and dressed gradients; changes nothing.
 
-    def step_pairs(
-        self, prepared: Sequence[tuple[LowRankPairs, Prepared]], gate: Tensor | None
-    ) -> None:
-        """Update low-rank pairs."""
-        for pairs, own in prepared:
+        Parameters
+        ----------
+        before : callable
+            Called before the host waits for the device.
+        look : bool
+            Whether to compare a sample of the factors, which must be on the host for that.
+        """
+        active = self.active()
+        extent = self.extent(active)
+        capturing = self.is_recorded(active)
+        dressings = None
+        if extent is not None and not capturing:
+            dressings = self.due_dressings(active, extent, before, look=look)
+        prepared = [(pairs, pairs.prepare(capturing, look=look)) for pairs in self.pairs]
+        own_pairs = [(pairs, own) for pairs, own in prepared if own is not None]
+        if dressings is None and any(own.turns for _, own in own_pairs):
+            before()
+        dressed = self.dressed_gradients(active, dressings)
+        return PreparedStep(self, extent is not None, look, active, dressings, own_pairs, dressed)
+
+    def take(self, prepared: PreparedStep, scale: Tensor | None, gate: Tensor | None) -> None:
+        """Take a prepared step, its gradients times ``scale``."""
+        if scale is not None:
+            for stack in prepared.dressed_stacks:
+                stack.mul_(scale)
+        if prepared.framed:
+            self.step(prepared.active, prepared.dressed, prepared.dressings, gate)
+        for pairs, own in prepared.pairs:
             pairs.step(own, self.param_groups[pairs.group_index], gate)
 
     def extent(self, active: Sequence[tuple[Bucket, list[int]]]) -> tuple[int, int] | None:
@@ -250,10 +200,8 @@ class Engine:
             From :meth:`active`.
         extent : (int, int)
             From :meth:`extent`.
-        before : callable
-            Called before the host waits for the device.
-        look : bool
-            Whether to compare a sample of the factors, which must be on the host for that.
+        before, look
+            As in :meth:`prepare`.
         """
         due = self.refresh_due(extent)
         if not due and not self._was_written(look):
@@ -266,35 +214,16 @@ class Engine:
 
     def ask(self) -> None:
         """Look in the next step whether frames and coordinates still fit."""
-        self._asked = True
+        self._factors.ask()
         for pairs in self.pairs:
             pairs.schedule.ask()
 
     def mark(self, look: bool) -> None:
         """Note that the factors are now as the optimizer knows them."""
-        self._marks, self._asked = marks_of(self._factors), False
-        look = look and self.peers.have_weights
-        self._sample = self._sampled(self._marks) if look and self._on_host else None
+        self._factors.mark(look and self.peers.have_weights)
 
     def _was_written(self, look: bool) -> bool:
-        if not self.peers.have_weights:
-            return False
-        if self._marks is None or self._asked:
-            return self._asked
-        marks = marks_of(self._factors)
-        if marks != self._marks:
-            return True
-        if not look or self._sample is None:
-            return False
-        return not torch.equal(self._sampled(marks), self._sample)
-
-    def _sampled(self, marks: list[tuple[int, int]]) -> Tensor:
-        """The first column of every factor: an entry of each channel."""
-        pointers = [pointer for pointer, _ in marks]
-        if pointers != self._pointers:
-            self._columns = [block.view().select(-1, 0) for block in self._on_host]
-            self._pointers = pointers
-        return torch.cat([column.reshape(-1) for column in self._columns])
+        return self.peers.have_weights and self._factors.were_written(look)
 
     def is_new(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether a slice has no frame yet."""

@@ -1,24 +1,29 @@
-"""Frames that are kept: of attention heads, and one of the residual axis for the whole model."""
+"""Frames that are kept, and moved along: what Adam's moments are written in.
+
+A head frame is a dressing field turned into the eigenframe of the covariance of dressed gradients
+(Vyas et al., arXiv 2409.11321, eigenframes): :class:`HeadFrames`. One residual frame for the whole
+model is a :class:`SharedResidualFrame`; those of single matrices lie in their buckets. Frames fit
+the parameters they were made from: :class:`WatchedFactors` tells whether others wrote to those.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quotientopt.groups import PlaneCommutant, RotaryCommutant
-from quotientopt.optim.checks import RankError
+from quotientopt._linalg import compute_dtype
+from quotientopt.groups import PlaneCommutant, RotaryCommutant, StructureGroup
 from quotientopt.optim.dressing import (
-    head_dressing,
-    head_eigenframe,
-    holds_rotations_only,
+    DressedHeads,
+    FreshDressing,
+    block_diagonal,
     plane_partners,
 )
-from quotientopt.optim.slices import Slice
-from quotientopt.optim.translations import seen_blocks
+from quotientopt.optim.slices import Slice, frame_kind
 from quotientopt.optim.update import break_ties, ema_, next_eigenframe, residual_eigenframe
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -26,31 +31,41 @@ from quotientopt.symmetries import Block, HeadSymmetry
 # divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
 ROW_TIES = 100.0
 
-# Of the smallest singular value of AᵀB to the largest, in units of rounding: below it a frame would
-# be made of rounding.
-LEAST_RATIO = 1e4
-
 # Of frames, when others wrote to a factor: the stretch beyond which they are made anew at once.
 STRAYED = 2.0
 
 
-class FreshDressing(NamedTuple):
-    """Dressing of all factors of some head frames, each ``(2S, heads, r, r)``.
+def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Tensor) -> Tensor:
+    """Rows are eigenvectors of the dressed gradient covariance, its ties broken by the weights.
 
-    ``field`` acts on gradients, ``contragredient``, its inverse transpose, on factors, and
-    ``weights_gram`` holds the Grams of the factors so dressed. ``substituted`` marks heads where
-    one factor is rank-deficient and leans on its partner, ``unframed`` those that have no frame
-    because both are, ``(2S, heads)``; None if there is none.
+    They fix the rotation O that a section slices over.
+
+    Parameters
+    ----------
+    group : StructureGroup
+        For a RotaryCommutant the rotated planes stay as they are (the second moment is taken per
+        complex entry there), and only the rows that pass get eigenvectors. Planes that share a
+        frequency are turned to the complex eigenvectors of the hermitian part.
+    covariance, weights_gram : Tensor
+        Σ u∂ (u∂)ᵀ and the Gram of the dressed factor, symmetric, shape ``(…, r, r)``.
     """
+    pooled = break_ties(covariance, weights_gram)
+    if isinstance(group, PlaneCommutant):
+        parts, block = group.parts(pooled)
+        parts = [torch.linalg.eigh(part).eigenvectors.mH for part in parts]
+        return group.element(parts, torch.linalg.eigh(block).eigenvectors.mT)
+    if not isinstance(group, RotaryCommutant):
+        return torch.linalg.eigh(pooled).eigenvectors.mT
+    frame = torch.eye(group.r, dtype=pooled.dtype, device=pooled.device)
+    frame = frame.repeat(*pooled.shape[:-2], 1, 1)
+    if len(group.pass_rows):
+        rows = torch.as_tensor(group.pass_rows, device=pooled.device)
+        passing = pooled[..., rows[:, None], rows]
+        frame[..., rows[:, None], rows] = torch.linalg.eigh(passing).eigenvectors.mT
+    return frame
 
-    field: Tensor
-    contragredient: Tensor
-    weights_gram: Tensor
-    substituted: Tensor | None
-    unframed: Tensor | None
 
-
-class HeadFrames:
+class HeadFrames(DressedHeads):
     """Frames u and covariances C of S symmetries with the same group, heads and rank.
 
     Both sides are kept in one stack of 2S entries, left sides first. Under a group element g a
@@ -78,13 +93,10 @@ class HeadFrames:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.symmetries = tuple(symmetries)
+        super().__init__(symmetries, kind, joint=joint, dtype=dtype, device=device)
         self._places = {id(symmetry): place for place, symmetry in enumerate(symmetries)}
-        self.kind = kind
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        self.group = self.symmetries[0].group
         rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
-        self.joint = joint and rank > 1 and self.turns
         if self.joint:
             rank, heads = rank * heads, 1
         shape = (2 * len(self.symmetries), heads, rank, rank)
@@ -94,176 +106,11 @@ class HeadFrames:
         planes = bool((partner != torch.arange(len(partner), device=device)).any())
         # A frame over all rows leaves no planes as they are, nor anything of their group.
         self.partner = partner if planes and not self.joint else None
-        # In float64 the Grams of ill-conditioned float32 factors keep their small directions.
-        self.precision = torch.finfo(self.symmetries[0].blocks[0].parameter.dtype).eps
-        self.gram_dtype = dtype if device.type == "mps" else torch.float64
-
-    @property
-    def turns(self) -> bool:
-        """Whether frames are turned to eigenvectors; singular vectors leave nothing to turn."""
-        return self.kind != "svd" or holds_rotations_only(self.group)
 
     def place(self, slice_: Slice) -> int:
         """Entry of a slice's side in the stack."""
         place = self._places[id(slice_.symmetry)]
         return place + len(self.symmetries) if slice_.side == "right" else place
-
-    def grams(self, contragredient: Tensor | None = None) -> Tensor:
-        """Gram matrices of all factors, shape ``(2S, heads, r, r)``; dressed ones where given how.
-
-        Without biases that may be translated, or the dressing would see by how much.
-        """
-        sides = [s.left_blocks for s in self.symmetries]
-        sides += [seen_blocks(s) for s in self.symmetries]
-        by_size: dict[tuple[int, ...], list[tuple[int, Block]]] = defaultdict(list)
-        for place, blocks in enumerate(sides):
-            for block in blocks:
-                by_size[block.size].append((place, block))
-        rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
-        shape = (len(sides), heads, rank, rank)
-        grams = torch.zeros(shape, dtype=self.gram_dtype, device=self.frame.device)
-        for entries in by_size.values():
-            stacked = torch.stack([block.view() for _, block in entries]).to(self.gram_dtype)
-            places = torch.tensor([place for place, _ in entries], device=grams.device)
-            if contragredient is not None:
-                stacked = contragredient.index_select(0, places) @ stacked
-            grams.index_add_(0, places, stacked @ stacked.mT)
-        return grams
-
-    def dressing(self) -> FreshDressing:
-        """Fresh dressing fields of the parameters as they are now; changes nothing.
-
-        Where one factor of a head is rank-deficient (zero at the start, say), its partner's
-        orthonormal coordinates serve for both: its Gram is taken to be the partner's inverse.
-        The dressed factors are dressed once more: Grams of factors of condition κ leave
-        a field right to ε κ² only, and the second one, close to the identity, to ε. Where both
-        are deficient (a pruned channel: a row of zeros in each) there is no field, and the head
-        keeps the coordinates it is stored in, as in AdamW, until it has one again.
-
-        Raises
-        ------
-        RankError
-            If a factor is not finite; names the symmetry.
-        """
-        grams = self.grams()
-        lacking = self._lacking(grams)
-        supplemented, substituted, unframed = self._supplement(grams, lacking)
-        field, contragredient = self._fields(supplemented, unframed)
-        dressed = contragredient @ grams @ contragredient.mT
-        # The coordinates of "orthonormal" are not those of one group element.
-        one_element = self.kind != "orthonormal" and not holds_rotations_only(self.group)
-        if one_element:
-            grams = self.grams(contragredient)
-            supplemented, *_ = self._supplement(grams, lacking)
-            again, again_contragredient = self._fields(supplemented, unframed)
-            field, contragredient = again @ field, again_contragredient @ contragredient
-            dressed = again_contragredient @ grams @ again_contragredient.mT
-        fresh = FreshDressing(field, contragredient, dressed, substituted, unframed)
-        if not self.joint:
-            return fresh
-        return FreshDressing(
-            block_diagonal(fresh.field),
-            block_diagonal(fresh.contragredient),
-            block_diagonal(fresh.weights_gram),
-            None if substituted is None else substituted.any(-1, keepdim=True),
-            unframed,
-        )
-
-    def _fields(self, grams: Tensor, unframed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Dressing fields of both sides and their inverse transposes, each ``(2S, heads, r, r)``.
-
-        The identity for heads that have no frame, whose Grams are of no use.
-        """
-        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
-        if unframed is not None:
-            grams = torch.where(unframed[..., None, None], identity, grams)
-        dressing = head_dressing(self.kind, self.group, *grams.chunk(2))
-        field = torch.cat([dressing.left, dressing.right])
-        contragredient = torch.cat([dressing.left_contragredient, dressing.right_contragredient])
-        if unframed is None:
-            return field, contragredient
-        return (
-            torch.where(unframed[..., None, None], identity, field),
-            torch.where(unframed[..., None, None], identity, contragredient),
-        )
-
-    def _supplement(
-        self, grams: Tensor, lacking: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The Grams, those of rank-deficient factors replaced by the inverse of the partner's.
-
-        Both balanced and orthonormal dressing then see the pair through orthonormal coordinates
-        of the partner, and the replacement moves with the group as the Gram itself does. Also
-        returns which heads this was done for, and where both factors are deficient, on both sides.
-        """
-        if isinstance(self.group, RotaryCommutant | PlaneCommutant):
-            grams = self.group.algebra_projection(grams)
-        if lacking is None:
-            return grams, None, None
-        deficient, vanishing = lacking
-        of_partner = deficient.roll(len(self.symmetries), 0)
-        unframed = deficient & of_partner | vanishing
-        if self.kind == "svd":
-            # Singular vectors of a deficient product are not all defined.
-            unframed = deficient | of_partner | vanishing
-        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
-        sound = torch.where(deficient[..., None, None], identity, grams)
-        inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(sound).L)
-        partners = inverses.roll(len(self.symmetries), 0)
-        grams = torch.where(deficient[..., None, None], partners, grams)
-        leaning = (deficient | of_partner) & ~unframed
-        return grams, leaning if bool(leaning.any()) else None, unframed
-
-    def _lacking(self, grams: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What :meth:`_deficient` finds, None where it finds nothing.
-
-        Raises
-        ------
-        RankError
-            If a factor is not finite.
-        """
-        if holds_rotations_only(self.group):
-            return None
-        if isinstance(self.group, RotaryCommutant | PlaneCommutant):
-            # Planes need only differ from zero, the rows that pass need full rank.
-            grams = self.group.algebra_projection(grams)
-        deficient, vanishing = self._deficient(grams)
-        if not bool((deficient | vanishing).any()):
-            return None
-        broken = ~grams.isfinite().flatten(-2).all(-1)
-        if bool(broken.any()):
-            self._refuse(broken)
-        return deficient, vanishing
-
-    def _deficient(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each factor is rank-deficient (or not finite), and whether its pair vanishes.
-
-        Each ``(2S, heads)``. Rows that are tiny in both factors have full rank, but a singular
-        value of AᵀB, which no group element changes, that is rounding against the largest one.
-        """
-        factor, info = torch.linalg.cholesky_ex(grams)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-        # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
-        # rounding of the stored parameters alone makes it about the square of their precision.
-        least = max(4 * self.precision**2, grams.size(-1) * torch.finfo(grams.dtype).eps)
-        flat = (pivots <= least * grams.diagonal(dim1=-2, dim2=-1)).any(-1)
-        deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
-        identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
-        left, right = torch.where(deficient[..., None, None], identity, factor).chunk(2)
-        values = torch.linalg.svdvals(left.mT @ right)
-        least = LEAST_RATIO * torch.finfo(grams.dtype).eps
-        vanishing = (values[..., -1] <= least * values[..., 0]).repeat(2, 1)
-        return deficient, vanishing & ~deficient & ~deficient.roll(len(self.symmetries), 0)
-
-    def _refuse(self, broken: Tensor) -> None:
-        entry, head = broken.nonzero()[0].tolist()
-        symmetry = self.symmetries[entry % len(self.symmetries)]
-        side = "left" if entry < len(self.symmetries) else "right"
-        names = " or ".join(repr(b.name) for b in getattr(symmetry, f"{side}_blocks") if b.name)
-        raise RankError(
-            f"symmetry {symmetry.name!r}: the {side} factor of head {head} is not finite; nothing "
-            f"was updated. Give {names or 'its parameters'} the values of a checkpoint"
-        )
 
     def accumulate(
         self, samples: Tensor, places: Sequence[int], beta: float, gate: Tensor | None = None
@@ -409,13 +256,38 @@ class HeadFrames:
             right.copy_(right.to(g.dtype) @ transpose)
 
 
-def block_diagonal(blocks: Tensor) -> Tensor:
-    """The matrix with these blocks on its diagonal, ``(…, h, r, r) -> (…, 1, h r, h r)``."""
-    heads, rank = blocks.shape[-3:-1]
-    identity = torch.eye(heads, dtype=blocks.dtype, device=blocks.device)
-    # Entry (h, i), (k, j) is δ_hk blocks[h, i, j].
-    spread = blocks[..., :, :, None, :] * identity[:, None, :, None]
-    return spread.reshape(*blocks.shape[:-3], 1, heads * rank, heads * rank)
+def stack_heads(
+    slices: Sequence[Slice], param_groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[HeadFrames], dict[int, HeadFrames]]:
+    """Frames of all heads of one kind, group, shape, dtype and device together.
+
+    Returns
+    -------
+    list of HeadFrames
+    dict of int to HeadFrames
+        The same by ``id`` of their slices.
+    """
+    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+    for slice_ in slices:
+        if slice_.symmetry is not None:
+            options = param_groups[slice_.group_index]
+            kind, joint = frame_kind(options, slice_.symmetry), options["row_frame"] == "per_matrix"
+            key = (kind or "", joint, slice_.symmetry.group, slice_.symmetry.heads)
+            grouped[*key, slice_.parameter.dtype, slice_.parameter.device].append(slice_)
+    stacks: list[HeadFrames] = []
+    frames: dict[int, HeadFrames] = {}
+    for (kind, joint, *_), members in grouped.items():
+        parameter = members[0].parameter
+        heads = HeadFrames(
+            list(dict.fromkeys(slice_.symmetry for slice_ in members if slice_.symmetry)),
+            kind,
+            joint=joint,
+            dtype=compute_dtype(parameter.dtype),
+            device=parameter.device,
+        )
+        stacks.append(heads)
+        frames |= {id(slice_): heads for slice_ in members}
+    return stacks, frames
 
 
 class SharedResidualFrame:
@@ -453,3 +325,61 @@ class SharedResidualFrame:
         self.oriented = True
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)
+
+
+class WatchedFactors:
+    """Factors that frames were made from: did anyone but the optimizer write to them?
+
+    Torch counts most writes. Those through ``p.data`` in place and by NumPy are seen in a sample of
+    the values, where these are on the host; for others there is :meth:`ask`.
+
+    Parameters
+    ----------
+    blocks : iterable of Block
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        blocks = list(blocks)
+        self._factors = list({id(b.parameter): b.parameter for b in blocks}.values())
+        self._on_host = [b for b in blocks if b.parameter.device.type == "cpu"]
+        self._marks: list[tuple[int, int]] | None = None
+        self._asked = False
+        self._sample: Tensor | None = None
+        self._columns: list[Tensor] = []
+        self._pointers: list[int] = []
+
+    def ask(self) -> None:
+        """Take them for written to, until the next mark."""
+        self._asked = True
+
+    def mark(self, look: bool) -> None:
+        """Note that the factors are now as the optimizer knows them; with ``look``, a sample."""
+        self._marks, self._asked = marks_of(self._factors), False
+        self._sample = self._sampled(self._marks) if look and self._on_host else None
+
+    def were_written(self, look: bool) -> bool:
+        """Whether others wrote to a factor since the last mark, as far as can be told."""
+        if self._marks is None or self._asked:
+            return self._asked
+        marks = marks_of(self._factors)
+        if marks != self._marks:
+            return True
+        if not look or self._sample is None:
+            return False
+        return not torch.equal(self._sampled(marks), self._sample)
+
+    def _sampled(self, marks: list[tuple[int, int]]) -> Tensor:
+        """The first column of every factor: an entry of each channel."""
+        pointers = [pointer for pointer, _ in marks]
+        if pointers != self._pointers:
+            self._columns = [block.view().select(-1, 0) for block in self._on_host]
+            self._pointers = pointers
+        return torch.cat([column.reshape(-1) for column in self._columns])
+
+
+def marks_of(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Where parameters lie and how often torch has seen them written to; nothing waits for it.
+
+    Writes to ``p.data`` in place and by NumPy are not counted there.
+    """
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]

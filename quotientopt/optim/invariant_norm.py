@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.dressing import HEAD_FRAMES
+from quotientopt.optim.checks import HEAD_FRAMES, PAIR_METRICS
+from quotientopt.optim.gauge import gradient_at_fixed_bias, seen_weights
 from quotientopt.optim.pairs import (
-    PAIR_METRICS,
     dressed_gradient,
     heads_without_metric,
     in_order,
@@ -28,7 +28,6 @@ from quotientopt.optim.pairs import (
 )
 from quotientopt.optim.slices import find_slices
 from quotientopt.optim.symmetric_optimizer import full_precision
-from quotientopt.optim.translations import gradient_at_fixed_bias, seen_weights
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,

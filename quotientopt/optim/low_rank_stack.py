@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
+from quotientopt.optim.frames import marks_of
 from quotientopt.optim.low_rank import Coefficients, adam_
-from quotientopt.optim.update import round_stochastically, row_polar_factor
+from quotientopt.optim.polar import row_polar_factor
+from quotientopt.optim.update import round_stochastically
 from quotientopt.symmetries import Block
 
 
@@ -171,14 +173,6 @@ class Schedule:
         if self._marks is None or self._asked:
             return [self._asked] * len(self.partners)
         return [a != b for a, b in zip(self._marks, marks_of(self._factors), strict=True)]
-
-
-def marks_of(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Where parameters lie and how often torch has seen them written to; nothing waits for it.
-
-    Writes to ``p.data`` in place and by NumPy are not counted there.
-    """
-    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
 def interval_of(tick: int, refresh_every: int) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from quotientopt._linalg import Pair, skew_part, wide, wide_dtype
 from quotientopt._lyapunov import solve_lyapunov
 from quotientopt.groups import GL, O, PlaneCommutant, RotaryCommutant, StructureGroup
-from quotientopt.optim.dressing import HEAD_FRAMES, head_dressing
+from quotientopt.optim.checks import HEAD_FRAMES
+from quotientopt.optim.dressing import head_dressing
 from quotientopt.symmetries import Block, HeadSymmetry
 
 ShapeKey = tuple[object, ...]

@@ -1,73 +1,51 @@
-"""QuotientAdam: Adam on dressed fields."""
+"""QuotientAdam: Adam on dressed fields.
+
+:mod:`quotientopt.optim.reference` has it in its plainest form, :mod:`quotientopt.optim.update` its
+formulas. A step here is prepared, refused or not, and taken: over all framed parameters by the
+:mod:`~quotientopt.optim.engine`, on stacks by its :mod:`~quotientopt.optim.buckets`, in their
+:mod:`~quotientopt.optim.frames`, with the formulas of ``update`` and ``polar``.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
-from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.checks import (
-    WHOLE,
+    OPTIONS,
     NonfiniteGate,
     kept_from_overflow,
     norms_of,
     refuse_bad_hyperparameters,
+    refuse_changed_options,
     refuse_mixed_groups,
     refuse_nonfinite,
     refuse_sparse,
+)
+from quotientopt.optim.engine import Engine, Peers, PreparedStep
+from quotientopt.optim.gauge import (
+    Held,
+    absorbed_biases,
+    begin,
+    finish,
+    put_back,
     refuse_unmovable,
     refuse_untaken_translations,
 )
-from quotientopt.optim.engine import Dressings, Engine, Peers
-from quotientopt.optim.low_rank_pairs import LowRankPairs
-from quotientopt.optim.low_rank_stack import Prepared
-from quotientopt.optim.plain import adamw_step, keeps_wide
-from quotientopt.optim.saved import arranged, refuse_replaced, refuse_unfit, with_names
+from quotientopt.optim.saved import refuse_replaced
 from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
-from quotientopt.optim.state import (
-    KEYS,
-    PLAIN_KEYS,
-    refuse_framed_state,
-    refuse_singular_frames,
-    restore_precision,
-)
+from quotientopt.optim.state import KEYS, PLAIN_KEYS, follow_version, refuse_framed_state, settle
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
-from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
-from quotientopt.optim.update import clip_scale
+from quotientopt.optim.update import adamw_step, clip_scale
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 
 if TYPE_CHECKING:
     from quotientopt.optim.sharded import Sharded
-
-
-class PreparedStep(NamedTuple):
-    """A step that is ready to be taken.
-
-    ``framed`` tells whether any slice has a gradient, ``look`` whether the host need not wait for
-    the device; ``norms`` are those of what was ``measured``, dressed gradients and plain ones.
-    """
-
-    engine: Engine
-    framed: bool
-    look: bool
-    active: list[tuple[Bucket, list[int]]]
-    dressings: Dressings | None
-    pairs: list[tuple[LowRankPairs, Prepared]]
-    dressed: list[Tensor]
-    norms: list[Tensor]
-    measured: list[Tensor]
-
-    @property
-    def dressed_stacks(self) -> list[Tensor]:
-        """All dressed gradients, in stacks."""
-        return [*self.dressed, *(stack for _, own in self.pairs for stack in own.dressed)]
 
 
 class QuotientAdam(SymmetricOptimizer):
@@ -178,16 +156,8 @@ class QuotientAdam(SymmetricOptimizer):
 
     Notes
     -----
-    State of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, shape
-    ``(M, heads, r, n)`` (M > 1 for grouped queries; a matrix without head frame has
-    ``(1, 1, rows, d)``); ``head_frame``, ``head_covariance`` of shape ``(heads, r, r)``;
-    ``residual_frame``, ``residual_covariance`` of shape ``(d, d)``. Where several blocks share a
-    fused parameter, keys end in ``.0``, ``.1``, …. Only frames change with the gauge: u to
-    ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``. State is kept in
-    at least float32. A factor of a LoRA pair has ``exp_avg`` and ``exp_avg_sq`` of shape
-    ``(r, n)``, ``head_frame`` and ``head_covariance`` of shape ``(r, r)`` and
-    ``partner_coordinates``, of the shape ``(r, m)`` of its partner, which do not change with the
-    gauge either.
+    The state is dressed; :mod:`quotientopt.optim.state` lists its tensors. Only frames change with
+    the gauge: u to ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``.
 
     Sources: François & Ravera, arXiv 2602.18948 (dressing fields); Kingma & Ba 2015; Loshchilov &
     Hutter 2019; Vyas et al., arXiv 2409.11321 (Adam in an eigenbasis).
@@ -229,28 +199,8 @@ class QuotientAdam(SymmetricOptimizer):
         foreach: bool | None = None,
         capturable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "head_frame": head_frame,
-            "row_frame": row_frame,
-            "residual_frame": residual_frame,
-            "refresh_every": refresh_every,
-            "max_grad_norm": max_grad_norm,
-            "nesterov": nesterov,
-            "polar": polar,
-            "update_scale": update_scale,
-            "precision": precision,
-            "lora_frame": lora_frame,
-            "lora_polar": lora_polar,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-        }
+        arguments = dict(locals())
+        defaults = {option: arguments[option] for option in OPTIONS}
         self._engine: Engine | None = None
         # Other processes that step slices of the same model, and the step of sharded parameters.
         self._peers = Peers()
@@ -271,30 +221,15 @@ class QuotientAdam(SymmetricOptimizer):
         """Cut the parameters into slices; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
         self._refuse_replaced()
-        if self._plan_sharded():
-            return
-        self._slices = self._find_slices()
-        self._absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
-        self._signature = signature_of(self.param_groups)
-        self._engine = None
+        if any_sharded(p for group in self.param_groups for p in group["params"]):
+            # Only here: torch.distributed is not there on every platform.
+            from quotientopt.optim.sharded import planned
 
-    def _plan_sharded(self) -> bool:
-        """Plan the steps of sharded parameters, if there are any; a state moves along."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        if not any_sharded(parameters):
-            return False
-        # Only here: torch.distributed is not there on every platform.
-        from quotientopt.optim.sharded import Sharded
-        from quotientopt.optim.sharded_state import collect, restore
-
-        saved = None if self._sharded is None else collect(self._sharded)
-        sharded = Sharded(self)
-        if saved:
-            restore(sharded, saved, self.param_groups)
-        self._sharded = sharded
-        self._absorbed = []
+            self._sharded, self._absorbed = planned(self, self._sharded), []
+        else:
+            self._slices, self._engine = self._find_slices(), None
+            self._absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         self._signature = signature_of(self.param_groups)
-        return True
 
     def _current_sharded(self) -> Sharded | None:
         """The step of sharded parameters as they are now; None for whole ones."""
@@ -306,15 +241,6 @@ class QuotientAdam(SymmetricOptimizer):
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
         return find_slices(planned_groups(self.param_groups, also), self.symmetries, self._names)
-
-    def _check_changed_options(self) -> None:
-        """Refuse what options may not be; param groups are open to all."""
-        options = [[group[name] for name in WHOLE] for group in self.param_groups]
-        if options != self._checked_options:
-            for group in self.param_groups:
-                self._refuse_options(group)
-            refuse_mixed_groups(self.param_groups)
-            self._checked_options = options
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""
@@ -355,9 +281,7 @@ class QuotientAdam(SymmetricOptimizer):
         if sharded is not None:
             with full_precision():
                 sharded.step()
-            return loss
-        gradients = self._gradients()
-        if gradients:
+        elif self._gradients():
             with full_precision():
                 if self._signature != signature_of(self.param_groups):
                     self._plan()  # Which output biases are trained may have changed.
@@ -371,44 +295,32 @@ class QuotientAdam(SymmetricOptimizer):
     def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
         """One step with the gradients of the parameters that have one."""
         prepared = self._prepare(gradients)
-        norms, limit = prepared.norms, self.param_groups[0]["max_grad_norm"]
+        norms, limit = list(prepared.norms), self.param_groups[0]["max_grad_norm"]
         gate = None
         if self._nonfinite.is_needed(norms):
             gate = self._nonfinite.close_on_nonfinite(norms, prepared.dressed_stacks)
         else:
             norms, limit = kept_from_overflow(norms, prepared.measured, limit)
             refuse_nonfinite(norms, gradients, self._name)
-        scale = clip_scale(norms, limit)
-        self._take(prepared, scale, gate, held)
+        self._take(prepared, clip_scale(norms, limit), gate, held)
 
     def _prepare(self, gradients: dict[Tensor, Tensor]) -> PreparedStep:
         """Frames that are due and dressed gradients; changes nothing."""
         refuse_sparse(gradients, self._name)
-        self._check_changed_options()
+        # Param groups are open to all.
+        self._checked_options = refuse_changed_options(self.param_groups, self._checked_options)
         engine = self._current_engine()
         for own in self._slices.plain:
             refuse_replaced(own, self.state, PLAIN_KEYS, self._name)
-        active = engine.active()
-        extent = engine.extent(active)
-        dressings = None
-        capturing = engine.is_recorded(active)
         # Where it need not wait for the device, the host looks at more.
         look = not self._nonfinite.is_needed(list(gradients.values()))
         if self._asked:
             engine.ask()
-        if extent is not None and not capturing:
-            before = self._nonfinite.refuse_earlier
-            dressings = engine.due_dressings(active, extent, before, look=look)
-        pairs = engine.prepare_pairs(capturing, look=look)
-        if dressings is None and any(own.turns for _, own in pairs):
-            self._nonfinite.refuse_earlier()
-        dressed = engine.dressed_gradients(active, dressings)
-        framed = extent is not None
-        prepared = PreparedStep(engine, framed, look, active, dressings, pairs, dressed, [], [])
+        prepared = engine.prepare(self._nonfinite.refuse_earlier, look=look)
         plain = [p.grad for own in self._slices.plain for p in own if p.grad is not None]
+        measured = [*prepared.dressed_stacks, *plain]
         clipped = self.param_groups[0]["max_grad_norm"] is not None
-        norms = norms_of([*prepared.dressed_stacks, *plain], clipped=clipped)
-        return prepared._replace(norms=norms, measured=[*prepared.dressed_stacks, *plain])
+        return prepared._replace(norms=norms_of(measured, clipped=clipped), measured=measured)
 
     def _take(
         self,
@@ -418,17 +330,11 @@ class QuotientAdam(SymmetricOptimizer):
         held: Sequence[Held],
     ) -> None:
         """Take a prepared step, its gradients times ``scale``."""
-        if scale is not None:
-            for stack in prepared.dressed_stacks:
-                stack.mul_(scale)
-        engine = prepared.engine
-        if prepared.framed:
-            engine.step(prepared.active, prepared.dressed, prepared.dressings, gate)
-        engine.step_pairs(prepared.pairs, gate)
+        prepared.engine.take(prepared, scale, gate)
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
         finish(held, self._absorbed, gate, self.state)
-        engine.mark(prepared.look)
+        prepared.engine.mark(prepared.look)
         self._asked = False
 
     @torch.no_grad()
@@ -479,34 +385,21 @@ class QuotientAdam(SymmetricOptimizer):
         refuse_unmovable(element, self.symmetries, slices)
         absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         refuse_untaken_translations(element, self.symmetries, absorbed)
-        if self.state:
-            if all(takes_part(parameter) for parameter in self.state):
-                # In place, as recorded CUDA graphs need it.
-                self._current_engine().move_(element)
-                return
+        if self.state and all(takes_part(parameter) for parameter in self.state):
+            # In place, as recorded CUDA graphs need it.
+            self._current_engine().move_(element)
+        elif self.state:
             self._engine_of(slices).move_(element)
             self._engine = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as of any torch optimizer.
+        """As of any torch optimizer; of sharded parameters every tensor is a DTensor.
 
-        Of sharded parameters every tensor is a DTensor, so that torch.distributed.checkpoint saves
-        and loads it on any number of processes; every process then has to call this.
+        torch.distributed.checkpoint saves and loads it on any number of processes, all of which
+        have to call this and :meth:`load_state_dict`.
         """
         sharded = self._current_sharded()
-        if sharded is None:
-            return super().state_dict()
-        from quotientopt.optim.sharded_state import collect
-
-        state, self.state = self.state, defaultdict(dict)
-        try:
-            packed = Optimizer.state_dict(self)
-        finally:
-            self.state = state
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        found = collect(sharded)
-        own = {i: found[id(p)] for i, p in enumerate(parameters) if id(p) in found}
-        return with_names(packed | {"state": own}, self._names_of_groups())
+        return super().state_dict() if sharded is None else sharded.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state; training then continues bit for bit.
@@ -514,39 +407,19 @@ class QuotientAdam(SymmetricOptimizer):
         Parameters
         ----------
         state_dict : dict
-            From :meth:`state_dict`. For sharded parameters its tensors may be whole or sharded in
-            any way, and every process has to call this.
-
-        Raises
-        ------
-        ValueError
-            If it does not fit; the optimizer is then as it was.
+            From :meth:`state_dict`; of sharded parameters its tensors may be sharded in any way. If
+            it does not fit (``ValueError``), the optimizer is as it was.
         """
         sharded = self._current_sharded()
         if sharded is None:
             super().load_state_dict(state_dict)
             return
-        from quotientopt.optim.sharded_state import restore
-
-        given = arranged(state_dict, self._names_of_groups(), type(self).__name__)
-        groups, state = given["param_groups"], given["state"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError("the saved param groups have other numbers of parameters")
-        order = [i for group in groups for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved = {id(p): state.get(i, {}) for i, p in zip(order, parameters, strict=True)}
-        with full_precision():
-            restore(sharded, saved, groups)
-        for group, loaded in zip(self.param_groups, sharded.inner.param_groups, strict=True):
-            group.update({k: v for k, v in loaded.items() if k != "params"})
+        sharded.load_state_dict(state_dict)
         self._signature = signature_of(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._sharded is not None:
-            raise TypeError(
-                "a QuotientAdam of sharded parameters is tied to its processes and cannot be "
-                "copied or pickled; save state_dict() with torch.distributed.checkpoint"
-            )
+            self._sharded.refuse_copies()
         return super().__getstate__()
 
     def _takes_states_of_torch(self) -> bool:
@@ -557,14 +430,7 @@ class QuotientAdam(SymmetricOptimizer):
         for group in self.param_groups:
             self._refuse_options(group)
         slices = self._find_slices(also=self.state)
-        plain = [parameter for own in slices.plain for parameter in own]
-        refuse_framed_state(plain, self.state, self._name)
-        refuse_unfit(plain, self.state, PLAIN_KEYS, self._name, optional=("master",))
-        refuse_singular_frames(slices.framed, self.state)
-        wide = {id(slice_.parameter) for slice_ in (*slices.framed, *slices.transported)}
-        for group in self.param_groups:
-            wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
-        restore_precision(self.state, self.param_groups, loaded, wide)
+        settle(self.state, self.param_groups, loaded, slices, self._name)
         self._plan()
         if self.state:
             self._current_engine()
@@ -575,9 +441,5 @@ class QuotientAdam(SymmetricOptimizer):
         self.__dict__.setdefault("_sharded", None)
         self._checked_options = []
         for group in state.get("param_groups", ()):
-            if "head_frame" in group and "row_frame" not in group:
-                # Of version 0.1.0, whose state goes on in the frames it is written in.
-                group["row_frame"] = "per_head"
-                group["polar"] = "step" if group["polar"] else False
-                group["update_scale"], group["precision"] = 1.0, "highest"
+            follow_version(group)
         super().__setstate__(state)

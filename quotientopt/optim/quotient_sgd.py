@@ -13,10 +13,16 @@ from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import (
     largest_entries,
     refuse_bad_options,
-    refuse_foreign_buffer,
-    refuse_foreign_element,
     refuse_nonfinite_entries,
     refuse_sparse_of_pairs,
+)
+from quotientopt.optim.gauge import (
+    Held,
+    absorbed_biases,
+    begin,
+    finish,
+    put_back,
+    refuse_foreign_element,
     refuse_untaken_translations,
 )
 from quotientopt.optim.pairs import refuse_scattered, refuse_unknown_geometry
@@ -24,7 +30,6 @@ from quotientopt.optim.plain import BUFFER, sgd_step, sgd_step_of_block
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
-from quotientopt.optim.translations import Held, absorbed_biases, begin, finish, put_back
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 from quotientopt.symmetries.map import RESIDUAL
@@ -347,3 +352,20 @@ class QuotientSGD(SymmetricOptimizer):
                 self._momentum_(parameter)
             else:
                 own[BUFFER] = own[BUFFER].detach().clone()
+
+
+def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse saved state that is not a momentum of the parameter's shape.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter.
+    """
+    for value in state.values():
+        if value is not None and torch.as_tensor(value).shape != parameter.shape:
+            raise ValueError(
+                f"the saved momentum of {name!r} has shape {tuple(torch.as_tensor(value).shape)}, "
+                f"expected {tuple(parameter.shape)}: it is not the state of a QuotientSGD on this "
+                "model"
+            )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quotientopt._linalg import Pair, compute_dtype
 from quotientopt.optim.checks import GradientError, RankError
+from quotientopt.optim.gauge import seen_weights
 from quotientopt.optim.pairs import (
     as_stored,
     columns_of,
@@ -25,7 +26,6 @@ from quotientopt.optim.pairs import (
     stack_factors,
     without_metric,
 )
-from quotientopt.optim.translations import seen_weights
 from quotientopt.symmetries import Block, HeadSymmetry
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")

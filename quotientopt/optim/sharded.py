@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from quotientopt._linalg import compute_dtype, wide_dtype
@@ -38,16 +37,16 @@ from quotientopt.optim.checks import (
     norms_of,
     refuse_nonfinite,
 )
-from quotientopt.optim.engine import Peers
-from quotientopt.optim.ownership import Placed, deal
-from quotientopt.optim.parcels import Parcels, Region, local_part
-from quotientopt.optim.translations import begin, put_back
+from quotientopt.optim.engine import Peers, PreparedStep
+from quotientopt.optim.gauge import begin, put_back
+from quotientopt.optim.ownership import Parcels, Placed, Region, common_group, deal, local_part
+from quotientopt.optim.sharded_state import collect, load, packed, restore, show
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.block import empty_like_whole
 
 if TYPE_CHECKING:
-    from quotientopt.optim.quotient_adam import PreparedStep, QuotientAdam
+    from quotientopt.optim.quotient_adam import QuotientAdam
 
 
 class ShardedPeers(Peers):
@@ -240,7 +239,7 @@ class Sharded:
             self.release()
         for own in active:
             own.steps += 1
-        self.file()
+        show(self)
 
     def _step_whole_tensors(self, due: bool) -> None:
         held = begin(self.inner._absorbed)
@@ -437,52 +436,29 @@ class Sharded:
 
     # ---- state ---------------------------------------------------------------------------------
 
-    def file(self) -> None:
-        """Show each parameter's state in the optimizer: whole at the owner, else its shard."""
-        state = self.optimizer.state
-        for own in self.placed:
-            if own.local is not None and own.local in self.inner.state:
-                inner = self.inner.state[own.local]
-                if own.unit is not None:
-                    state[own.parameter] = inner
-                    continue
-                shown = state[own.parameter]
-                for key, value in inner.items():
-                    if isinstance(own.parameter, DTensor) and value.shape == own.shard.shape:
-                        if key not in shown or local_part(shown[key]) is not value:
-                            shown[key] = _as_shard(value, own.parameter)
-                    else:
-                        shown[key] = value
-            elif own.steps:
-                state[own.parameter]["step"] = torch.tensor(float(own.steps))
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state dict; every process calls it."""
+        return packed(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state dict, whole or sharded in any way; every process calls it."""
+        load(self, state_dict)
+
+    def refuse_copies(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError(
+            "a QuotientAdam of sharded parameters is tied to its processes and cannot be "
+            "copied or pickled; save state_dict() with torch.distributed.checkpoint"
+        )
 
 
-def common_group(parameters: Sequence[Tensor]) -> tuple[Any, DeviceMesh]:
-    """The process group of the largest mesh of some parameters, and that mesh.
-
-    Raises
-    ------
-    ValueError
-        If the mesh of another parameter has processes outside it.
-    """
-    meshes: list[DeviceMesh] = []
-    for parameter in parameters:
-        if isinstance(parameter, DTensor) and parameter.device_mesh not in meshes:
-            meshes.append(parameter.device_mesh)
-    largest = max(meshes, key=lambda mesh: mesh.size())
-    ranks = sorted(largest.mesh.flatten().tolist())
-    for mesh in meshes:
-        if not set(mesh.mesh.flatten().tolist()) <= set(ranks):
-            raise ValueError(
-                f"parameters are on meshes of the processes {ranks} and "
-                f"{sorted(mesh.mesh.flatten().tolist())}, of which neither holds the other; make "
-                "one optimizer for each"
-            )
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD, largest
-    if largest.ndim == 1:
-        return largest.get_group(), largest
-    return dist.new_group(ranks, use_local_synchronization=True), largest
+def planned(optimizer: QuotientAdam, before: Sharded | None) -> Sharded:
+    """The step of an optimizer's parameters as they are now; the state of an earlier one moves."""
+    saved = None if before is None else collect(before)
+    sharded = Sharded(optimizer)
+    if saved:
+        restore(sharded, saved, optimizer.param_groups)
+    return sharded
 
 
 def refuse_options(param_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -522,15 +498,3 @@ def _copy(shard: Tensor, part: Tensor) -> Callable[[], object]:
 
 def _decay_and_add(shard: Tensor, part: Tensor, decay: float | Tensor) -> Callable[[], object]:
     return lambda: shard.mul_(decay).add_(part)
-
-
-def _as_shard(local: Tensor, parameter: DTensor) -> DTensor:
-    """A DTensor placed as a parameter is, of this process's part."""
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
 
-from quotientopt.optim.ownership import Placed
-from quotientopt.optim.parcels import local_part
+from quotientopt.optim.ownership import Placed, local_part
+from quotientopt.optim.saved import arranged, with_names
+from quotientopt.optim.symmetric_optimizer import full_precision
 
 if TYPE_CHECKING:
     from quotientopt.optim.sharded import Sharded
@@ -72,6 +75,42 @@ def collect(sharded: Sharded) -> dict[int, dict[str, Any]]:
     return found
 
 
+def packed(sharded: Sharded) -> dict[str, Any]:
+    """A state dict of the optimizer, all of whose tensors are DTensors; every process calls it."""
+    optimizer = sharded.optimizer
+    state, optimizer.state = optimizer.state, defaultdict(dict)
+    try:
+        given = Optimizer.state_dict(optimizer)
+    finally:
+        optimizer.state = state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = collect(sharded)
+    own = {i: found[id(p)] for i, p in enumerate(parameters) if id(p) in found}
+    return with_names(given | {"state": own}, optimizer._names_of_groups())
+
+
+def load(sharded: Sharded, state_dict: Mapping[str, Any]) -> None:
+    """Take over a state dict and its options; every process calls it.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit; the optimizer is then as it was.
+    """
+    optimizer = sharded.optimizer
+    given = arranged(state_dict, optimizer._names_of_groups(), type(optimizer).__name__)
+    groups, state = given["param_groups"], given["state"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError("the saved param groups have other numbers of parameters")
+    order = [i for group in groups for i in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = {id(p): state.get(i, {}) for i, p in zip(order, parameters, strict=True)}
+    with full_precision():
+        restore(sharded, saved, groups)
+    for group, loaded in zip(optimizer.param_groups, sharded.inner.param_groups, strict=True):
+        group.update({k: v for k, v in loaded.items() if k != "params"})
+
+
 def restore(
     sharded: Sharded, saved: Mapping[int, Mapping[str, Any]], groups: Sequence[Any]
 ) -> None:
@@ -107,17 +146,17 @@ def restore(
         if own.local is not None and values:
             state[index[id(own.local)]] = values
     start = 0
-    packed = []
+    own_groups = []
     for group, own_group in zip(groups, inner.param_groups, strict=True):
         stop = start + len(own_group["params"])
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        packed.append(options | {"params": list(range(start, stop))})
+        own_groups.append(options | {"params": list(range(start, stop))})
         start = stop
     before = inner.state, inner.param_groups
     problem: Exception | None = None
     sharded.hold()
     try:
-        inner.load_state_dict({"state": state, "param_groups": packed})
+        inner.load_state_dict({"state": state, "param_groups": own_groups})
     except Exception as found:
         problem = found
     failed = torch.tensor(float(problem is not None), device=sharded.device)
@@ -133,7 +172,27 @@ def restore(
     for own in sharded.placed:
         own.steps = counts[id(own.parameter)]
     sharded.optimizer.state.clear()
-    sharded.file()
+    show(sharded)
+
+
+def show(sharded: Sharded) -> None:
+    """Show each parameter's state in the optimizer: whole at the owner, else its shard."""
+    state = sharded.optimizer.state
+    for own in sharded.placed:
+        if own.local is not None and own.local in sharded.inner.state:
+            inner = sharded.inner.state[own.local]
+            if own.unit is not None:
+                state[own.parameter] = inner
+                continue
+            shown = state[own.parameter]
+            for key, value in inner.items():
+                if isinstance(own.parameter, DTensor) and value.shape == own.shard.shape:
+                    if key not in shown or local_part(shown[key]) is not value:
+                        shown[key] = _as_shard(value, own.parameter)
+                else:
+                    shown[key] = value
+        elif own.steps:
+            state[own.parameter]["step"] = torch.tensor(float(own.steps))
 
 
 def _part_of(sharded: Sharded, value: Tensor, own: Placed, key: str) -> Tensor:
@@ -176,3 +235,15 @@ def _sharded_along_longest(tensor: Tensor, parameter: Tensor) -> Tensor:
 def _whole_of(value: Any) -> Any:
     """All of a saved value, which every process asks for."""
     return local_part(value.full_tensor()) if isinstance(value, DTensor) else value
+
+
+def _as_shard(local: Tensor, parameter: DTensor) -> DTensor:
+    """A DTensor placed as a parameter is, of this process's part."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

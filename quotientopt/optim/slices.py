@@ -1,4 +1,7 @@
-"""Slices: the pieces of a model's parameters that are updated in frames of their own."""
+"""Slices: the pieces of a model's parameters that are updated in frames of their own.
+
+:func:`find_slices` cuts them; :func:`signature_of` tells when that has to be done again.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,29 @@
-"""The state of QuotientAdam: what is saved, loaded and taken over."""
+"""The state of QuotientAdam: what is loaded, refused, taken over by stacks, and filed.
+
+Of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, shape ``(M, heads, r,
+n)`` (M > 1 for grouped queries; a matrix without head frame has ``(1, 1, rows, d)``, one whose
+heads share a frame ``(M, 1, heads r, n)``); ``head_frame``, ``head_covariance`` of shape ``(heads,
+r, r)``, or ``(1, heads r, heads r)``; ``residual_frame``, ``residual_covariance`` of shape ``(d,
+d)``. Where several blocks share a fused parameter, keys end in ``.0``, ``.1``, …. A factor of a
+LoRA pair has ``exp_avg`` and ``exp_avg_sq`` of shape ``(r, n)``, ``head_frame`` and
+``head_covariance`` of shape ``(r, r)`` and ``partner_coordinates``, of the shape ``(r, m)`` of its
+partner, which do not change with the gauge either.
+
+What of a state dict can be told without a plan of the parameters is looked at before, in
+:mod:`quotientopt.optim.saved`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +32,9 @@ from torch import Tensor
 from quotientopt._linalg import compute_dtype, wide
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.low_rank_pairs import LowRankPairs
-from quotientopt.optim.saved import problem_of
-from quotientopt.optim.slices import Slice
+from quotientopt.optim.saved import problem_of, refuse_unfit
+from quotientopt.optim.slices import Slice, Slices
+from quotientopt.optim.update import keeps_wide
 
 # Before the suffix of blocks of a fused parameter.
 KEYS = (
@@ -29,7 +51,53 @@ KEYS = (
 )
 
 
-PLAIN_KEYS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PLAIN_KEYS = ("step", *MOMENTS)
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+def follow_version(group: dict[str, Any]) -> None:
+    """Give a param group of version 0.1.0 the options with which its state goes on."""
+    if "head_frame" in group and "row_frame" not in group:
+        group["row_frame"] = "per_head"
+        group["polar"] = "step" if group["polar"] else False
+        group["update_scale"], group["precision"] = 1.0, "highest"
+
+
+def settle(
+    state: MutableMapping[Tensor, dict[str, Any]],
+    param_groups: Sequence[Mapping[str, Any]],
+    loaded: Mapping[str, Any],
+    slices: Slices,
+    name_of: Callable[[Tensor], str],
+) -> None:
+    """Check a state that torch has loaded, and undo its cast where float32 is needed.
+
+    Parameters
+    ----------
+    state, param_groups
+        The optimizer's, as torch has loaded them; the state is changed.
+    loaded : mapping
+        The state dict that was given.
+    slices : Slices
+        Of all parameters with a state.
+    name_of : callable
+        Name of a parameter.
+
+    Raises
+    ------
+    ValueError
+        Naming parameter and entry.
+    """
+    plain = [parameter for own in slices.plain for parameter in own]
+    refuse_framed_state(plain, state, name_of)
+    refuse_unfit(plain, state, PLAIN_KEYS, name_of, optional=("master",))
+    refuse_singular_frames(slices.framed, state)
+    wide = {id(slice_.parameter) for slice_ in (*slices.framed, *slices.transported)}
+    for group in param_groups:
+        wide |= {id(p) for p in group["params"] if keeps_wide(group, p)}
+    restore_precision(state, param_groups, loaded, wide)
 
 
 def restore_precision(
@@ -132,12 +200,55 @@ class Entry(NamedTuple):
     tensor: Tensor
 
 
-def adopt(
-    entries: Sequence[Entry],
-    buckets: Sequence[Bucket],
-    pairs: Sequence[LowRankPairs],
-    state: Mapping[Tensor, dict[str, Any]],
-) -> None:
+def entries_of(buckets: Sequence[Bucket]) -> Iterator[Entry]:
+    """Every tensor of the state of buckets, under each slice that needs it."""
+    for bucket in buckets:
+        for i, slice_ in enumerate(bucket.slices):
+            for key, stack in bucket.state.items():
+                yield Entry(slice_, key, stack[i])
+            if bucket.heads is not None:
+                place = bucket.heads.place(slice_)
+                yield Entry(slice_, "head_frame", bucket.heads.frame[place])
+                yield Entry(slice_, "head_covariance", bucket.heads.covariance[place])
+            if bucket.shared is not None:
+                yield Entry(slice_, "residual_frame", bucket.shared.frame)
+                yield Entry(slice_, "residual_covariance", bucket.shared.covariance)
+
+
+def filed(
+    buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State
+) -> tuple[list[Entry], dict[Tensor, Tensor]]:
+    """Make an optimizer's state views of the stacked tensors.
+
+    Returns
+    -------
+    list of Entry
+        The moments, whose keys have their suffix: by them a state is known that others replaced.
+    dict of Tensor to Tensor
+        Parameter to its count of updates, of those that are kept on the host.
+    """
+    moments = []
+    steps_on_host: dict[Tensor, Tensor] = {}
+    for slice_, key, tensor in entries_of(buckets):
+        state[slice_.parameter][key + slice_.suffix] = tensor
+        if key in MOMENTS:
+            moments.append(Entry(slice_, key + slice_.suffix, tensor))
+    for bucket in buckets:
+        for i, slice_ in enumerate(bucket.slices):
+            own = state[slice_.parameter]
+            if bucket.device_steps is not None:
+                own["step"] = bucket.device_steps[i]
+            else:
+                own["step"] = torch.as_tensor(own.get("step", 0.0), dtype=torch.float32)
+                steps_on_host[slice_.parameter] = own["step"]
+    for slice_, key, tensor in (entry for own in pairs for entry in own.entries()):
+        state[slice_.parameter][key] = tensor
+        if key in MOMENTS:
+            moments.append(Entry(slice_, key, tensor))
+    return moments, steps_on_host
+
+
+def adopt(buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State) -> None:
     """Fill new buckets and pairs with the state of their slices.
 
     Slices of one side share a frame. One that was frozen for a while remembers an older frame
@@ -150,6 +261,7 @@ def adopt(
         If a saved tensor has another shape: the state is not that of QuotientAdam with the same
         options on the same model. Buckets and pairs are of no use then.
     """
+    entries = list(entries_of(buckets))
     of_pairs = [entry for own in pairs for entry in own.entries()]
     for slice_, key, tensor in [*entries, *of_pairs]:
         own = state.get(slice_.parameter, {})
@@ -202,7 +314,7 @@ def adopt(
 
 def refuse_framed_state(
     parameters: Iterable[Tensor],
-    state: Mapping[Tensor, dict[str, Any]],
+    state: State,
     name_of: Callable[[Tensor], str],
 ) -> None:
     """Refuse to go on in plain coordinates with moments that are written in a frame.
@@ -221,7 +333,7 @@ def refuse_framed_state(
                 )
 
 
-def steps_of(slice_: Slice, state: Mapping[Tensor, dict[str, Any]]) -> int:
+def steps_of(slice_: Slice, state: State) -> int:
     """Updates that a slice's parameter has seen."""
     return int(state.get(slice_.parameter, {}).get("step", 0))
 

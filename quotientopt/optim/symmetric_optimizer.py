@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quotientopt.optim.checks import refuse_foreign_symmetries, refuse_partitions
 from quotientopt.optim.saved import (
     NAMES,
     arranged,
@@ -346,3 +346,42 @@ def loss_of(closure: Any) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+def refuse_foreign_symmetries(
+    param_groups: Sequence[Mapping[str, Any]], symmetries: SymmetryMap
+) -> None:
+    """Refuse symmetries of another model, which would silently leave plain steps."""
+    own = {id(p) for group in param_groups for p in group["params"]}
+    known = {id(b.parameter) for s in symmetries.heads for b in s.blocks}
+    if symmetries.residual is not None:
+        known |= {id(p) for p in symmetries.residual.parameters.values()}
+    if known and not known & own:
+        raise ValueError(
+            "the symmetries belong to another model: none of its parameters is in the "
+            "optimizer; pass find_symmetries(model) of the model that is trained"
+        )
+
+
+_ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+def refuse_partitions() -> None:
+    """Refuse to be made by ZeroRedundancyOptimizer, which gives each process some parameters.
+
+    Raises
+    ------
+    ValueError
+        With the reason and the way out.
+    """
+    if _ZERO_REDUNDANCY not in sys.modules:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ZERO_REDUNDANCY:
+            raise ValueError(
+                "ZeroRedundancyOptimizer deals parameters out one by one, which cuts pairs, and "
+                "lets every process clip and refuse steps by itself; shard with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), where pairs stay whole"
+            )
+        frame = frame.f_back  # type: ignore[assignment]

@@ -5,17 +5,23 @@
     D = m̂ / (√v̂ + ε)
     W ← (1 − ηλ) W − η uᵀ p(D) Qᵀ
 
-The letters are those of docs/quotient_adam.md. In this order: covariances and frames, Adam, polar
-step, rounding. The plain form, one matrix at a time, is :mod:`quotientopt.optim.reference`.
+The letters are those of docs/quotient_adam.md. In this order: products, covariances and frames,
+clipping, Adam, rounding; at the end torch's AdamW for parameters without frames. The polar factor p
+has its own module, :mod:`quotientopt.optim.polar`; the plain form, one matrix at a time, is
+:mod:`quotientopt.optim.reference`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+
+from quotientopt._linalg import compute_dtype
 
 Product = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = ("highest", "high", "fast")
@@ -50,6 +56,27 @@ def products_at(precision: str, dtype: torch.dtype, device: torch.device) -> Ite
             torch.set_float32_matmul_precision(before)
     else:
         yield torch.matmul
+
+
+def two_sided(
+    left: Tensor | None, middle: Tensor, right: Tensor | None, multiply: Product = torch.matmul
+) -> Tensor:
+    """``left @ middle @ right`` of a stack of slices; None is the identity.
+
+    Parameters
+    ----------
+    left : Tensor, optional
+        Shape ``(L, heads, r, r)``.
+    middle : Tensor
+        Shape ``(L, M, heads, r, n)``.
+    right : Tensor, optional
+        Shape ``(L, n, n)``.
+    """
+    if left is not None:
+        middle = multiply(left.unsqueeze(1), middle)
+    if right is None:
+        return middle
+    return multiply(middle.flatten(1, -2), right).unflatten(1, middle.shape[1:-1])
 
 
 def ema_(average: Tensor, new: Tensor, beta: float, gate: Tensor | None = None) -> None:
@@ -241,241 +268,6 @@ def direction(
     return mean.div_(exp_avg_sq.sqrt().add_(eps * root))
 
 
-# Odd polynomial of degree 9 that is nearest to one on [0.1, 1] (largest error 0.26), by Lawson's
-# algorithm; its slope at zero is 7.9, so that smaller singular values grow alike.
-COEFFICIENTS = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
-
-
-def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A symmetric P for which ``matrix @ P`` has nearly equal singular values.
-
-    The polar factor of X = U Σ Vᵀ is U Vᵀ = X (XᵀX)^{-1/2}. Here X P = U p(Σ/s) Vᵀ s' with an odd
-    polynomial p close to one, so that P is a polynomial of G = XᵀX and takes two products of its
-    size. s = ‖G‖_F^{1/2}, the Schatten 4-norm of X, bounds the largest singular value, far more
-    tightly than the Frobenius norm. P moves with rotations of the columns, P ↦ RᵀPR, and ignores
-    those of the rows: nothing is lost of an optimizer's equivariance.
-
-    Parameters
-    ----------
-    matrix : Tensor
-        X, shape ``(L, rows, columns)``; best with rows ≥ columns.
-
-    Returns
-    -------
-    factor : Tensor
-        P, shape ``(L, columns, columns)``, up to a positive scale.
-    size : Tensor
-        ‖X‖_F, shape ``(L, 1, 1)``.
-    """
-    gram = matrix.mT @ matrix
-    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
-    return _polynomial(_normalised(gram)), size
-
-
-def row_polar_factor(matrix: Tensor) -> Tensor:
-    """The same on the rows, scaled: ``P X`` is made nearly equal and has the Frobenius norm of X.
-
-    For few rows: ‖P X‖² = ⟨P G, P⟩ with G = XXᵀ costs next to nothing then.
-
-    Parameters
-    ----------
-    matrix : Tensor
-        X, shape ``(…, rows, columns)``.
-
-    Returns
-    -------
-    Tensor
-        P, shape ``(…, rows, rows)``.
-    """
-    gram = _normalised(matrix @ matrix.mT)
-    before = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    # A copy: the polynomial is made in place.
-    factor = _polynomial(gram.clone())
-    after = (factor @ gram).mul_(factor).sum((-2, -1))
-    scale = (before / after.clamp_min(torch.finfo(gram.dtype).tiny)).sqrt_()
-    return factor.mul_(scale[..., None, None])
-
-
-def _normalised(gram: Tensor) -> Tensor:
-    """Over its Frobenius norm, in place; first over its largest entry, which may be tiny."""
-    tiny = torch.finfo(gram.dtype).tiny
-    gram.div_(gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None].clamp_min(tiny))
-    return gram.div_(torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(tiny))
-
-
-def _polynomial(gram: Tensor) -> Tensor:
-    """p(√G)/√G with the odd p of `COEFFICIENTS`; changes its argument."""
-    c1, c3, c5, c7, c9 = COEFFICIENTS
-    square = gram @ gram
-    factor = (c3 * gram).add_(square, alpha=c5)
-    factor.diagonal(dim1=-2, dim2=-1).add_(c1)
-    return factor.add_(square @ gram.mul_(c7).add_(square, alpha=c9))
-
-
-# Odd polynomials of degrees 9, 9 and 5 whose composition is nearest to one on [0.01, 1], largest
-# error 0.0301: each minimises the largest error on the range of the one before, by linear
-# programming (benchmarks/polar_composition.py; for quintics: Amsel et al., arXiv 2505.16932).
-COMPOSITION = (
-    (13.9100579, -132.7784935, 438.521347, -561.6110044, 243.8191253),
-    (4.823693, -10.7107304, 9.5069818, -3.3921442, 0.4162188),
-    (2.0247417, -1.4078937, 0.391107),
-)
-
-
-def polar_factor_of_gram(gram: Tensor) -> Tensor:
-    """P for which P X is nearly the polar factor of X, from ``G = X Xᵀ``; up to a positive scale.
-
-    The polynomials p of `COMPOSITION` are applied one after the other, ``R ← q(R)² R`` and
-    ``P ← q(R) P`` with q(σ²) = p(σ)/σ, at eleven products of the size of G. Singular values are
-    taken over their Schatten 8-norm ``‖G²‖_F^{1/4}``, which G² gives for nothing and which bounds
-    the largest one, within a factor of two for up to 256 of them. Those above a hundredth of it end
-    within 3 % of one. Rotations go through: G ↦ O G Oᵀ gives O P Oᵀ.
-
-    Parameters
-    ----------
-    gram : Tensor
-        Symmetric, shape ``(…, k, k)``; best the smaller of the two.
-    """
-    tiny = torch.finfo(gram.dtype).tiny
-    gram = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(tiny)
-    square = gram @ gram
-    bound = torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny)
-    gram, square = gram / bound.sqrt(), square / bound
-    factor = None
-    for place, coefficients in enumerate(COMPOSITION):
-        if place:
-            square = gram @ gram
-        first, second, third, *higher = coefficients
-        step = (second * gram).add_(square, alpha=third)
-        step.diagonal(dim1=-2, dim2=-1).add_(first)
-        if higher:
-            step = step + square @ (higher[0] * gram).add_(square, alpha=higher[1])
-        factor = step if factor is None else step @ factor
-        if place < len(COMPOSITION) - 1:
-            gram = step @ step @ gram
-    assert factor is not None
-    return factor
-
-
-# The same of degree 5 throughout, largest error 0.0494, with 0.02 of room for rounding in between.
-NARROW_COMPOSITION = (
-    (8.0933688, -23.620431, 17.4461522),
-    (3.7728237, -2.8198734, 0.5476912),
-    (2.9629355, -2.2178883, 0.4795129),
-    (2.0897044, -1.4721827, 0.3978229),
-)
-
-
-def polar_factor_by_narrow_products(matrix: Tensor, multiply: Product) -> Tensor:
-    """Nearly the polar factor of X, the quintics of `NARROW_COMPOSITION` applied to X itself.
-
-    A Gram matrix in narrow arithmetic holds nothing of singular values whose squares are below its
-    rounding, and the recursion on it fails; X itself loses only those below the rounding. Large
-    coefficients would amplify it.
-
-    Parameters
-    ----------
-    matrix : Tensor
-        X of entries at most one, shape ``(L, rows, columns)`` with rows ≤ columns.
-    multiply : callable
-    """
-    tiny = torch.finfo(matrix.dtype).tiny
-    X = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(tiny)
-    for place, (first, third, fifth) in enumerate(NARROW_COMPOSITION):
-        gram = multiply(X, X.mT)
-        square = multiply(gram, gram)
-        if not place:
-            # The Schatten 8-norm, with room for rounding.
-            bound = 1.02 * torch.linalg.matrix_norm(square, keepdim=True).pow(0.25).clamp_min(tiny)
-            X, gram, square = X / bound, gram / bound**2, square / bound**4
-        X = first * X + multiply((third * gram).add_(square, alpha=fifth), X)
-    return X
-
-
-def polar_direction(
-    matrix: Tensor, right: Tensor | None, multiply: Product = torch.matmul
-) -> Tensor:
-    """The polar factor of D at the size of D, ``‖D‖_F U Vᵀ/‖U Vᵀ‖_F``, times a rotation.
-
-    Parameters
-    ----------
-    matrix : Tensor
-        D = U Σ Vᵀ, shape ``(L, rows, columns)``.
-    right : Tensor, optional
-        Orthogonal, shape ``(L, columns, columns)``; folded into one product with P.
-    """
-    tiny = torch.finfo(matrix.dtype).tiny
-    # After many gradients of zero D is so small that its Gram would be rounding.
-    largest = torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1), keepdim=True)
-    unit = matrix / largest.clamp_min(tiny)
-    tall = matrix.size(1) >= matrix.size(2)
-    if multiply is not torch.matmul:
-        size = torch.linalg.matrix_norm(unit, keepdim=True)
-        result = polar_factor_by_narrow_products(unit.mT if tall else unit, multiply)
-        result = result.mT if tall else result
-        result = result if right is None else multiply(result, right)
-    else:
-        gram = unit.mT @ unit if tall else unit @ unit.mT
-        size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
-        factor = polar_factor_of_gram(gram)
-        if tall:
-            result = unit @ (factor if right is None else factor @ right)
-        else:
-            result = factor @ unit
-            result = result if right is None else result @ right
-    norm = torch.linalg.matrix_norm(result, keepdim=True).clamp_min(tiny)
-    return result.mul_(largest * size / norm)
-
-
-def orthogonalise(matrix: Tensor, right: Tensor | None, multiply: Product = torch.matmul) -> Tensor:
-    """Make singular values nearly equal, keep the Frobenius norm, and multiply from the right.
-
-    Parameters
-    ----------
-    matrix : Tensor
-        X, shape ``(L, rows, columns)``.
-    right : Tensor, optional
-        Orthogonal, shape ``(L, columns, columns)``; folded into one product with P.
-
-    Returns
-    -------
-    Tensor
-        Shape ``(L, rows, columns)``.
-    """
-    if matrix.size(1) >= matrix.size(2):
-        factor, size = polar_factor(matrix)
-        orthogonal = multiply(matrix, factor if right is None else multiply(factor, right))
-    else:
-        factor, size = polar_factor(matrix.mT)
-        orthogonal = multiply(factor, matrix)
-        orthogonal = orthogonal if right is None else multiply(orthogonal, right)
-    tiny = torch.finfo(orthogonal.dtype).tiny
-    return orthogonal.mul_(
-        size / torch.linalg.matrix_norm(orthogonal, keepdim=True).clamp_min(tiny)
-    )
-
-
-def two_sided(
-    left: Tensor | None, middle: Tensor, right: Tensor | None, multiply: Product = torch.matmul
-) -> Tensor:
-    """``left @ middle @ right`` of a stack of slices; None is the identity.
-
-    Parameters
-    ----------
-    left : Tensor, optional
-        Shape ``(L, heads, r, r)``.
-    middle : Tensor
-        Shape ``(L, M, heads, r, n)``.
-    right : Tensor, optional
-        Shape ``(L, n, n)``.
-    """
-    if left is not None:
-        middle = multiply(left.unsqueeze(1), middle)
-    if right is None:
-        return middle
-    return multiply(middle.flatten(1, -2), right).unflatten(1, middle.shape[1:-1])
-
-
 def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to one of the two nearest numbers of ``dtype``, at odds that keep the mean.
 
@@ -502,3 +294,97 @@ def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:
     odds = (values - back).abs() / gap
     take = (torch.rand_like(values) < odds) & other.isfinite()
     return torch.where(take, other, nearest)
+
+
+def keeps_wide(group: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether to compute with, and keep state for, a wider copy of a parameter.
+
+    Where options ask for it, and in float16, whose smallest number is above ε and g².
+    """
+    wanted = group["master_weights"] or group["stochastic_rounding"]
+    wanted = wanted or parameter.dtype == torch.float16
+    return bool(wanted) and compute_dtype(parameter.dtype) != parameter.dtype
+
+
+def working_copy(parameter: Tensor, own: Mapping[str, Any]) -> Tensor:
+    """The parameter's master; where it was written to in the meantime, or has none, itself."""
+    wide = parameter.detach().to(compute_dtype(parameter.dtype))
+    if "master" not in own:
+        return wide
+    master = own["master"]
+    return torch.where(master.to(parameter.dtype) == parameter, master, wide)
+
+
+def adamw_step(
+    group: dict[str, Any],
+    parameters: Sequence[Tensor],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    scale: Tensor | None,
+    gate: Tensor | None = None,
+) -> None:
+    """One step of torch's AdamW on ``parameters``, all of which have a gradient.
+
+    Parameters
+    ----------
+    group : dict
+        Hyperparameters.
+    parameters : sequence of Tensor
+    state : mapping
+        The optimizer's state; made as torch makes it where missing.
+    scale : Tensor, optional
+        Factor of the gradients, from clipping.
+    gate : Tensor, optional
+        One, or zero for a step that may change nothing.
+    """
+    if not parameters:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if scale is not None:
+        gradients = [gradient * scale.to(gradient) for gradient in gradients]
+    working = [
+        working_copy(parameter, state[parameter]) if keeps_wide(group, parameter) else parameter
+        for parameter in parameters
+    ]
+    gradients = [grad.to(copy.dtype) for grad, copy in zip(gradients, working, strict=True)]
+    for parameter, copy in zip(parameters, working, strict=True):
+        own = state[parameter]
+        if "exp_avg" not in own:
+            double = torch.get_default_dtype() == torch.float64
+            own["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+            if group["capturable"] or gate is not None:
+                own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                own[key] = torch.zeros_like(copy, memory_format=torch.preserve_format)
+        for key in ("exp_avg", "exp_avg_sq"):
+            # The parameter may have another dtype than it had.
+            own[key] = own[key].to(copy.dtype)
+    states = [state[parameter] for parameter in parameters]
+    on_host = parameters[0].device.type == "cpu"
+    adamw(
+        working,
+        gradients,
+        [own["exp_avg"] for own in states],
+        [own["exp_avg_sq"] for own in states],
+        [],
+        [own["step"] for own in states],
+        foreach=group["foreach"] if gate is None else None,
+        # Only the fused form can be told on the device to leave everything as it is.
+        fused=None if gate is None else True,
+        found_inf=None if gate is None else (1 - gate).float(),
+        capturable=group["capturable"] and not on_host,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        has_complex=any(torch.is_complex(p) for p in parameters),
+    )
+    for parameter, copy in zip(parameters, working, strict=True):
+        if copy is parameter:
+            continue
+        if group["master_weights"]:
+            state[parameter]["master"] = copy
+        stochastic = group["stochastic_rounding"]
+        parameter.copy_(round_stochastically(copy, parameter.dtype) if stochastic else copy)

@@ -13,8 +13,7 @@ from quotientopt.compare.optimizers import FIRST_EDITION
 from quotientopt.compare.protocol import Protocol, Trial
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.optim import buckets as bucket
-from quotientopt.optim import engine
-from quotientopt.optim import update as polar
+from quotientopt.optim import engine, polar
 from tests.optim.training import small_model, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -292,7 +292,7 @@ def test_channels_that_are_nearly_zero(name, size):
 
 
 def test_control_of_channels_that_are_nearly_zero(monkeypatch):
-    monkeypatch.setattr("quotientopt.optim.frames.LEAST_RATIO", 0.0)
+    monkeypatch.setattr("quotientopt.optim.dressing.LEAST_RATIO", 0.0)
     model = small_model()
     places = channel(model.blocks[1].attention)
     with torch.no_grad():

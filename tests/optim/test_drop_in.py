@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.optim import update as polar
-from quotientopt.optim.update import polar_factor, row_polar_factor
+from quotientopt.optim import polar
+from quotientopt.optim.polar import polar_factor, row_polar_factor
 from tests.optim.training import batches, loss_of, small_model, train
 
 OPTIMIZERS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quotientopt.optim.update import (
+from quotientopt.optim.polar import (
     orthogonalise,
     polar_direction,
     polar_factor_of_gram,

@@ -5,8 +5,8 @@ import torch
 
 import quotientopt as qo
 from quotientopt.groups import GL, O, RotaryCommutant
+from quotientopt.optim.checks import PAIR_METRICS
 from quotientopt.optim.pairs import (
-    PAIR_METRICS,
     dressed_gradient,
     horizontal_component,
     measure,

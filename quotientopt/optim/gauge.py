@@ -1,8 +1,9 @@
-"""The affine part of the gauge in a step: biases of values that the output bias can take.
+"""The gauge in an optimizer: translations of biases in a step, elements that move its state.
 
-``b_V ↦ b_V + t``, ``b_O ↦ b_O − Σ_h W_O t`` changes nothing that a model computes, which depends
-on ``W_O``, ``W_V`` and the effective bias ``β = b_O + Σ_h W_O b_V`` alone. A step on the raw
-parameters sees t: the derivative along W_O at fixed b_O is not that at fixed β. So
+**Translations.** ``b_V ↦ b_V + t``, ``b_O ↦ b_O − Σ_h W_O t`` changes nothing that a model
+computes, which depends on ``W_O``, ``W_V`` and the effective bias ``β = b_O + Σ_h W_O b_V`` alone.
+A step on the raw parameters sees t: the derivative along W_O at fixed b_O is not that at fixed β.
+So
 
     ∂_{W_O} ← ∂_{W_O} − ∂_{b_O} b_Vᵀ                     before the step (at fixed β),
     b_O ← b_O + (1 − ηλ) Σ_h W_O b_V − Σ_h W_O' b_V'     after it: β moves as Adam moves b_O.
@@ -12,21 +13,24 @@ makes it λβ, and the factor 1 − ηλ is left out.
 
 Grams leave translated biases out (:func:`seen_blocks`); the bias of keys, which softmax drops,
 needs nothing else: its gradient vanishes.
+
+**Elements.** What moves the parameters may move the state along only where it has a law of
+transformation; the refusals are at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide
-from quotientopt.optim.plain import keeps_wide, working_copy
-from quotientopt.optim.slices import takes_part
-from quotientopt.optim.update import round_stochastically
-from quotientopt.symmetries import Block, HeadSymmetry
+from quotientopt.optim.slices import SIDES, Slices, takes_part
+from quotientopt.optim.update import keeps_wide, round_stochastically, working_copy
+from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 
 class Held(NamedTuple):
@@ -184,3 +188,127 @@ def _put_out(symmetry: HeadSymmetry) -> Tensor:
     b = wide(bias.view()).squeeze(-1)
     outputs = [torch.einsum("hrd,hr->d", wide(left), b) for left in symmetry.left]
     return torch.stack(outputs).sum(0)
+
+
+def refuse_unmovable(
+    element: Mapping[str, Tensor], symmetries: SymmetryMap, slices: Slices
+) -> None:
+    """Refuse to move state that has no law of transformation: that of plain Adam.
+
+    Raises
+    ------
+    ValueError
+        If the element names an unknown symmetry, or acts on parameters without the frame that
+        would make their state dressed.
+    """
+    known = {symmetry.name: symmetry for symmetry in symmetries.heads}
+    covered = {(slice_.symmetry.name, slice_.side) for slice_ in slices.framed if slice_.symmetry}
+    unturned = {id(slice_.parameter) for slice_ in slices.framed if not slice_.residual}
+    unturned |= {id(slice_.parameter) for slice_ in slices.transported}
+    plain = {id(parameter) for parameters in slices.plain for parameter in parameters}
+    framed = {id(slice_.parameter) for slice_ in slices.framed}
+    for name in element:
+        blocked: list[str] = []
+        if name == RESIDUAL and symmetries.residual is not None:
+            symmetries.residual.check_element(element[name])
+            stream = symmetries.residual.parameters
+            blocked = [n for n, p in stream.items() if id(p) in plain | unturned]
+        elif name in known:
+            known[name].check_element(element[name])
+            sides = (known[name].left_blocks, known[name].right_blocks)
+            blocked = [
+                block.name
+                for side, blocks in zip(SIDES, sides, strict=True)
+                for block in blocks
+                if (name, side) not in covered and id(block.parameter) in plain | framed
+            ]
+        elif (translated := _translated(name, symmetries)) is not None:
+            translated.check_translation(element[name])
+        else:
+            _refuse_lawless(name, symmetries)
+        if blocked:
+            raise ValueError(
+                f"cannot move the optimizer's state by {name!r}: that of {blocked[0]!r} is plain "
+                "Adam's and depends on the gauge; use a head_frame and a residual_frame"
+            )
+
+
+def refuse_untaken_translations(
+    element: Mapping[str, Tensor],
+    symmetries: SymmetryMap,
+    absorbed: Iterable[tuple[HeadSymmetry, Any]],
+) -> None:
+    """Refuse translations of values' biases whose output bias is not trained.
+
+    Derivatives at a fixed effective bias, which the state holds otherwise, do not see them; those
+    at a fixed output bias do, and by how much the state cannot know.
+
+    Parameters
+    ----------
+    element : mapping of str to Tensor
+    symmetries : SymmetryMap
+    absorbed : iterable
+        Of :func:`absorbed_biases`.
+
+    Raises
+    ------
+    ValueError
+        Naming the translation and the output bias.
+    """
+    taken = {symmetry.name + TRANSLATION for symmetry, _ in absorbed}
+    for name in element:
+        symmetry = _translated(name, symmetries)
+        if name in taken or symmetry is None or symmetry.translation is None:
+            continue
+        sink = symmetry.translation.sink
+        if sink is not None:
+            raise ValueError(
+                f"cannot move the optimizer's state by {name!r}: {sink.name!r}, which takes the "
+                "translation, is not trained here, so that the state depends on the gauge; leave "
+                "the name out of the element"
+            )
+
+
+def _translated(name: str, symmetries: SymmetryMap) -> HeadSymmetry | None:
+    """The symmetry whose biases the part of an element of that name translates."""
+    return next(
+        (
+            symmetry
+            for symmetry in symmetries.heads
+            if symmetry.translation is not None and symmetry.name + TRANSLATION == name
+        ),
+        None,
+    )
+
+
+def _refuse_lawless(name: str, symmetries: SymmetryMap) -> NoReturn:
+    """Refuse a name that is unknown, or acts on parameters with plain state alone."""
+    if name in symmetries.names:
+        first = next(symmetry for symmetry in symmetries.linear if symmetry.name == name)
+        raise ValueError(
+            f"cannot move the optimizer's state by {name!r}: that of {first.blocks[0].name!r} is "
+            "plain and depends on the gauge; leave the name out of the element, or dress hidden "
+            "units with QuotientAdam(hidden_units=True)"
+        )
+    known = sorted(symmetry.name for symmetry in symmetries.heads)
+    raise ValueError(f"no symmetry called {name!r}; known: {known}")
+
+
+def refuse_foreign_element(element: Mapping[str, Tensor], symmetries: SymmetryMap) -> None:
+    """Refuse a group element that does not act on these symmetries.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or an element of the wrong shape or outside its group.
+    """
+    known: dict[str, HeadSymmetry] = {symmetry.name: symmetry for symmetry in symmetries.heads}
+    for name, g in element.items():
+        if name == RESIDUAL and symmetries.residual is not None:
+            symmetries.residual.check_element(g)
+        elif name in known:
+            known[name].check_element(g)
+        elif (translated := _translated(name, symmetries)) is not None:
+            translated.check_translation(g)
+        else:
+            _refuse_lawless(name, symmetries)
