@@ -20,8 +20,6 @@ except ModuleNotFoundError as error:
         f"quotientopt.geoopt needs geoopt: {install_command('geoopt')}", name="geoopt"
     ) from None
 
-from quotientopt.geoopt.factor import FactorManifold
-from quotientopt.geoopt.gram import GramManifold
-from quotientopt.geoopt.momentum import zero_momentum_
+from quotientopt.geoopt.manifolds import FactorManifold, GramManifold, zero_momentum_
 
 __all__ = ["FactorManifold", "GramManifold", "zero_momentum_"]

@@ -15,9 +15,7 @@ except ModuleNotFoundError as error:
         f"quotientopt.pymanopt needs pymanopt: {install_command('pymanopt')}", name="pymanopt"
     ) from None
 
-from quotientopt.pymanopt.factor import FactorManifold
-from quotientopt.pymanopt.gram import GramManifold
-from quotientopt.pymanopt.pair import FactorPair
+from quotientopt.pymanopt.manifolds import FactorManifold, FactorPair, GramManifold
 from quotientopt.pymanopt.problem import problem
 
 __all__ = ["FactorManifold", "FactorPair", "GramManifold", "problem"]
