@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from quotientopt.models.attention import Attention, CausalAttention
-from quotientopt.models.gpt import GPT
+from quotientopt.models.gpt import GPT, ViT
 from quotientopt.models.llama import Llama, RMSNorm
-from quotientopt.models.vit import ViT
 
 __all__ = [
     "GPT",

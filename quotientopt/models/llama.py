@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quotientopt.models.attention import CausalAttention
-from quotientopt.models.initialization import initialize_
+from quotientopt.models.attention import CausalAttention, initialize_
 
 NORM_EPS = 1e-6
 

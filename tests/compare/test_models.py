@@ -6,7 +6,7 @@ import torch
 from quotientopt import find_symmetries
 from quotientopt.models import Attention, CausalAttention, RMSNorm, reference_model
 from quotientopt.models.attention import rotary_angles, rotate
-from quotientopt.models.vit import split_patches
+from quotientopt.models.gpt import split_patches
 
 SMALL = {"vocabulary": 50, "layers": 2, "width": 32, "heads": 4, "context": 16}
 NAMES = ("gpt", "llama")
