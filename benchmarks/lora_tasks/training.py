@@ -16,7 +16,7 @@ from lora_tasks.contenders import CONTENDERS, optimizers_of
 from lora_tasks.model import Adapted
 from lora_tasks.protocol import LoraProtocol
 from lora_tasks.tasks import CLASSES, Task
-from quotientopt._progress import progress
+from quotientopt._system import progress
 from quotientopt.compare.protocol import Run, Seconds, Timing, Trial
 from quotientopt.compare.train import DivergedError, state_bytes
 from quotientopt.optim import StepRefusedError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import quotientopt as qo
-from quotientopt._files import write_atomically
+from quotientopt._system import write_atomically
 from quotientopt.flow import projected_gradient_flow
 
 FOLDER = Path(__file__).parent

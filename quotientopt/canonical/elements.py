@@ -22,8 +22,15 @@ import torch
 from torch import Tensor
 
 from quotientopt import sections
-from quotientopt._linalg import Pair, first_largest, gram, locate_first, row_signs, wide_dtype
-from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt._linalg import (
+    Pair,
+    first_largest,
+    gram,
+    locate_first,
+    orthogonal_polar_factor,
+    row_signs,
+    wide_dtype,
+)
 from quotientopt.canonical.reading import (
     BlockView,
     columns_of,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt._files import write_atomically
 from quotientopt._linalg import outside_autocast
+from quotientopt._system import write_atomically
 from quotientopt.canonical.invariants import product_singular_values
 from quotientopt.canonical.moving import PARTS
 from quotientopt.canonical.noether import imbalance_of

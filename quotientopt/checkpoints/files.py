@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from quotientopt._extras import install_command
+from quotientopt._system import install_command
 
 
 class CheckpointError(ValueError):

@@ -25,7 +25,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from quotientopt._progress import progress
+from quotientopt._system import progress
 from quotientopt.checkpoints.files import (
     Checkpoint,
     CheckpointError,

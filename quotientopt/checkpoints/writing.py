@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quotientopt._files import LockedError, locked
-from quotientopt._progress import progress
+from quotientopt._system import LockedError, locked, progress
 from quotientopt.checkpoints.files import ADAPTER, CONFIG, Checkpoint, CheckpointError, open_weights
 
 LEFT_OUT = {".git"}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._extras import install_command
+from quotientopt._system import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

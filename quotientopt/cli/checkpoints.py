@@ -70,7 +70,7 @@ def inspect(
     """Print what is known of a checkpoint and return the exit status."""
     import torch
 
-    from quotientopt._files import write_atomically
+    from quotientopt._system import write_atomically
     from quotientopt.canonical import plot_spectra, redundancy, spectra
     from quotientopt.checkpoints import (
         find_checkpoint,

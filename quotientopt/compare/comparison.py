@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quotientopt._files import LockedError, locked, write_atomically
+from quotientopt._system import LockedError, locked, write_atomically
 from quotientopt.compare import report
 from quotientopt.compare.data import IMAGES, MODEL_DEFAULTS, Task, load_task
 from quotientopt.compare.optimizers import DEFAULT_OPTIMIZERS, find_optimizers

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quotientopt._extras import install_command
+from quotientopt._system import install_command
 from quotientopt.compare.protocol import Protocol, UsageError, require
 
 Settings = Mapping[str, float]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quotientopt._extras import install_command
+from quotientopt._system import install_command
 from quotientopt._version import __version__
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quotientopt._files import write_atomically
+from quotientopt._system import write_atomically
 from quotientopt.compare.protocol import Protocol, Run, Timing, Trial, UsageError, best_run
 from quotientopt.compare.tuning import is_interior
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from quotientopt._files import write_atomically
+from quotientopt._system import write_atomically
 from quotientopt.compare.data import IMAGES, MODEL_DEFAULTS
 from quotientopt.compare.protocol import Run, Trial
 from quotientopt.compare.record import BASELINE, Record, Row, best_runs, summarize, timed_curve

@@ -6,7 +6,7 @@ package ``geoopt`` is geoopt itself, by absolute import.
 
 import warnings
 
-from quotientopt._extras import install_command
+from quotientopt._system import install_command
 
 try:
     with warnings.catch_warnings():

@@ -12,8 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import check_square, locate_first, skew_part, standard_normal
-from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt._linalg import (
+    check_square,
+    locate_first,
+    orthogonal_polar_factor,
+    skew_part,
+    standard_normal,
+)
 from quotientopt.groups.base import StructureGroup
 from quotientopt.groups.classical import GL, O, log_spaced
 from quotientopt.groups.rotary import Commutant, RotaryCommutant

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import check_square, locate_first, standard_normal
-from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt._linalg import check_square, locate_first, orthogonal_polar_factor, standard_normal
 from quotientopt.groups.base import StructureGroup
 from quotientopt.groups.classical import log_spaced, random_conditioned
 

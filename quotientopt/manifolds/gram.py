@@ -12,11 +12,12 @@ from quotientopt._linalg import (
     compute_dtype,
     frobenius_inner,
     gram,
+    orthogonal_polar_factor,
     safe_root,
+    solve_lyapunov,
     standard_normal,
     wide,
 )
-from quotientopt._lyapunov import orthogonal_polar_factor, solve_lyapunov
 from quotientopt.groups import O, StabilizerOfOnes, StructureGroup
 from quotientopt.manifolds.base import (
     QuotientManifold,

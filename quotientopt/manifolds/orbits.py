@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from quotientopt import sections
-from quotientopt._linalg import Pair, frobenius_inner, gram, safe_root
-from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt._linalg import Pair, frobenius_inner, gram, orthogonal_polar_factor, safe_root
 from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
 from quotientopt.sections.factor import dress
 

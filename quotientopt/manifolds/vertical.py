@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, subtract_product
-from quotientopt._lyapunov import solve_lyapunov, solve_paired_lyapunov
+from quotientopt._linalg import Pair, solve_lyapunov, solve_paired_lyapunov, subtract_product
 from quotientopt.groups import GL, O, RotaryCommutant, StructureGroup
 from quotientopt.manifolds.metrics import Factor, FactorPoint, JointPoint
 

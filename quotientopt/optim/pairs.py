@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, skew_part, wide, wide_dtype
-from quotientopt._lyapunov import solve_lyapunov
+from quotientopt._linalg import Pair, skew_part, solve_lyapunov, wide, wide_dtype
 from quotientopt.groups import GL, O, PlaneCommutant, RotaryCommutant, StructureGroup
 from quotientopt.optim.checks import HEAD_FRAMES
 from quotientopt.optim.dressing import head_dressing

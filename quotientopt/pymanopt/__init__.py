@@ -4,7 +4,7 @@ Imported on first use, since it needs pymanopt: ``pip install pymanopt``. Inside
 package ``pymanopt`` is pymanopt itself, by absolute import.
 """
 
-from quotientopt._extras import install_command
+from quotientopt._system import install_command
 
 try:
     import pymanopt as _pymanopt  # noqa: F401 -- only to say what to install

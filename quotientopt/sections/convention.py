@@ -32,8 +32,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype, gram, locate_first, row_signs, wide
-from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt._linalg import (
+    compute_dtype,
+    gram,
+    locate_first,
+    orthogonal_polar_factor,
+    row_signs,
+    wide,
+)
 
 
 class Turn(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt._lyapunov import _Lyapunov
+from quotientopt._linalg import _Lyapunov
 
 
 def default_tolerance(dtype: torch.dtype) -> float:

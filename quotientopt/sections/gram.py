@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quotientopt._linalg import check_finite, check_floating, compute_dtype, locate_first, wide
-from quotientopt._lyapunov import orthogonal_polar_factor
+from quotientopt._linalg import (
+    check_finite,
+    check_floating,
+    compute_dtype,
+    locate_first,
+    orthogonal_polar_factor,
+    wide,
+)
 from quotientopt.groups import O
 from quotientopt.sections.causal import causal_lq, differentiable_lq
 from quotientopt.sections.convention import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from quotientopt._progress import progress
+from quotientopt._system import progress
 from quotientopt.symmetries.block import is_sharded, refuse_values
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from quotientopt._files import write_atomically
+from quotientopt._system import write_atomically
 from quotientopt.compare.protocol import Protocol, Seconds, Timing, Trial, UsageError
 from quotientopt.compare.record import Record, crossing, prepare_folder, summarize
 from quotientopt.compare.report import markdown, plot

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from quotientopt import _progress
-from quotientopt._progress import CLEAR, progress
+from quotientopt import _system
+from quotientopt._system import CLEAR, progress
 
 
 class Terminal(io.StringIO):
@@ -19,8 +19,8 @@ class Loop:
 
     def __init__(self, monkeypatch, stream):
         self.now, self.stream = 0.0, stream
-        monkeypatch.setattr(_progress, "sys", SimpleNamespace(stderr=stream))
-        monkeypatch.setattr(_progress, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(_system, "sys", SimpleNamespace(stderr=stream))
+        monkeypatch.setattr(_system, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def run(self, count, seconds, fails_at=None):
         """The line on the terminal in every turn."""

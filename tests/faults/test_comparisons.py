@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quotientopt import _files
+from quotientopt import _system
 from quotientopt.cli import main
 from quotientopt.compare import comparison, record
 from quotientopt.compare.protocol import RunFailedError, Trial
@@ -102,7 +102,7 @@ def test_two_comparisons_in_one_folder(arguments, tmp_path, refused, monkeypatch
         "compare.md",
         "compare.png",
     ]
-    with _files.locked(out / comparison.LOCK):  # one that was left by a kill is free
+    with _system.locked(out / comparison.LOCK):  # one that was left by a kill is free
         pass
 
 
@@ -134,7 +134,7 @@ def test_a_full_disk(arguments, tmp_path, monkeypatch, capfd, when):
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_files.os, "replace", full)
+        patch.setattr(_system.os, "replace", full)
         with pytest.raises(SystemExit) as caught:
             main(arguments)
     assert caught.value.code == 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt._extras import REQUIREMENTS, install_command
+from quotientopt._system import REQUIREMENTS, install_command
 from quotientopt.cli import main
 from tests.symmetries.families import FAMILIES
 

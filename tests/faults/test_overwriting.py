@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from quotientopt import _files
+from quotientopt import _system
 from quotientopt.checkpoints import CheckpointError, dress_checkpoint, writing
 from quotientopt.cli import main
 from tests.faults.conftest import snapshot
@@ -243,7 +243,7 @@ def test_two_runs_at_once(source, tmp_path, refused):
     out = tmp_path / "out"
     work = tmp_path / ".out.quotientopt"
     work.mkdir()
-    with _files.locked(work / "lock"):
+    with _system.locked(work / "lock"):
         refused(tmp_path, "dress", source, "--out", out, match="another run is writing")
         assert dress(source, tmp_path / "elsewhere") == 0
     work.rmdir()
@@ -258,13 +258,13 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
     def work():
         while time.monotonic() < end:
             try:
-                with _files.locked(tmp_path / "lock"):
+                with _system.locked(tmp_path / "lock"):
                     inside[0] += 1
                     worst[0] = max(worst[0], inside[0])
                     time.sleep(0.001)
                     inside[0] -= 1
                     turns[0] += 1
-            except _files.LockedError:
+            except _system.LockedError:
                 time.sleep(0.0002)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -280,7 +280,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
 def test_files_are_replaced_through_links(tmp_path):
     (tmp_path / "there").write_text("old")
     (tmp_path / "link").symlink_to("there")
-    _files.write_atomically(tmp_path / "link", "new")
+    _system.write_atomically(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there").read_text() == "new"
 

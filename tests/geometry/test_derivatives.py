@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from quotientopt._lyapunov import (
-    orthogonal_polar_factor,
-    solve_lyapunov,
-    solve_paired_lyapunov,
-)
+from quotientopt._linalg import orthogonal_polar_factor, solve_lyapunov, solve_paired_lyapunov
 from quotientopt.groups import GL, O, RotaryCommutant
 from quotientopt.manifolds import FactorQuotient
 from tests.geometry.cases import KINDS, Case, combine, deviation, generator, leaves

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quotientopt._progress import progress
+from quotientopt._system import progress
 from quotientopt.symmetries.block import Block
 from quotientopt.symmetries.discovery.charges import LIMIT, Rows, rows_of
 from quotientopt.symmetries.discovery.claims import (

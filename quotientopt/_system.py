@@ -1,16 +1,42 @@
-"""Files replaced in one step, folders held by one process at a time."""
+"""What is around the library: optional packages, files, a terminal.
+
+In reading order: what optional packages are installed with (:func:`install_command`); files
+replaced in one step (:func:`write_atomically`) and folders held by one process at a time
+(:func:`locked`); and how long a loop still takes (:func:`progress`).
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+# As in the extras of pyproject.toml.
+REQUIREMENTS = {
+    "geoopt": "geoopt>=0.5.1",
+    "heavyball": "heavyball>=3.2,<4",
+    "matplotlib": "matplotlib>=3.8",
+    "peft": "peft>=0.18",
+    "pymanopt": "pymanopt>=2.2",
+    "pytorch_optimizer": "pytorch_optimizer>=3.5",
+    "scipy": "scipy>=1.10",
+    "transformers": "transformers>=5.0",
+}
+
+
+def install_command(package: str) -> str:
+    """The command that installs an optional package."""
+    return f"pip install '{REQUIREMENTS.get(package, package)}'"
+
 
 fcntl: Any
 msvcrt: Any
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -83,3 +109,44 @@ def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+
+Item = TypeVar("Item")
+PATIENCE = 5.0  # seconds without a word
+EVERY = 0.5
+CLEAR = "\r\x1b[K"
+
+
+def progress(items: Collection[Item], what: str) -> Iterator[Item]:
+    """The items, one after the other; a loop over them reports on standard error.
+
+    Nothing is written in the first five seconds, and nothing at all where standard error is no
+    terminal. The line is cleared at the end, also after an error.
+
+    Parameters
+    ----------
+    items : collection
+    what : str
+        What is being done, ``"verifying symmetries"``.
+    """
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    begin = shown = time.monotonic()
+    try:
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if done and now - begin >= PATIENCE and now - shown >= EVERY:
+                shown = now
+                rest = (now - begin) * (len(items) - done) / done
+                line = f"{what}: {done} of {len(items)}, about {_duration(rest)} left"
+                print(CLEAR + line, end="", file=sys.stderr, flush=True)
+            yield item
+    finally:
+        if shown > begin:
+            print(CLEAR, end="", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, or minutes where there are many."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
