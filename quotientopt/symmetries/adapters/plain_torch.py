@@ -144,7 +144,7 @@ LAYERS = (
 )
 BLOCK_LAYERS = (*LAYERS, *(f"{MODELS}.gpt.{part}" for part in ("GPTBlock", "GELUMLP")))
 GPT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.gpt.GPT")
-VIT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.vit.ViT")
+VIT_LAYERS = (*BLOCK_LAYERS, f"{MODELS}.gpt.ViT")
 LLAMA_LAYERS = (
     *LAYERS,
     *(f"{MODELS}.llama.{part}" for part in ("Llama", "LlamaBlock", "SwiGLU", "RMSNorm")),
@@ -202,7 +202,7 @@ def gpt(module: Any, name: str) -> Contribution:
     return contribution
 
 
-@register(f"{MODELS}.vit.ViT")
+@register(f"{MODELS}.gpt.ViT")
 def vit(module: Any, name: str) -> Contribution:
     """All of O(d), as for GPT: pooling and head commute with it."""
     contribution = Contribution()
