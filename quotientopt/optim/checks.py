@@ -157,6 +157,27 @@ def refuse_options_of_torch(options: Mapping[str, Any], optimizer: str) -> None:
             raise ValueError(f"{optimizer} has no {name}; leave it out")
 
 
+def refuse_options_of_whole_models(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that need all of a model in one process.
+
+    Raises
+    ------
+    ValueError
+        Naming the option.
+    """
+    for group in param_groups:
+        if group["residual_frame"] == "shared":
+            raise ValueError(
+                "residual_frame='shared' pools all matrices and is not there for sharded "
+                "parameters; use residual_frame='per_matrix'"
+            )
+        if group["capturable"]:
+            raise ValueError(
+                "capturable=True is not there for sharded parameters, whose steps wait for other "
+                "processes; leave it out"
+            )
+
+
 # Options of the whole optimizer, in every param group.
 WHOLE = ("max_grad_norm", "refresh_every", "capturable")
 

@@ -36,7 +36,7 @@ Dressings = Mapping[int, FreshDressing]
 class Peers:
     """What a step has to know of slices that other processes step: here there are none.
 
-    :class:`quotientopt.optim.sharded.ShardedPeers` asks them.
+    :class:`quotientopt.optim.ownership.ShardedPeers` asks them.
 
     Attributes
     ----------

@@ -2,7 +2,7 @@
 
 :class:`Region` is the part of a tensor that a process holds, :class:`Placed` a parameter with the
 regions of all processes, :class:`Unit` what one process steps (:func:`deal` finds the units),
-:class:`Parcels` the way between holders and owners.
+:class:`Parcels` the way between holders and owners, :class:`ShardedPeers` what they ask each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from quotientopt._linalg import compute_dtype
+from quotientopt._linalg import compute_dtype, wide_dtype
+from quotientopt.optim.engine import Peers
 from quotientopt.optim.gauge import absorbed_biases
 from quotientopt.optim.slices import Slice, find_slices, planned_groups
 from quotientopt.symmetries import SymmetryMap
@@ -369,3 +370,55 @@ class Parcels:
                         region.put(whole, part)
         for action in self._after:
             action()
+
+
+class ShardedPeers(Peers):
+    """The other processes, asked for what concerns all slices of the model.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    streams : sequence of (int, dtype)
+        Width and dtype of computation of every residual stream, the same on all processes.
+    device : torch.device
+    """
+
+    have_weights = False
+
+    def __init__(
+        self, group: Any, streams: Sequence[tuple[int, torch.dtype]], device: torch.device
+    ) -> None:
+        self.group = group
+        self.streams = list(streams)
+        self.device = device
+        self.of_step: tuple[int, int] | None = None
+
+    def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
+        """Of all slices, which is known everywhere before the step."""
+        return self.of_step
+
+    def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+        """The streams that one of the processes wants."""
+        flags = [float((width, dtype, self.device) in streams) for width, dtype in self.streams]
+        if not flags:
+            return streams
+        reduced = torch.tensor(flags, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        found = zip(self.streams, reduced.tolist(), strict=True)
+        return {(width, dtype, self.device) for (width, dtype), flag in found if flag}
+
+    def pooled(
+        self, grams: dict[tuple[Any, ...], Tensor], wanted: set[tuple[Any, ...]]
+    ) -> dict[tuple[Any, ...], Tensor]:
+        """Sums over all processes."""
+        total = {}
+        for width, dtype in self.streams:
+            key = (width, dtype, self.device)
+            if key in wanted:
+                gram = grams.get(key)
+                if gram is None:
+                    wide = wide_dtype(self.device)
+                    gram = torch.zeros(width, width, dtype=wide, device=self.device)
+                total[key] = gram.contiguous()
+                dist.all_reduce(total[key], group=self.group)
+        return total

@@ -1,13 +1,18 @@
-"""QuotientSGD: Riemannian gradient descent with transported momentum."""
+"""QuotientSGD: Riemannian gradient descent with transported momentum.
+
+Pairs are stepped in stacks by :mod:`quotientopt.optim.sgd_pairs`, in the metrics of
+:mod:`quotientopt.optim.pairs`; what no symmetry covers steps as torch's SGD does, at the end here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.optim.sgd import sgd
 
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import (
@@ -26,13 +31,14 @@ from quotientopt.optim.gauge import (
     refuse_untaken_translations,
 )
 from quotientopt.optim.pairs import refuse_scattered, refuse_unknown_geometry
-from quotientopt.optim.plain import BUFFER, sgd_step, sgd_step_of_block
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
-from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 from quotientopt.symmetries.map import RESIDUAL
+
+BUFFER = "momentum_buffer"
 
 
 class QuotientSGD(SymmetricOptimizer):
@@ -369,3 +375,67 @@ def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]
                 f"expected {tuple(parameter.shape)}: it is not the state of a QuotientSGD on this "
                 "model"
             )
+
+
+def sgd_step(
+    group: Mapping[str, Any],
+    parameters: Sequence[Tensor],
+    state: MutableMapping[Tensor, dict[str, Any]],
+) -> None:
+    """One step of torch's SGD on ``parameters``, all of which have a gradient.
+
+    Parameters
+    ----------
+    group : dict
+        Hyperparameters.
+    parameters : sequence of Tensor
+    state : mapping
+        The optimizer's state; momenta are made as torch makes them where missing.
+    """
+    if not parameters:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    buffers: list[Tensor | None] = []
+    if group["momentum"] != 0:
+        buffers = [state[p].get(BUFFER) for p in parameters]
+    sgd(
+        list(parameters),
+        gradients,
+        buffers,
+        has_sparse_grad=any(gradient.is_sparse for gradient in gradients),
+        foreach=group["foreach"],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=0,
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+    if group["momentum"] != 0:
+        for parameter, buffer in zip(parameters, buffers, strict=True):
+            state[parameter][BUFFER] = buffer
+
+
+def sgd_step_of_block(
+    group: Mapping[str, Any], uncovered: Block, buffers: Callable[[Tensor], Tensor]
+) -> None:
+    """The same on what the symmetries of a fused parameter leave uncovered.
+
+    Parameters
+    ----------
+    group : dict
+        Hyperparameters.
+    rest : Block
+        Of a parameter that has a gradient.
+    buffers : callable
+        Parameter to its momentum buffer.
+    """
+    weights, gradient = uncovered.view(), uncovered.view(uncovered.parameter.grad)
+    exact = weights.to(compute_dtype(weights.dtype))
+    step = gradient.to(exact.dtype) * (-1 if group["maximize"] else 1)
+    step = step + group["weight_decay"] * exact
+    if group["momentum"] != 0:
+        buffer = uncovered.view(buffers(uncovered.parameter))
+        buffer.mul_(group["momentum"]).add_(step)
+        step = step + group["momentum"] * buffer if group["nesterov"] else buffer
+    weights.copy_(exact - group["lr"] * step)

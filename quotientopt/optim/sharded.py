@@ -16,6 +16,9 @@ A step is
 Parameters without frames never move: each process steps its shard. Gradients come averaged, as
 ``fully_shard`` and ``parallelize_module`` leave them. Nothing here depends on how a DTensor is
 placed: along any dimension, on meshes of several dimensions, replicated.
+
+Where parts lie, who owns what and how it travels is in :mod:`quotientopt.optim.ownership`, the
+state as torch.distributed.checkpoint takes it in :mod:`quotientopt.optim.sharded_state`.
 """
 
 from __future__ import annotations
@@ -36,10 +39,19 @@ from quotientopt.optim.checks import (
     StepRefusedError,
     norms_of,
     refuse_nonfinite,
+    refuse_options_of_whole_models,
 )
-from quotientopt.optim.engine import Peers, PreparedStep
+from quotientopt.optim.engine import PreparedStep
 from quotientopt.optim.gauge import begin, put_back
-from quotientopt.optim.ownership import Parcels, Placed, Region, common_group, deal, local_part
+from quotientopt.optim.ownership import (
+    Parcels,
+    Placed,
+    Region,
+    ShardedPeers,
+    common_group,
+    deal,
+    local_part,
+)
 from quotientopt.optim.sharded_state import collect, load, packed, restore, show
 from quotientopt.optim.update import clip_scale
 from quotientopt.symmetries import SymmetryMap
@@ -47,58 +59,6 @@ from quotientopt.symmetries.block import empty_like_whole
 
 if TYPE_CHECKING:
     from quotientopt.optim.quotient_adam import QuotientAdam
-
-
-class ShardedPeers(Peers):
-    """The other processes, asked for what concerns all slices of the model.
-
-    Parameters
-    ----------
-    group : ProcessGroup
-    streams : sequence of (int, dtype)
-        Width and dtype of computation of every residual stream, the same on all processes.
-    device : torch.device
-    """
-
-    have_weights = False
-
-    def __init__(
-        self, group: Any, streams: Sequence[tuple[int, torch.dtype]], device: torch.device
-    ) -> None:
-        self.group = group
-        self.streams = list(streams)
-        self.device = device
-        self.of_step: tuple[int, int] | None = None
-
-    def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
-        """Of all slices, which is known everywhere before the step."""
-        return self.of_step
-
-    def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
-        """The streams that one of the processes wants."""
-        flags = [float((width, dtype, self.device) in streams) for width, dtype in self.streams]
-        if not flags:
-            return streams
-        reduced = torch.tensor(flags, device=self.device)
-        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
-        found = zip(self.streams, reduced.tolist(), strict=True)
-        return {(width, dtype, self.device) for (width, dtype), flag in found if flag}
-
-    def pooled(
-        self, grams: dict[tuple[Any, ...], Tensor], wanted: set[tuple[Any, ...]]
-    ) -> dict[tuple[Any, ...], Tensor]:
-        """Sums over all processes."""
-        total = {}
-        for width, dtype in self.streams:
-            key = (width, dtype, self.device)
-            if key in wanted:
-                gram = grams.get(key)
-                if gram is None:
-                    wide = wide_dtype(self.device)
-                    gram = torch.zeros(width, width, dtype=wide, device=self.device)
-                total[key] = gram.contiguous()
-                dist.all_reduce(total[key], group=self.group)
-        return total
 
 
 class Sharded:
@@ -118,7 +78,7 @@ class Sharded:
     def __init__(self, optimizer: QuotientAdam) -> None:
         self.optimizer = optimizer
         groups = optimizer.param_groups
-        refuse_options(groups)
+        refuse_options_of_whole_models(groups)
         parameters = [p for group in groups for p in group["params"]]
         known = {id(p) for p in parameters}
         tied = [b.parameter for s in optimizer.symmetries.heads for b in s.blocks]
@@ -215,8 +175,6 @@ class Sharded:
             own.local.grad = None
             if not own.unit.whole:
                 own.local.untyped_storage().resize_(0)
-
-    # ---- one step ------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Take one step, or refuse it, on all processes alike."""
@@ -407,8 +365,6 @@ class Sharded:
                 parcels.then(_decay_and_add(shard, part, rates[id(own.parameter)]))
         parcels.exchange()
 
-    # ---- frames between steps -------------------------------------------------------------------
-
     def refresh_frames(self) -> None:
         """Make frames afresh from the weights as they are now."""
         if not self.inner.state and not any(own.steps for own in self.placed):
@@ -434,8 +390,6 @@ class Sharded:
         engine.refresh(dressings)
         self.release()
 
-    # ---- state ---------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict; every process calls it."""
         return packed(self)
@@ -459,27 +413,6 @@ def planned(optimizer: QuotientAdam, before: Sharded | None) -> Sharded:
     if saved:
         restore(sharded, saved, optimizer.param_groups)
     return sharded
-
-
-def refuse_options(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse options that need all of a model in one process.
-
-    Raises
-    ------
-    ValueError
-        Naming the option.
-    """
-    for group in param_groups:
-        if group["residual_frame"] == "shared":
-            raise ValueError(
-                "residual_frame='shared' pools all matrices and is not there for sharded "
-                "parameters; use residual_frame='per_matrix'"
-            )
-        if group["capturable"]:
-            raise ValueError(
-                "capturable=True is not there for sharded parameters, whose steps wait for other "
-                "processes; leave it out"
-            )
 
 
 def _renew(own: Tensor, values: Tensor) -> Callable[[], object]:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
-from quotientopt.optim.sharded import ShardedPeers
+from quotientopt.optim.ownership import ShardedPeers
 from quotientopt.peft import create_quotient_optimizer
 from quotientopt.symmetries.map import RESIDUAL
 
