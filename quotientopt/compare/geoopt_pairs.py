@@ -14,8 +14,8 @@ import geoopt
 
 from quotientopt.compare.compositional_muon import covered_parameters
 from quotientopt.groups import GL, RotaryCommutant
-from quotientopt.optim.pairs import ShapeKey, columns_of, shape_key, stack_factors
 from quotientopt.symmetries import Block, HeadSymmetry
+from quotientopt.symmetries.pairs import ShapeKey, columns_of, shape_key, stack_factors
 
 
 class PackedPairs:
@@ -24,7 +24,7 @@ class PackedPairs:
     Parameters
     ----------
     symmetries : sequence of HeadSymmetry
-        With one :func:`quotientopt.optim.pairs.shape_key`. Several blocks of a factor, as of
+        With one :func:`quotientopt.symmetries.pairs.shape_key`. Several blocks of a factor, as of
         grouped queries, lie side by side along its columns.
 
     Attributes

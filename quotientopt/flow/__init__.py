@@ -4,8 +4,13 @@ Flows are integrated by SciPy, which is imported when one is asked for: ``pip in
 """
 
 from quotientopt.flow.gradient_flow import projected_gradient_flow
-from quotientopt.flow.result import FlowEvent, FlowResult
-from quotientopt.flow.vertical_motion import VerticalLog, VerticalMotion, vertical_motion
+from quotientopt.flow.trajectory import (
+    FlowEvent,
+    FlowResult,
+    VerticalLog,
+    VerticalMotion,
+    vertical_motion,
+)
 
 __all__ = [
     "FlowEvent",

@@ -1,4 +1,15 @@
-"""Where factor pairs lie in a list of tensors, and what of a direction is along their orbits."""
+"""Factor pairs in the total space, and where they lie among the tensors of a point.
+
+:class:`PairGeometry` has vertical parts, lengths, gradients and charges in three metrics.
+``"euclidean"`` is the metric of the weights as they are. It is invariant under orthogonal elements
+only, so that horizontal parts depend on the gauge; in exchange its gradient flow is that of the
+training of networks, and conserves Noether charges. ``"preconditioned"`` and ``"right-invariant"``
+are the invariant metrics of :class:`quotientopt.manifolds.FactorQuotient`. Token matrices X under
+O(d) are pairs with ``A = Xᵀ`` and no columns in B.
+
+A :class:`Fibre` reads pairs from a list of tensors and writes them back; :class:`Fibres` has all of
+a point and says what of a direction is along their orbits.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +20,181 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, wide, wide_dtype
-from quotientopt.flow.geometry import PairGeometry
-from quotientopt.optim.pairs import columns_of, stack_factors
+from quotientopt._linalg import Pair, gram, wide, wide_dtype
+from quotientopt.canonical.invariants import product_singular_values
+from quotientopt.canonical.reading import is_compact
+from quotientopt.groups import (
+    GL,
+    O,
+    RotaryCommutant,
+    RotaryPhases,
+    StabilizerOfOnes,
+    StructureGroup,
+)
+from quotientopt.manifolds.factor_geometry import FactorGeometry
 from quotientopt.symmetries import Block, HeadSymmetry
+from quotientopt.symmetries.pairs import columns_of, stack_factors
+
+METRICS = ("euclidean", "preconditioned", "right-invariant")
+
+
+def check_metric(metric: str) -> None:
+    """Raise ``ValueError`` unless there is such a metric."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+
+
+class PairGeometry:
+    """Pairs of one structure group, batched over heads, in one metric; in the widest precision.
+
+    Parameters
+    ----------
+    group : StructureGroup
+    metric : str
+        One of :data:`METRICS`.
+    name : str
+        What to call the pairs in messages.
+    tokens : bool
+        Whether the pairs are token matrices.
+
+    Raises
+    ------
+    ValueError
+        If there is no such metric, or none that is invariant under the group.
+    """
+
+    def __init__(
+        self, group: StructureGroup, metric: str, name: str, *, tokens: bool = False
+    ) -> None:
+        check_metric(metric)
+        planes = group.commutant if isinstance(group, RotaryPhases) else group
+        if not isinstance(planes, GL | O | RotaryCommutant):
+            raise ValueError(f"{name!r}: vertical vectors of {group!r} are not known; leave it out")
+        self.group, self.metric, self.name = group, metric, name
+        self._invariant: FactorGeometry | None = None
+        if metric != "euclidean":
+            known = isinstance(group, GL | RotaryCommutant) or type(group) is O
+            if tokens or not known:
+                kind = "token matrices" if tokens else f"the group {group!r}"
+                raise ValueError(
+                    f"{name!r}: metric {metric!r} is not there for {kind}; use 'euclidean'"
+                )
+            self._invariant = FactorGeometry(group, metric, check=True)
+
+    def vertical(self, x: Pair, u: Pair) -> Pair:
+        """The orthogonal projection of u to the tangent space of the orbit, ``(−Λᵀ A, Λ B)``.
+
+        Euclidean metric: with ``R = u_B Bᵀ − A u_Aᵀ`` and everything projected to the Lie algebra,
+        Λ solves ``S_A Λ + Λ S_B = R`` under GL(r) and rotary commutants, ``S Λ + Λ S = R − Rᵀ``
+        with ``S = S_A + S_B`` under compact groups. Ranks need not be full.
+        """
+        if self._invariant is not None:
+            return self._invariant.vertical(x, u)
+        (A, B), group = x, self.group
+        R = group.algebra_projection(u[1] @ B.mT - A @ u[0].mT)
+        S_A, S_B = self._reduced(gram(A)), self._reduced(gram(B))
+        if is_compact(group):
+            S_A = S_B = S_A + S_B
+            R = 2 * R
+        Lambda = _sylvester(S_A, S_B, R)
+        return -Lambda.mT @ A, Lambda @ B
+
+    def squared_norm(self, x: Pair, u: Pair) -> Tensor:
+        """``⟨u, u⟩`` per head."""
+        if self._invariant is not None:
+            return self._invariant.inner(x, u, u)
+        return sum(X.square().sum(dim=(-2, -1)) for X in u)  # type: ignore[return-value]
+
+    def gradient(self, x: Pair, partials: Pair) -> Pair:
+        """The vector that represents a differential in the metric."""
+        if self._invariant is not None:
+            return self._invariant.gradient(x, partials)
+        return partials
+
+    def charge(self, x: Pair) -> Tensor:
+        """What the gradient flow of this metric conserves.
+
+        Euclidean: the Noether charge ``A Aᵀ − B Bᵀ``, projected to the symmetric part of the Lie
+        algebra as in :func:`quotientopt.noether_charges`, ``(*batch, r, r)``. The two invariant
+        metrics: ``log det S_A − log det S_B``, ``(*batch, 1)``; for a rotary commutant
+        ``log |a|² − log |b|²`` of every plane, then that of the passing rows if there are any. Of
+        compact groups none: zeros, or no entries.
+        """
+        S_A, S_B = gram(x[0]), gram(x[1])
+        if self._invariant is None:
+            # All groups here are closed under transposition, so the projection is symmetric.
+            return self.group.algebra_projection(S_A - S_B)
+        if is_compact(self.group):
+            return S_A.new_zeros(*S_A.shape[:-2], 0)
+        S_A, S_B = self.group.row_products(S_A), self.group.row_products(S_B)
+        if not isinstance(self.group, RotaryCommutant):
+            return _log_ratio(S_A, S_B).unsqueeze(-1)
+        first = [plane[0] for plane in self.group.planes]
+        diagonals = [S.diagonal(dim1=-2, dim2=-1)[..., first].log() for S in (S_A, S_B)]
+        ratios = diagonals[0] - diagonals[1]
+        rows = slice(self.group.rotary_dim, self.group.r)
+        if not self.group.pass_rows:
+            return ratios
+        passing = _log_ratio(S_A[..., rows, rows], S_B[..., rows, rows])
+        return torch.cat((ratios, passing.unsqueeze(-1)), dim=-1)
+
+    def spectrum(self, x: Pair) -> Tensor:
+        """r numbers that no element of the group changes, ``(*batch, r)`` or one per plane and row.
+
+        GL(r): singular values of ``Aᵀ B``. Rotary planes: ``|a| |b|``, then the singular values of
+        the passing rows' product. Compact groups: those of [A B], the planes of
+        :class:`~quotientopt.groups.RotaryPhases` by their lengths.
+        """
+        A, B = x
+        if isinstance(self.group, RotaryCommutant):
+            lengths = [_plane_lengths(self.group, X) for X in x]
+            planes, start = lengths[0] * lengths[1], self.group.rotary_dim
+            passing = product_singular_values(A[..., start:, :], B[..., start:, :])
+            return torch.cat((planes, passing), dim=-1)
+        if not is_compact(self.group):
+            return product_singular_values(A, B)
+        joint = torch.cat((A, B), dim=-1)
+        if isinstance(self.group, RotaryPhases):
+            commutant = self.group.commutant
+            assert isinstance(commutant, RotaryCommutant)
+            passing = torch.linalg.svdvals(joint[..., commutant.rotary_dim :, :])
+            return torch.cat((_plane_lengths(commutant, joint), passing), dim=-1)
+        return torch.linalg.svdvals(joint)
+
+    def isotropic_share(self, x: Pair) -> float:
+        """Mean share of the squared length that is vertical, of directions drawn evenly."""
+        return self.group.dim / sum(X.shape[-2] * X.shape[-1] for X in x)
+
+    def _reduced(self, S: Tensor) -> Tensor:
+        """The part of a Gram matrix that the normal equations in the Lie algebra see."""
+        if isinstance(self.group, RotaryCommutant):
+            return self.group.algebra_projection(S)
+        if isinstance(self.group, RotaryPhases):
+            return self.group.commutant.algebra_projection(S)
+        if isinstance(self.group, StabilizerOfOnes):
+            S = S - S.mean(dim=-1, keepdim=True)
+            return S - S.mean(dim=-2, keepdim=True)
+        return S
+
+
+def _sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
+    """The smallest Y with ``P Y + Y Q = C`` for positive semidefinite P and Q."""
+    p, U = torch.linalg.eigh(P)
+    q, V = torch.linalg.eigh(Q)
+    sums = p.unsqueeze(-1) + q.unsqueeze(-2)
+    floor = P.shape[-1] * torch.finfo(P.dtype).eps * sums.amax(dim=(-2, -1), keepdim=True)
+    solvable = sums > floor
+    rotated = U.mT @ C @ V
+    rotated = torch.where(solvable, rotated / torch.where(solvable, sums, 1), 0)
+    return U @ rotated @ V.mT
+
+
+def _log_ratio(S_A: Tensor, S_B: Tensor) -> Tensor:
+    return torch.linalg.slogdet(S_A).logabsdet - torch.linalg.slogdet(S_B).logabsdet
+
+
+def _plane_lengths(group: RotaryCommutant, X: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(group.complex_rows(wide(X)), dim=-1)
 
 
 class Fibre(ABC):
@@ -83,7 +265,7 @@ class HeadFibre(Fibre):
     Parameters
     ----------
     symmetries : sequence of HeadSymmetry
-        With one :func:`~quotientopt.optim.pairs.shape_key`.
+        With one :func:`~quotientopt.symmetries.pairs.shape_key`.
     geometry : PairGeometry
     place_of : callable
         Parameter to its place among the tensors.

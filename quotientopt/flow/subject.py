@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from quotientopt.canonical.reading import require_heads, symmetries_of
-from quotientopt.flow.fibres import Fibre, Fibres, HeadFibre, PairFibre, TokenFibre
-from quotientopt.flow.geometry import PairGeometry
+from quotientopt.flow.fibres import Fibre, Fibres, HeadFibre, PairFibre, PairGeometry, TokenFibre
 from quotientopt.manifolds import (
     FactorQuotient,
     GramQuotient,
     ProductManifold,
     QuotientManifold,
 )
-from quotientopt.optim.pairs import refuse_scattered, shape_key
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.pairs import refuse_scattered, shape_key
 
 
 class Subject(ABC):

@@ -18,12 +18,8 @@ from quotientopt.optim.gauge import gradient_at_fixed_bias, seen_weights
 from quotientopt.optim.pairs import (
     dressed_gradient,
     heads_without_metric,
-    in_order,
     measure,
-    refuse_scattered,
     refuse_unknown_geometry,
-    shape_key,
-    stack_factors,
     without_metric,
 )
 from quotientopt.optim.slices import find_slices
@@ -36,6 +32,7 @@ from quotientopt.symmetries import (
     warn_of_gaps,
 )
 from quotientopt.symmetries.block import any_sharded
+from quotientopt.symmetries.pairs import in_order, refuse_scattered, shape_key, stack_factors
 
 _uncovered: WeakKeyDictionary[SymmetryMap, dict[int, list[Block]]] = WeakKeyDictionary()
 

@@ -30,13 +30,14 @@ from quotientopt.optim.gauge import (
     refuse_foreign_element,
     refuse_untaken_translations,
 )
-from quotientopt.optim.pairs import refuse_scattered, refuse_unknown_geometry
+from quotientopt.optim.pairs import refuse_unknown_geometry
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 from quotientopt.symmetries.map import RESIDUAL
+from quotientopt.symmetries.pairs import refuse_scattered
 
 BUFFER = "momentum_buffer"
 

@@ -15,18 +15,14 @@ from quotientopt._linalg import Pair, compute_dtype
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.gauge import seen_weights
 from quotientopt.optim.pairs import (
-    as_stored,
-    columns_of,
     heads_without_metric,
     horizontal_component,
-    in_order,
     measure,
     riemannian_gradient,
-    shape_key,
-    stack_factors,
     without_metric,
 )
 from quotientopt.symmetries import Block, HeadSymmetry
+from quotientopt.symmetries.pairs import as_stored, columns_of, in_order, shape_key, stack_factors
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
-from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
+from quotientopt.symmetries.pairs import is_lora_pair
 
 SIDES = ("left", "right")
 

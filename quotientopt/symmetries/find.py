@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from quotientopt.symmetries.adapters.peft_lora import is_lora_pair
 from quotientopt.symmetries.block import any_sharded, refuse_flattened, stand_ins
 from quotientopt.symmetries.census import further_directions
 from quotientopt.symmetries.discovery import Discovery, FoundStream, discover
@@ -25,6 +24,7 @@ from quotientopt.symmetries.exactness import (
 )
 from quotientopt.symmetries.head import BY_CLASS, HeadSymmetry
 from quotientopt.symmetries.map import SymmetryMap
+from quotientopt.symmetries.pairs import is_lora_pair
 from quotientopt.symmetries.registry import (
     Contribution,
     NotUnderstoodError,

@@ -6,7 +6,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.flow import VerticalLog, projected_gradient_flow, vertical_motion
-from quotientopt.flow.geometry import PairGeometry
+from quotientopt.flow.fibres import PairGeometry
 from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StabilizerOfOnes
 from quotientopt.manifolds import FactorQuotient, GramQuotient, ProductManifold
 from quotientopt.symmetries import HeadSymmetry

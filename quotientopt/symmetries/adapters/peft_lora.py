@@ -15,7 +15,6 @@ from quotientopt.symmetries.adapters.layers import (
     understands,
 )
 from quotientopt.symmetries.block import Block
-from quotientopt.symmetries.head import HeadSymmetry
 from quotientopt.symmetries.registry import Contribution, NotUnderstoodError, qualified
 
 LORA = "peft.tuners.lora.layer"
@@ -122,21 +121,6 @@ def peft_model(module: Any, name: str) -> Contribution:
                 inside=True,
             )
     return Contribution()
-
-
-def is_lora_pair(symmetry: HeadSymmetry) -> bool:
-    """Whether a symmetry is a pair of low-rank factors, as the adapters here name and build it.
-
-    One whole matrix on each side with GL(r) between them, called ``….lora.<adapter>``.
-    """
-    parts = symmetry.name.split(".")
-    return (
-        len(parts) > 1
-        and parts[-2] == "lora"
-        and isinstance(symmetry.group, GL)
-        and len(symmetry.blocks) == 2
-        and all(b.size[0] * b.size[1] * b.size[2] == b.parameter.numel() for b in symmetry.blocks)
-    )
 
 
 def _require_product(module: Any, adapter: str) -> None:
