@@ -1,4 +1,4 @@
-"""Factor pairs of head symmetries: low-rank ones told apart, those of one shape stacked together."""
+"""Factor pairs of head symmetries: low-rank ones told apart, those of one shape stacked."""
 
 from __future__ import annotations
 
