@@ -1,7 +1,8 @@
 """QuotientSGD: Riemannian gradient descent with transported momentum.
 
 Pairs are stepped in stacks by :mod:`quotientopt.optim.sgd_pairs`, in the metrics of
-:mod:`quotientopt.optim.pairs`; what no symmetry covers steps as torch's SGD does, at the end here.
+:mod:`quotientopt.optim.metrics`; what no symmetry covers steps as torch's SGD does, at the end
+here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from quotientopt.optim.gauge import (
     refuse_foreign_element,
     refuse_untaken_translations,
 )
-from quotientopt.optim.pairs import refuse_unknown_geometry
+from quotientopt.optim.metrics import refuse_unknown_geometry
 from quotientopt.optim.sgd_pairs import SymmetricPair, batches
 from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of

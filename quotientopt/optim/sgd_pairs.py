@@ -1,4 +1,8 @@
-"""One step of Riemannian gradient descent on stacked factor pairs."""
+"""Riemannian gradient descent on stacked factor pairs: gradient, projection, one step.
+
+In the metrics of :mod:`quotientopt.optim.metrics`: the vector that represents a differential, the
+horizontal part of a momentum, then the pairs of an optimizer, in batches of one shape.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,123 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, compute_dtype
+from quotientopt._linalg import Pair, compute_dtype, skew_part, solve_lyapunov, wide
+from quotientopt.groups import O
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.gauge import seen_weights
-from quotientopt.optim.pairs import (
+from quotientopt.optim.metrics import (
+    PairGrams,
+    covector_frames,
     heads_without_metric,
-    horizontal_component,
+    inverse_of_root,
     measure,
-    riemannian_gradient,
     without_metric,
 )
 from quotientopt.symmetries import Block, HeadSymmetry
 from quotientopt.symmetries.pairs import as_stored, columns_of, in_order, shape_key, stack_factors
+
+
+def riemannian_gradient(metric: str, geometry: PairGrams, partials: Pair) -> Pair:
+    """The vector that represents a differential, ``(F_Aᵀ F_A ∂_A, F_Bᵀ F_B ∂_B)``.
+
+    Preconditioned: ``(S_B^{-1} ∂_A, S_A^{-1} ∂_B)``; right-invariant: ``(S_A ∂_A, S_B ∂_B)``.
+    Horizontal if the function is invariant. The frames are applied one after the other: their
+    product has the square of their condition number.
+
+    Parameters
+    ----------
+    metric : str
+    geometry : PairGrams
+    partials : tuple of Tensor
+        ``(∂_A, ∂_B)``, stacked like the factors.
+    """
+    frames = covector_frames(metric, geometry)
+    moved = [(F.to(d.dtype), d) for F, d in zip(frames, partials, strict=True)]
+    grad_A, grad_B = (F.mT @ (F @ d) for F, d in moved)
+    return grad_A, grad_B
+
+
+def horizontal_component(
+    metric: str,
+    geometry: PairGrams,
+    factors: Pair,
+    vector: Pair,
+    left_out: Tensor | None = None,
+) -> Pair:
+    """The part of a tangent vector that is orthogonal to the orbit, ``(u_A + M A, u_B − Mᵀ B)``.
+
+    Preconditioned metric ``tr(S_B u_A v_Aᵀ) + tr(S_A u_B v_Bᵀ)``:
+    ``M = ½ [S_B^{-1} ρ(B u_Bᵀ) − ρ(u_A Aᵀ) S_A^{-1}]``. A rotated plane is one complex row, and
+    there M multiplies by the conjugate of ``½ [h(b, u_b)/h(b, b) − conj(h(a, u_a)/h(a, a))]``,
+    ``h(u, v) = Σ ū v``. Under O(r) M = −Λ is skew with
+    ``S_B Λ S_A + S_A Λ S_B = skew(S_B u_A Aᵀ + S_A u_B Bᵀ)``.
+
+    Right-invariant metric ``tr(S_A^{-1} u_A v_Aᵀ) + tr(S_B^{-1} u_B v_Bᵀ)``:
+    ``M S + S M = S_A ρ(B u_Bᵀ) − ρ(u_A Aᵀ) S_B`` with ``S = S_A S_B``.
+
+    M itself is not formed: in coordinates where the rows of both factors are orthonormal, rounding
+    grows with the factors' condition number and not with its square.
+
+    Parameters
+    ----------
+    metric : {"preconditioned", "right-invariant"}
+    geometry : PairGrams
+        Of `factors`.
+    factors, vector : tuple of Tensor
+        ``(A, B)`` and ``(u_A, u_B)``.
+    left_out : Tensor, optional
+        Heads whose vectors stay as they are, ``(…)``.
+    """
+    roots = geometry.left_root, geometry.right_root
+    rows = [inverse_of_root(L).to(X.dtype) @ X for L, X in zip(roots, factors, strict=True)]
+    crosses = [wide(u @ X.mT) for u, X in zip(vector, rows, strict=True)]
+    if isinstance(geometry.group, O):
+        N_A, N_B = _orthogonal_multipliers(geometry, *crosses)
+    elif metric == "preconditioned":
+        N_A, N_B = _preconditioned_multipliers(geometry, *crosses)
+    else:
+        N_A, N_B = _right_invariant_multipliers(geometry, *crosses)
+    if left_out is not None:
+        N_A, N_B = (N.masked_fill(left_out[..., None, None], 0) for N in (N_A, N_B))
+    u_A, u_B = vector
+    return u_A + N_A.to(u_A.dtype) @ rows[0], u_B - N_B.to(u_B.dtype) @ rows[1]
+
+
+# With A = L_A Â and B = L_B B̂, of ``u_A Âᵀ`` and ``u_B B̂ᵀ``: the matrices (M L_A, Mᵀ L_B).
+
+
+def _preconditioned_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
+    """``L_Bᵀ M L_A = ½ ρ(B̂ (L_Aᵀ u_B)ᵀ − L_Bᵀ u_A Âᵀ)``: the dressed metric is Euclidean."""
+    left, right = geometry.left_root, geometry.right_root
+    dressed = geometry.group.row_products(Z.mT @ left - right.mT @ Y) / 2
+    N_A = torch.linalg.solve_triangular(right.mT, dressed, upper=True)
+    return N_A, torch.linalg.solve_triangular(left.mT, dressed.mT, upper=True)
+
+
+def _right_invariant_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
+    """``M̂ = L_A^{-1} M L_A`` solves ``M̂ W + W M̂ = K B̂ u_Bᵀ L_A − L_A^{-1} u_A Âᵀ W``.
+
+    Here ``K = L_Aᵀ L_B`` and ``W = K Kᵀ``, whose eigenvalues are the squared singular values of
+    ``Aᵀ B``.
+    """
+    left = geometry.left_root
+    K = left.mT @ geometry.right_root
+    W = K @ K.mT
+    right_hand = K @ Z.mT @ left - torch.linalg.solve_triangular(left, Y, upper=False) @ W
+    M = solve_lyapunov(W, geometry.group.row_products(right_hand))
+    return left @ M, torch.linalg.solve_triangular(left.mT, M.mT @ K, upper=True)
+
+
+def _orthogonal_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
+    """O(r): ``P = L_A U`` makes both Grams diagonal, S_A = P Pᵀ and S_B = P diag(w) Pᵀ."""
+    left, right = geometry.left_root, geometry.right_root
+    right_hand = skew_part(right @ right.mT @ Y @ left.mT + left @ left.mT @ Z @ right.mT)
+    inverse = inverse_of_root(left)
+    quotient = inverse @ right
+    solved = solve_lyapunov(quotient @ quotient.mT, inverse @ right_hand @ inverse.mT)
+    Lambda = skew_part(inverse.mT @ solved @ inverse)
+    return -Lambda @ left, Lambda @ right
+
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
 

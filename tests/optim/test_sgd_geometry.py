@@ -6,12 +6,8 @@ import torch
 import quotientopt as qo
 from quotientopt.groups import GL, O, RotaryCommutant
 from quotientopt.optim.checks import PAIR_METRICS
-from quotientopt.optim.pairs import (
-    dressed_gradient,
-    horizontal_component,
-    measure,
-    riemannian_gradient,
-)
+from quotientopt.optim.metrics import dressed_gradient, measure
+from quotientopt.optim.sgd_pairs import horizontal_component, riemannian_gradient
 
 R, N, M = 6, 9, 11
 GROUPS = [

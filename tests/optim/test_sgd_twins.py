@@ -9,8 +9,9 @@ from torch import nn
 import quotientopt as qo
 from quotientopt.groups import O
 from quotientopt.optim.checks import PAIR_METRICS
-from quotientopt.optim.pairs import horizontal_component, measure
+from quotientopt.optim.metrics import measure
 from quotientopt.optim.quotient_sgd import QuotientSGD
+from quotientopt.optim.sgd_pairs import horizontal_component
 from tests.optim.test_sgd_geometry import CASES, invariant_function, pair
 from tests.optim.training import (
     batches,
