@@ -1,4 +1,8 @@
-"""What scripts of one experiment share: the command line, the record and its files."""
+"""What the scripts share: their command in a record, tables and pictures, and one frame for most.
+
+In reading order: `command_of`; `markdown_table` and `standard_error`; colours, `note` and `png`;
+`run_experiment`, the command line, the record and its files.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import argparse
 import io
 import json
 import shlex
+import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,23 @@ from quotientopt.compare.record import write_atomically
 # Okabe and Ito's palette. An optimizer has one colour in all pictures, here and in the comparison.
 ADAM, QUOTIENT_ADAM, SGD, QUOTIENT_SGD, FLOW = "#000000", "#D55E00", "#E69F00", "#56B4E9", "#0072B2"
 BANDS = "lines: means over the seeds; bands: from the lowest to the highest seed"
+
+
+def command_of(script: str, arguments: Sequence[str] | None = None) -> str:
+    """How a script was called, for its record; `arguments` are those of the process by default."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", f"benchmarks/{script}", *arguments])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for fewer than two values."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def note(figure: Any, text: str) -> None:
@@ -68,7 +90,7 @@ def run_experiment(
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     record = {
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": command_of(script),
         "environment": describe_environment("cpu"),
         **measure(),
     }

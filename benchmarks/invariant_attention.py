@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
+import math
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from invariant_attention_report import table
+from experiment import command_of, markdown_table, standard_error
 from torch import nn
 
 import quotientopt as qo
@@ -40,12 +41,166 @@ from quotientopt.compare.tuning import search_rates
 from quotientopt.nn import InvariantAttention
 from quotientopt.symmetries import ResidualStream, SymmetryMap
 
+PAIRS = {
+    "fixed-rank": "ordinary, QuotientAdam",
+    "chart": "ordinary, AdamW",
+    "gauge of the chart": "ordinary, AdamW",
+}
+STRETCHES = (1, 5, 20, 100, 300)
+RUN = ("arm", "lr", "seed", "final validation loss", "mean of the last 20 training losses")
+
+
+def of_arm(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Runs at the arm's best rate, by seed."""
+    runs = [run for run in record["runs"] if run["trial"]["optimizer"] == name]
+    tuning = [run for run in runs if run["trial"]["seed"] == 0] or runs
+    best = min(tuning, key=score)["trial"]["rate"]
+    chosen = [run for run in runs if run["trial"]["rate"] == best]
+    return sorted(chosen, key=lambda run: run["trial"]["seed"])
+
+
+def score(run: dict[str, Any]) -> float:
+    """Final validation loss, infinite if the run diverged."""
+    return math.inf if run["final_loss"] is None else run["final_loss"]
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """Mean ± standard error of the mean."""
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {standard_error(values):.4f}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """Everything as Markdown."""
+    protocol, environment = record["protocol"], record["environment"]
+    names = list(dict.fromkeys(run["trial"]["optimizer"] for run in record["runs"]))
+    summary = []
+    for name in names:
+        runs = of_arm(record, name)
+        other = PAIRS.get(name.split(", ")[0])
+        difference = "–"
+        if other in names:
+            bases = {run["trial"]["seed"]: score(run) for run in of_arm(record, other)}
+            seeds = [run["trial"]["seed"] for run in runs]
+            difference = mean_and_error(
+                [score(run) - bases[seed] for run, seed in zip(runs, seeds, strict=True)]
+            )
+        rate = f"{runs[0]['trial']['rate']:g}"
+        summary.append(
+            (
+                name,
+                rate + (" (edge)" if name in record["rates_on_the_edge"] else ""),
+                mean_and_error([score(run) for run in runs]),
+                difference,
+                f"{runs[0]['parameters']:,}",
+                f"{runs[0]['state_bytes'] / 1e6:.1f}",
+            )
+        )
+    header = (
+        "arm",
+        "best lr",
+        "final validation loss",
+        "less that of ordinary attention",
+        "parameters",
+        "state MB",
+    )
+    everything = [
+        (
+            run["trial"]["optimizer"],
+            f"{run['trial']['rate']:g}",
+            run["trial"]["seed"],
+            f"{score(run):.4f}",
+            f"{sum(run['training_losses'][-20:]) / max(len(run['training_losses'][-20:]), 1):.4f}",
+        )
+        for run in record["runs"]
+    ]
+    conditions = [
+        (trial, f"{found['qk']:.3g}", f"{found['vo']:.3g}")
+        for trial, found in record["final_chart_conditions"].items()
+    ]
+    return "\n".join(
+        [
+            "# Ordinary and invariant attention",
+            "",
+            f"`{record['command']}`. `{protocol['model']}` ({protocol['layers']} layers, width "
+            f"{protocol['width']}), text `{protocol['data']}`, {protocol['steps']} steps of "
+            f"{protocol['batch']} × {protocol['context']} tokens, warm-up "
+            f"{Protocol(**protocol).warmup} steps, cosine to {protocol['final_fraction']:.0%}, "
+            f"weight decay {protocol['weight_decay']:g}, β₂ of AdamW {record['adamw_beta2']:g}. "
+            "Losses in nats per byte on fixed validation batches; means over seeds ± standard "
+            "error of the mean; differences are paired by seed. Runs of one seed start from the "
+            "same function.",
+            "",
+            markdown_table(header, summary),
+            "",
+            "## All runs",
+            "",
+            markdown_table(RUN, everything),
+            "",
+            "## Paths",
+            "",
+            "Largest difference of the training losses from those of ordinary attention at the "
+            "same rate, seed 0, over the first steps.",
+            "",
+            markdown_table(("arm", "lr", *map(str, STRETCHES)), paths(record)),
+            "",
+            *float64_lines(record),
+            "## Charts after training",
+            "",
+            "Largest condition number ‖[I, F]‖₂ over layers and heads.",
+            "",
+            markdown_table(("run", "QK", "VO"), conditions),
+            "",
+            "## Environment",
+            "",
+            f"{environment['processor']}, one thread, {environment['platform']}, Python "
+            f"{environment['python']}, torch {environment['torch']}, quotientopt "
+            f"{environment['quotientopt']}; {record['cpu_seconds']:.0f} CPU seconds in all.",
+            "",
+        ]
+    )
+
+
+def paths(record: dict[str, Any]) -> list[tuple[object, ...]]:
+    """How far training losses of two arms at one rate are apart, over the first steps of seed 0."""
+    found: list[tuple[object, ...]] = []
+    runs = [run for run in record["runs"] if run["trial"]["seed"] == 0]
+    for name in dict.fromkeys(run["trial"]["optimizer"] for run in runs):
+        other = PAIRS.get(name.split(", ")[0])
+        for run in (run for run in runs if run["trial"]["optimizer"] == name):
+            rate = run["trial"]["rate"]
+            base = [
+                r for r in runs if (r["trial"]["optimizer"], r["trial"]["rate"]) == (other, rate)
+            ]
+            if not base:
+                continue
+            losses = zip(run["training_losses"], base[0]["training_losses"], strict=False)
+            apart = [abs(one - two) for one, two in losses]
+            found.append((name, f"{rate:g}", *(f"{max(apart[:n]):.1e}" for n in STRETCHES)))
+    return found
+
+
+def float64_lines(record: dict[str, Any]) -> list[str]:
+    """What was measured in float64, if it was."""
+    path = record.get("float64_path")
+    if path is None:
+        return []
+    return [
+        f"In float64 the fixed-rank points and ordinary attention under QuotientAdam at "
+        f"{path['rate']:g} are apart by at most {max(path['differences']):.1e} over the first "
+        f"{path['steps']} steps of seed {path['seed']}.",
+        "",
+    ]
+
+
 RESULTS = Path(__file__).parent / "results" / "invariant-attention"
 BETAS, BETA2 = (0.9, 0.95), 0.99
 CONTROL = "gauge of the chart, AdamW"
 GRIDS = {"AdamW": (2e-3, 4e-3, 8e-3), "QuotientAdam": (1.6e-2,)}
 EXTENSION_LIMIT = 1
-FILE_NAME = "invariant-attention.json"
+SCRIPT, FILE_NAME = "invariant_attention.py", "invariant-attention.json"
 SETTINGS: Settings = {}
 
 
@@ -193,7 +348,7 @@ class Measurement:
     def save(self) -> None:
         """Write JSON and table."""
         record = {
-            "command": command(),
+            "command": command_of(SCRIPT),
             "environment": describe_environment("cpu"),
             "protocol": asdict(self.protocol),
             "adamw_beta2": BETA2,
@@ -202,14 +357,13 @@ class Measurement:
             "final_chart_conditions": self.conditions,
             "runs": [run.as_dict() for run in self.runs],
         }
-        text = json.dumps(record, indent=1, allow_nan=False)
-        write_atomically(self.out / FILE_NAME, text)
-        write_atomically(self.out / "invariant-attention.md", table(record))
+        write(record, self.out)
 
 
-def command() -> str:
-    """How this was called."""
-    return shlex.join(["python", "benchmarks/invariant_attention.py", *sys.argv[1:]])
+def write(record: dict[str, Any], out: Path) -> None:
+    """Write JSON and table."""
+    write_atomically(out / FILE_NAME, json.dumps(record, indent=1, allow_nan=False))
+    write_atomically(out / "invariant-attention.md", table(record))
 
 
 def added_run(
@@ -277,10 +431,8 @@ def main() -> None:
         record = json.loads((arguments.out / FILE_NAME).read_text(encoding="utf-8"))
         record["float64_path"] = path
     record["cpu_seconds"] += time.process_time()
-    record["later_commands"] = [*record.get("later_commands", []), command()]
-    text = json.dumps(record, indent=1, allow_nan=False)
-    write_atomically(arguments.out / FILE_NAME, text)
-    write_atomically(arguments.out / "invariant-attention.md", table(record))
+    record["later_commands"] = [*record.get("later_commands", []), command_of(SCRIPT)]
+    write(record, arguments.out)
 
 
 if __name__ == "__main__":

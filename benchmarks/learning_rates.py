@@ -16,9 +16,9 @@ Runs in the record are not repeated.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -26,9 +26,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from experiment import ADAM, QUOTIENT_ADAM, png
+from experiment import ADAM, QUOTIENT_ADAM, command_of, png, standard_error
 from torch import Tensor, nn
 
 from quotientopt import QuotientAdam, find_symmetries
@@ -40,24 +41,18 @@ from quotientopt.compare.train import Training, train
 
 RESULTS = Path(__file__).parent / "results" / "learning-rates"
 DATA = {"gpt": "stdlib", "llama": "stdlib", "vit": "mnist-5k"}
-CELLS = (
-    "gpt-64-4",
-    "gpt-128-4",
-    "gpt-256-4",
-    "gpt-64-2",
-    "gpt-64-8",
-    "llama-64-4",
-    "llama-128-4",
-    "vit-64-4",
-    "vit-128-4",
-)
+GPT = ("gpt-64-4", "gpt-128-4", "gpt-256-4", "gpt-64-2", "gpt-64-8")
+CELLS = (*GPT, "llama-64-4", "llama-128-4", "vit-64-4", "vit-128-4")
 DEFAULT_RATE = 1e-3
 RATES = tuple(DEFAULT_RATE * 2**k for k in range(6))
 SUBJECT, BASELINE = "quotient-adam", "adamw"
 ADAMW = OPTIMIZERS["adamw"]
 PROBED = (20, 50, 100, 150)
-
-Factor = Callable[[str, int], float]
+LEGEND = (
+    ("o-", ADAM, "AdamW"),
+    ("o-", QUOTIENT_ADAM, "QuotientAdam"),
+    ("s:", QUOTIENT_ADAM, "its updates times 4"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Law:
     """
 
     words: str
-    factor: Factor
+    factor: Callable[[str, int], float]
 
 
 def _constant(value: float) -> Law:
@@ -90,15 +85,8 @@ def _with_kind(kinds: Sequence[str], times: float) -> Law:
 
 
 # Matrices whose factors are tried by themselves; those of a pair share theirs.
-KINDS = (
-    ("embedding",),
-    ("positions",),
-    ("query", "key"),
-    ("value", "output"),
-    ("up",),
-    ("down",),
-    ("head",),
-)
+NAMES = "embedding", "positions", "query key", "value output", "up", "down", "head"
+KINDS = tuple(tuple(names.split()) for names in NAMES)
 LAWS = {
     "law 4": _constant(4.0),
     "law root": Law("√d / 2", lambda kind, width: width**0.5 / 2),
@@ -167,16 +155,8 @@ CONTENDERS: dict[str, Entry] = {
 }
 
 
-class Contenders:
-    """Puts the contenders in place of the comparison's entries while in its context."""
-
-    def __enter__(self) -> None:
-        self._before = dict(OPTIMIZERS)
-        OPTIMIZERS.update(CONTENDERS)
-
-    def __exit__(self, *_: object) -> None:
-        OPTIMIZERS.clear()
-        OPTIMIZERS.update(self._before)
+# Puts the contenders in place of the comparison's entries while in its context.
+Contenders = functools.partial(mock.patch.dict, OPTIMIZERS, CONTENDERS)
 
 
 def update_sizes(trial: Trial, protocol: Protocol, task: Task) -> dict[str, dict[str, float]]:
@@ -308,9 +288,6 @@ def measure(record: Record, name: str, contenders: Sequence[str], steps: int) ->
                 run(contender, rate)
 
 
-# ---- the report ----
-
-
 def ratios(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Per cell: best rates, their ratio, and the ratio of the updates' spectral norms."""
     rows = []
@@ -367,11 +344,8 @@ def parts(content: dict[str, Any]) -> list[dict[str, Any]]:
             found = cell["losses"].get(contender, {})
             if all(key in found for key in keys):
                 changes = [found[key] - cell["losses"]["law 4"][key] for key in keys]
-                mean, error = (
-                    statistics.fmean(changes),
-                    statistics.stdev(changes) / len(keys) ** 0.5,
-                )
-                label = contender.removeprefix("law 4, ")
+                label, mean = contender.removeprefix("law 4, "), statistics.fmean(changes)
+                error = standard_error(changes)
                 rows.append({"cell": name, "part": label, "change": mean, "standard_error": error})
     return rows
 
@@ -390,20 +364,18 @@ def table(content: dict[str, Any]) -> str:
             f"{'' if r['interior'] else ' (edge)'} | {r['ratio']:.1f} | "
             + ("– |" if r["spectral_ratio"] is None else f"{r['spectral_ratio']:.1f} |")
         )
-    lines += [
-        "",
-        "| model-width-layers | updates times | at 1e-3 | at AdamW's best rate | at twice it |",
-        "|---|---|---|---|---|",
-    ]
+    head = "| model-width-layers | updates times | at 1e-3 | at AdamW's best rate | at twice it |"
+    lines += ["", head, "|---|---|---|---|---|"]
     for r in bars(content):
         words = "(AdamW)" if r["contender"] == BASELINE else "1"
         words = LAWS[r["contender"]].words if r["contender"] in LAWS else words
         cells = " | ".join(f"{loss:.3f}" for loss in r["losses"])
         lines.append(f"| {r['cell']} ({r['best']:g}) | {words} | {cells} |")
     lines += ["", "| factor 4, but | loss less that of 4 everywhere |", "|---|---|"]
-    for r in parts(content):
-        change = f"{r['change']:+.3f} ± {r['standard_error']:.3f}"
-        lines.append(f"| {r['part']} ({r['cell']}) | {change} |")
+    lines += [
+        f"| {r['part']} ({r['cell']}) | {r['change']:+.3f} ± {r['standard_error']:.3f} |"
+        for r in parts(content)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -414,9 +386,8 @@ def plot(content: dict[str, Any]) -> bytes:
     # Two points are data, which the table has; a curve begins at three.
     cells = content["cells"].items()
     both = (BASELINE, SUBJECT)
-    names = [n for n, cell in cells if all(len(losses_of(cell, c)) >= FEWEST for c in both)]
-    columns = 3
-    height = math.ceil((len(names) + 1) / columns)  # the last place is for the legend
+    names = [n for n, cell in cells if all(len(losses_of(cell, c)) >= 3 for c in both)]
+    columns, height = 3, math.ceil((len(names) + 1) / 3)  # the last place is for the legend
     figure = Figure(figsize=(3.2 * columns, 2.7 * height), layout="constrained")
     grid = figure.subplots(height, columns, squeeze=False).flatten()
     for axes, name in zip(grid, names, strict=False):
@@ -425,9 +396,8 @@ def plot(content: dict[str, Any]) -> bytes:
             losses = losses_of(cell, contender)
             axes.plot(sorted(losses), [losses[r] for r in sorted(losses)], "o-", color=color, ms=3)
         law = losses_of(cell, "law 4")
-        axes.plot(
-            sorted(law), [law[r] for r in sorted(law)], "s:", color=QUOTIENT_ADAM, mfc="none", ms=5
-        )
+        points = sorted(law), [law[rate] for rate in sorted(law)]
+        axes.plot(*points, "s:", color=QUOTIENT_ADAM, mfc="none", ms=5)
         finite = [x for x in losses_of(cell, BASELINE).values() if math.isfinite(x)]
         lowest = min(losses_of(cell, SUBJECT).values())
         highest = sorted(finite)[: max(3, len(finite) - 1)][-1]
@@ -437,15 +407,11 @@ def plot(content: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.3)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
-    handles = [grid[0].plot([], [], style, color=c)[0] for style, c in LEGEND]
-    labels = ["AdamW", "QuotientAdam", "its updates times 4"]
+    handles = [grid[0].plot([], [], style, color=c)[0] for style, c, _ in LEGEND]
+    labels = [label for _, _, label in LEGEND]
     grid[-1].legend(handles, labels, loc="center", frameon=False)
     figure.supylabel("validation loss (nats per byte; vit: per image)")
     return png(figure)
-
-
-LEGEND = (("o-", ADAM), ("o-", QUOTIENT_ADAM), ("s:", QUOTIENT_ADAM))
-FEWEST = 3
 
 
 def main() -> None:
@@ -465,7 +431,7 @@ def main() -> None:
     torch.set_num_threads(1)
     record = Record(arguments.out)
     if not arguments.report:
-        command = shlex.join(["python", "benchmarks/learning_rates.py", *sys.argv[1:]])
+        command = command_of("learning_rates.py")
         record.content["environment"] = describe_environment("cpu")
         if command not in record.content.setdefault("commands", []):
             record.content["commands"].append(command)

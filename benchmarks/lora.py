@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from lora_tasks.contenders import CONTENDERS, available
-from lora_tasks.planning import plan
-from lora_tasks.protocol import LoraProtocol
-from lora_tasks.report import write_report
-from lora_tasks.tasks import TASKS, Recipe, Task
-from lora_tasks.training import train
+from experiment import command_of
+from lora_report import write_report
+from lora_summary import plan
+from lora_tasks import TASKS, LoraProtocol, Recipe, Task
+from lora_training import CONTENDERS, available, train
 
 from quotientopt.compare.protocol import Run, UsageError, describe_environment, require
 from quotientopt.compare.record import Record, prepare_folder
@@ -140,7 +137,6 @@ def make_request(argv: Sequence[str] | None) -> Request:
     for name in () if given.report else names:
         available(CONTENDERS[name])
     suffix = "" if steps == usual.steps else f"-{steps}"
-    arguments = sys.argv[1:] if argv is None else argv
     return Request(
         recipe=recipe,
         names=names,
@@ -154,7 +150,7 @@ def make_request(argv: Sequence[str] | None) -> Request:
         settings=parse_settings(given.settings),
         redo=names_in(given.redo, "--redo"),
         folder=given.out or RESULTS / f"lora-{given.task}{suffix}",
-        command=shlex.join(["python", "benchmarks/lora.py", *arguments]),
+        command=command_of("lora.py", argv),
     )
 
 

@@ -17,8 +17,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import shlex
-import sys
 import time
 import timeit
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from experiment import command_of
 from low_rank_report import markdown, picture, thinned
 from pymanopt.manifolds import Euclidean, FixedRankEmbedded, Product
 from pymanopt.optimizers import ConjugateGradient, SteepestDescent, TrustRegions
@@ -354,7 +353,7 @@ def main() -> None:
         "cpu_seconds": time.process_time(),
     }
     record = {
-        "command": shlex.join(["python", "benchmarks/low_rank.py", *sys.argv[1:]]),
+        "command": command_of("low_rank.py"),
         "protocol": protocol,
         "environment": environment,
         "overhead": [row for geometry in GEOMETRIES[:2] for row in overhead(geometry)],

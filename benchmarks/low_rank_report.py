@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiment import png
+from experiment import markdown_table, png
 
 Run = Mapping[str, Any]
 
@@ -79,7 +79,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "method in every call.",
         _overhead(record["overhead"]),
         "## Environment",
-        _table(("", ""), record["environment"].items()),
+        markdown_table(("", ""), record["environment"].items()),
         f"## Command\n\n```\n{record['command']}\n```\n",
     ]
     return "\n\n".join(parts)
@@ -139,7 +139,7 @@ def _bar(runs: Sequence[Run], setting: Any) -> str:
         "steepest descent on FixedRankEmbedded: seconds to the same cost",
         "ratio of seconds",
     )
-    return f"{title(setting)}:\n\n{_table(header, rows)}"
+    return f"{title(setting)}:\n\n{markdown_table(header, rows)}"
 
 
 def _outcome(run: Run, quantity: str) -> str:
@@ -192,12 +192,12 @@ def _results(runs: Sequence[Run]) -> str:
         "excess cost / first cost",
         "other ends",
     )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _overhead(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [(r["geometry"], r["call"], f"{r['adapter']:.0f}", f"{r['core']:.0f}") for r in rows]
-    return _table(("geometry", "call", "adapter", "quotient"), cells)
+    return markdown_table(("geometry", "call", "adapter", "quotient"), cells)
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -205,11 +205,6 @@ def _spread(values: Sequence[float], form: str) -> str:
         return NONE
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:{form}}" + (f" ({low:{form}} – {high:{form}})" if low < high else "")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 # ---- plot ---------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import command_of
 from robustness_report import markdown, plot, summarise
 from torch import nn
 
@@ -199,7 +198,6 @@ def make_request(argv: Sequence[str] | None) -> Request:
     digest = load_corpus(protocol.data, protocol.context).digest
     suffix = "" if given.dtype == "float32" else f"-{given.dtype}"
     folder = f"robustness-{protocol.model}-{Path(protocol.data).stem}-{protocol.steps}{suffix}"
-    arguments = sys.argv[1:] if argv is None else argv
     return Request(
         trials=make_trials(given.optimizers, given.rates, given.seeds, tuned, given.tuned),
         conds=parse_conds(given.conds),
@@ -209,7 +207,7 @@ def make_request(argv: Sequence[str] | None) -> Request:
         jobs=given.jobs,
         keep=given.keep,
         folder=given.out or RESULTS / folder,
-        command=shlex.join(["python", "benchmarks/robustness.py", *arguments]),
+        command=command_of("robustness.py", argv),
     )
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiment import BANDS, note, png
+from experiment import BANDS, markdown_table, note, png, standard_error
 
 from quotientopt.compare.report import setting
 
@@ -55,9 +55,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "runs": len(own),
                 "diverged": len(own) - len(finished),
                 "final_loss": statistics.fmean(losses) if losses else None,
-                "standard_error": (
-                    statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
-                ),
+                "standard_error": standard_error(losses),
                 "largest_deviation": _largest(itertools.starmap(deviation, pairs)),
                 "first_loss_deviation": _largest(itertools.starmap(first_deviation, pairs)),
             }
@@ -95,10 +93,10 @@ def markdown(record: Mapping[str, Any]) -> str:
             "on every head's query-key and value-output pair, random with the given condition "
             f"number. Settings are those tuned at the usual start in `{record['tuned']}`, unless "
             "the command says otherwise.",
-            _table(header, [_line(record, optimizer) for optimizer in optimizers]),
+            markdown_table(header, [_line(record, optimizer) for optimizer in optimizers]),
             "\n".join(f"- {remark}" for remark in _remarks(record, seeds)),
             "## Environment",
-            _table(("", ""), [(k, str(v)) for k, v in record["environment"].items()]),
+            markdown_table(("", ""), [(k, str(v)) for k, v in record["environment"].items()]),
             "## Command",
             "```\n" + "\n".join(record["commands"]) + "\n```\n",
         ]
@@ -142,11 +140,6 @@ def _loss(row: Mapping[str, Any] | None) -> str:
 def _deviation(row: Mapping[str, Any] | None) -> str:
     value = None if row is None else row["largest_deviation"]
     return "–" if value is None else f"{value:.1e}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ---- plot ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from quotientopt.compare.protocol import Protocol, Run, Trial, UsageError
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ablation
-from ablations import fingerprint, record, report, running, summary, variants
+import ablation_records as records
+import ablation_variants as variants
 
 
 @pytest.fixture
@@ -26,17 +27,17 @@ def fake(monkeypatch, make_run):
         run = make_run(trial.optimizer, trial.rate, (3.0, loss), seed=trial.seed)
         return replace(run, trial=trial)
 
-    monkeypatch.setattr(running, "train_variant", train_variant)
+    monkeypatch.setattr(ablation, "train_variant", train_variant)
     return made
 
 
-CONDITIONS = record.Conditions(Protocol(steps=20), "0123")
+CONDITIONS = records.Conditions(Protocol(steps=20), "0123")
 
 
 @pytest.fixture
 def ablations(tmp_path):
     def make(*questions, seeds=3, conditions=CONDITIONS, rates=(8e-3,), **options):
-        return running.Ablations(
+        return ablation.Ablations(
             questions, conditions, {"cores": 2}, rates, seeds, tmp_path, **options
         )
 
@@ -94,7 +95,7 @@ def test_records_of_other_conditions_are_refused(ablations, fake, tmp_path):
     anew = ablations("betas", seeds=1, conditions=other, redo=True)
     assert anew.missing() == 3
     anew.run(1)
-    assert record.load(tmp_path, "betas").codes == ["4567"]
+    assert records.load(tmp_path, "betas").codes == ["4567"]
 
 
 def test_records_of_changed_variants_and_broken_files_are_refused(
@@ -116,15 +117,15 @@ def test_a_variant_that_diverges_is_not_repeated(ablations, monkeypatch, make_ru
         losses = () if trial.optimizer == "horizontal updates" else (2.0,)
         return replace(make_run(losses=losses), trial=trial)
 
-    monkeypatch.setattr(running, "train_variant", train_variant)
+    monkeypatch.setattr(ablation, "train_variant", train_variant)
     plan = ablations("horizontal", seeds=3)
     plan.run(1)
     assert plan.missing() == 0
-    default, horizontal = summary.summarise("horizontal", plan.records[0].runs)
+    default, horizontal = variants.summarise("horizontal", plan.records[0].runs)
     assert (default.seeds, default.diverged) == (3, 0)
     assert (horizontal.seeds, horizontal.diverged, horizontal.loss) == (1, 1, None)
     assert horizontal.difference is None
-    assert "| horizontal component | 0.008 | 1 | diverged | – | – |" in report.markdown(
+    assert "| horizontal component | 0.008 | 1 | diverged | – | – |" in records.markdown(
         plan.records, {"horizontal": [default, horizontal]}
     )
 
@@ -136,7 +137,7 @@ def test_differences_are_taken_seed_by_seed(make_run):
         for name, values in losses.items()
         for seed, value in enumerate(values)
     ]
-    default, kept = summary.summarise("second-moment", runs)
+    default, kept = variants.summarise("second-moment", runs)
     assert default.default
     assert default.difference is None
     assert default.standard_error == pytest.approx(0.2)
@@ -160,16 +161,16 @@ def test_every_question_has_the_default_and_names_are_unique():
 
 
 def test_fingerprint_covers_the_optimizer_and_ignores_words(tmp_path, monkeypatch):
-    behind = fingerprint.modules_behind(fingerprint.ROOTS)
+    behind = records.modules_behind(records.ROOTS)
     assert {"quotientopt.optim.buckets", "quotientopt.models.gpt"} <= set(behind)
     assert "quotientopt.sections.factor" in behind
     assert not any(name.startswith("quotientopt.compare") for name in behind)
     own = tmp_path / "own.py"
-    monkeypatch.setattr(fingerprint, "OWN", (str(own),))
+    monkeypatch.setattr(records, "OWN", (str(own),))
     digests = []
     for text in ('"""Doc."""\nx = 1\n', "# Words.\nx = 1\n", "x = 2\n"):
         own.write_text(text)
-        digests.append(fingerprint.code_digest())
+        digests.append(records.code_digest())
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -235,5 +236,5 @@ def test_report_refuses_to_mix_protocols(tmp_path, ablations, fake):
     longer = replace(CONDITIONS, protocol=Protocol(steps=30))
     ablations("horizontal", seeds=1, conditions=longer).run(1)
     with pytest.raises(UsageError, match="horizontal and betas were made under different"):
-        report.write_report(record.load_all(tmp_path), tmp_path)
+        records.write_report(records.load_all(tmp_path), tmp_path)
     assert not (tmp_path / "README.md").exists()

@@ -18,8 +18,9 @@ from tests.optim.training import small_model, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from ablations import patches, running, variants
-from ablations.hidden import with_hidden_blocks
+import ablation
+import ablation_patches as patches
+import ablation_variants as variants
 
 OPTIONS = {"lr": 8e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, **FIRST_EDITION}
 
@@ -39,15 +40,15 @@ def test_every_variant_trains_and_is_not_the_default(text_file):
         data=str(text_file), steps=12, batch=2, context=16, layers=1, width=32, evaluate_every=12
     )
     protocol = replace(protocol, validation_batches=2)
-    default = running.train_variant(Trial("default", 8e-3), protocol)
-    again = running.train_variant(Trial("default", 8e-3), protocol)
+    default = ablation.train_variant(Trial("default", 8e-3), protocol)
+    again = ablation.train_variant(Trial("default", 8e-3), protocol)
     assert again.training_losses == default.training_losses
     for name in set(variants.VARIANTS) - {"default", "MLP hidden frames of 128"}:
-        run = running.train_variant(Trial(name, 8e-3), protocol)
+        run = ablation.train_variant(Trial(name, 8e-3), protocol)
         assert run.status == "finished", name
         assert run.training_losses[0] == default.training_losses[0], name
         assert run.final_loss != default.final_loss, name
-    assert set(running.OPTIMIZERS).isdisjoint(variants.VARIANTS)
+    assert set(ablation.OPTIMIZERS).isdisjoint(variants.VARIANTS)
 
 
 def test_patches_are_undone():
@@ -249,7 +250,7 @@ def test_updates_get_the_size_asked_for():
 @pytest.mark.parametrize("rows", [32, 128])
 def test_hidden_blocks_are_frames_and_no_symmetries(rows):
     model = small_model(width=128)
-    symmetries = with_hidden_blocks(model, rows)
+    symmetries = patches.with_hidden_blocks(model, rows)
     hidden = [s for s in symmetries.heads if s.name.endswith("hidden")]
     assert [(s.heads, s.group) for s in hidden] == [(512 // rows, qo.groups.O(rows))] * 2
     found = symmetries.verify(model, torch.arange(16)[None] % 32)
@@ -261,8 +262,8 @@ def test_hidden_blocks_are_frames_and_no_symmetries(rows):
 
 
 def test_hidden_blocks_of_llama_share_frames_of_gate_and_up():
-    symmetries = with_hidden_blocks(small_model("llama", hidden=64), 32)
+    symmetries = patches.with_hidden_blocks(small_model("llama", hidden=64), 32)
     (hidden,) = (s for s in symmetries.heads if s.name == "blocks.1.mlp.hidden")
     assert hidden.columns == (64, 32)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp has 96 hidden rows, no multiple of 64"):
-        with_hidden_blocks(small_model("llama"), 64)
+        patches.with_hidden_blocks(small_model("llama"), 64)

@@ -31,11 +31,11 @@ def script(monkeypatch):
 @pytest.fixture
 def small(script, monkeypatch):
     """A setting whose models have two layers of width 32, measured without a process of its own."""
-    setting = script("step_timing.setting")
+    setting = script("step_timing")
     for name in setting.SHAPES:
         monkeypatch.setitem(setting.SHAPES, name, setting.Shape(2, 32, 2, 60, 16))
     step_time = script("step_time")
-    monkeypatch.setattr(step_time, "measure_apart", script("step_timing.measure").measure)
+    monkeypatch.setattr(step_time, "measure_apart", script("step_time").measure)
     arguments = ["--warmup", "1", "--repeats", "2", "--sequences", "2", "--tokens", "64"]
     return step_time.parse(arguments)[1]
 
@@ -55,12 +55,12 @@ CONTENDERS = (
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_contender_is_measured(name, script, small):
-    assert tuple(script("step_timing.contenders").CONTENDERS) == CONTENDERS
+    assert tuple(script("step_timing").CONTENDERS) == CONTENDERS
     if name == "soap":
         pytest.importorskip("pytorch_optimizer")
     elif name == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("needs torch.optim.Muon: pip install 'torch>=2.9'")
-    row = json.loads(json.dumps(script("step_timing.measure").measure(name, small)))
+    row = json.loads(json.dumps(script("step_time").measure(name, small)))
     step, iteration = row["step"], row["iteration"]
     assert [len(period) for period in step["periods"]] == [10, 10]
     means = [sum(period) / 10 for period in step["periods"]]
@@ -74,11 +74,11 @@ def test_every_contender_is_measured(name, script, small):
     assert iteration["share"] == pytest.approx(iteration["optimizer seconds"] / whole)
     assert row["state bytes"] > 4 * row["parameters"]
     assert row["environment"]["torch"] == torch.__version__
-    assert script("step_timing.record").table([row]).count(name) == 1
+    assert script("step_time").table([row]).count(name) == 1
 
 
 def test_options_of_the_contenders(script, small):
-    contenders = script("step_timing.contenders")
+    contenders = script("step_timing")
     built = {}
     for name in CONTENDERS:
         if name.startswith(("quotient", "adamw")):
@@ -99,7 +99,7 @@ def test_options_of_the_contenders(script, small):
 
 
 def test_laps_are_those_of_the_acts_in_turn(script):
-    clock = script("step_timing.clock")
+    clock = script("step_timing")
     done = []
     laps = clock.time_laps([lambda: done.append("a"), lambda: done.append("b")], 3, "cpu")
     assert done == ["a", "b"] * 3
@@ -108,7 +108,7 @@ def test_laps_are_those_of_the_acts_in_turn(script):
 
 
 def test_means_hold_the_refresh_and_medians_do_not(script):
-    clock = script("step_timing.clock")
+    clock = script("step_timing")
     usual, refresh = [1.0] * 9, [11.0]
     found = clock.summarise_periods([usual + refresh, [2.0] * 9 + [12.0], usual + refresh], True)
     assert found["median"] == 1.0
@@ -121,23 +121,23 @@ def test_means_hold_the_refresh_and_medians_do_not(script):
 
 def test_gpt2_comes_from_transformers_where_it_is_installed(script, small):
     pytest.importorskip("transformers")
-    row = script("step_timing.measure").measure("quotient-adam", replace(small, model="gpt2-small"))
+    row = script("step_time").measure("quotient-adam", replace(small, model="gpt2-small"))
     assert row["model class"].endswith("GPT2LMHeadModel")
     assert row["iteration"]["share"] > 0
-    model = script("step_timing.model").build_model("gpt2-small")
+    model = script("step_timing").build_model("gpt2-small")
     assert any(name.endswith("c_attn.bias") for name, _ in model.named_parameters())
     assert {s.rank for s in find_symmetries(model).heads} == {16}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_and_state_follow_the_dtype(dtype, script, small):
-    row = script("step_timing.measure").measure("adamw-foreach", replace(small, dtype=dtype))
+    row = script("step_time").measure("adamw-foreach", replace(small, dtype=dtype))
     size = 2 if dtype == "bfloat16" else 4
     assert 2 * size * row["parameters"] <= row["state bytes"] < 2.1 * size * row["parameters"]
 
 
 def test_what_an_optimizer_cannot_do_is_skipped_with_the_reason(script, small):
-    measure = script("step_timing.measure").measure
+    measure = script("step_time").measure
     reasons = {
         name: measure(name, replace(small, capturable=True))["skipped"]
         for name in ("muon", "adamw-foreach")
@@ -146,7 +146,7 @@ def test_what_an_optimizer_cannot_do_is_skipped_with_the_reason(script, small):
     assert "capturable" in reasons["adamw-foreach"]  # torch's own words: not on the CPU
     compiled = measure("quotient-adam", replace(small, compiled=("step",)))
     assert "torch.compile" in compiled["skipped"]
-    table = script("step_timing.record").table([compiled])
+    table = script("step_time").table([compiled])
     assert "quotient-adam skipped: torch.compile" in table
 
 
@@ -169,7 +169,7 @@ def test_rows_replace_those_of_the_same_setting(script, small, tmp_path, capsys)
 
 
 def test_work_can_be_sent_to_other_processes(script, small, protocol):
-    robustness, measure = script("robustness"), script("step_timing.measure")
+    robustness, measure = script("robustness"), script("step_time")
     twin = robustness.Twin(Trial("adamw", 1e-3), 10.0, "float32")
     for work in ((measure.measure, "muon", small), (robustness.run, twin, protocol)):
         assert pickle.loads(pickle.dumps(work)) == work
@@ -237,7 +237,7 @@ def test_synchronisations_are_counted(counts, refreshes, refresh, refused, scrip
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", device.set_sync_debug_mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = script("step_timing.resources").measure_synchronisations(device.step, refreshes)
+        found = script("step_timing").measure_synchronisations(device.step, refreshes)
     assert found == {
         "per step": counts,
         "refresh step": refresh,

@@ -39,7 +39,7 @@ def script(monkeypatch):
 
 def encoded(script, kind, count, seed):
     """Random sentences; the target depends on their first token."""
-    batches = script("lora_tasks.batches")
+    batches = script("lora_tasks")
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for _ in range(count):
@@ -57,7 +57,7 @@ def encoded(script, kind, count, seed):
 def tiny_task(script, kind):
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-    tasks = script("lora_tasks.tasks")
+    tasks = script("lora_tasks")
     torch.manual_seed(7)
     sizes = {
         "hidden_size": 16,
@@ -90,7 +90,7 @@ def tiny_task(script, kind):
 
 @pytest.fixture
 def protocol(script):
-    return script("lora_tasks.protocol").LoraProtocol(
+    return script("lora_tasks").LoraProtocol(
         model="tiny",
         data="random",
         steps=6,
@@ -110,7 +110,7 @@ def protocol(script):
 
 
 def test_batches_are_the_same_for_the_same_seed_and_use_every_example_once(script):
-    batches = script("lora_tasks.batches")
+    batches = script("lora_tasks")
     examples = [batches.Encoded([n + 1] * (1 + n % 7), float(n)) for n in range(40)]
 
     def first_epoch(seed):
@@ -129,13 +129,13 @@ def test_batches_are_the_same_for_the_same_seed_and_use_every_example_once(scrip
 
 
 def test_too_few_examples_for_a_batch_are_refused(script):
-    batches = script("lora_tasks.batches")
+    batches = script("lora_tasks")
     with pytest.raises(ValueError, match="3 examples do not fill a batch of 4"):
         next(batches.training_batches([batches.Encoded([1], 0.0)] * 3, 4, 0, 0))
 
 
 def test_validation_spreads_over_the_whole_part(script):
-    batches = script("lora_tasks.batches")
+    batches = script("lora_tasks")
     examples = [batches.Encoded([1] * (1 + n % 3), float(n)) for n in range(100)]
     found = batches.validation_batches(examples, 5, 0, 2)
     assert [len(batch.targets) for batch in found] == [5, 5]
@@ -143,8 +143,8 @@ def test_validation_spreads_over_the_whole_part(script):
 
 
 def test_only_the_tokens_of_a_reply_are_predicted(script):
-    reply_tokens = script("lora_tasks.tasks").reply_tokens
-    ignored = script("lora_tasks.batches").IGNORED
+    reply_tokens = script("lora_tasks").reply_tokens
+    ignored = script("lora_tasks").IGNORED
     whole = reply_tokens([1, 2, 3], [8, 9], 10)
     assert whole.tokens == [1, 2, 3, 8, 9]
     assert whole.target == [ignored, ignored, 8, 9, ignored]
@@ -157,7 +157,7 @@ def test_only_the_tokens_of_a_reply_are_predicted(script):
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(script):
-    sources = script("lora_tasks.sources")
+    sources = script("lora_tasks")
     with pytest.raises(UsageError, match=r"pip install --no-deps nowhere-to-be-had==1\.0"):
         sources.installed(("nowhere-to-be-had==1.0", "inside"))
     with pytest.raises(UsageError, match=r"is version .*: pip install --no-deps pytest==0\.1"):
@@ -165,7 +165,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(script):
 
 
 def test_snippets_come_out_of_the_source_distribution(script, tmp_path):
-    sources = script("lora_tasks.sources")
+    sources = script("lora_tasks")
     with pytest.raises(UsageError, match=r"pip download --no-deps --dest .* vaderSentiment==0\.5"):
         sources.snippets(tmp_path)
     text = "\n".join(f"{n}\t{n / 4}\tcafé {n}" for n in range(20)).encode("latin-1")
@@ -186,7 +186,7 @@ def test_snippets_come_out_of_the_source_distribution(script, tmp_path):
 
 
 def test_posts_come_after_a_head_and_a_blank_line(script, tmp_path, monkeypatch):
-    sources = script("lora_tasks.sources")
+    sources = script("lora_tasks")
     head = "Category\tText\nd\tstring\nclass\t\n\n"
     posts = {"train": "b\tone\na\ttwo\n", "test": "a\tthree\n"}
     for part, rows in posts.items():
@@ -198,13 +198,13 @@ def test_posts_come_after_a_head_and_a_blank_line(script, tmp_path, monkeypatch)
 
 
 def test_the_contenders_are_those_of_the_report(script):
-    assert tuple(script("lora_tasks.contenders").CONTENDERS) == NAMES
-    assert set(script("lora_tasks.pictures").STYLES) == set(NAMES)
+    assert tuple(script("lora_training").CONTENDERS) == NAMES
+    assert set(script("lora_report").STYLES) == set(NAMES)
 
 
 def available(script, name):
     try:
-        script("lora_tasks.contenders").available(script("lora_tasks.contenders").CONTENDERS[name])
+        script("lora_training").available(script("lora_training").CONTENDERS[name])
     except UsageError as error:
         pytest.skip(str(error))
 
@@ -214,21 +214,21 @@ def available(script, name):
 def test_every_contender_trains_the_adapters_and_nothing_else(script, protocol, name, kind):
     available(script, name)
     task = tiny_task(script, kind)
-    training = script("lora_tasks.training").Training(Trial(name, 1e-3), protocol, task)
+    training = script("lora_training").Training(Trial(name, 1e-3), protocol, task)
     before = {key: value.clone() for key, value in training.model.state_dict().items()}
-    reference = script("lora_tasks.training").Training(Trial("adamw", 1.0), protocol, task)
+    reference = script("lora_training").Training(Trial("adamw", 1.0), protocol, task)
     assert training.step().loss == reference.step().loss
     for _ in range(protocol.steps - 1):
         training.step()
     for key, value in training.model.state_dict().items():
         trained = "lora_" in key or (key.startswith("head") and kind != "replies")
         assert torch.equal(value, before[key]) != trained, key
-    ups = [up for _, up in script("lora_tasks.contenders").pairs_of(training.model.encoder)]
+    ups = [up for _, up in script("lora_training").pairs_of(training.model.encoder)]
     assert len(ups) == 2 * len(task.matrices)
 
 
 def test_a_run_lowers_the_loss_and_is_the_same_again(script, protocol):
-    training = script("lora_tasks.training")
+    training = script("lora_training")
     task = tiny_task(script, "classes")
     longer = replace(protocol, steps=40)
     run = training.train(Trial("adamw", 1e-2), longer, task)
@@ -245,17 +245,17 @@ def test_a_run_lowers_the_loss_and_is_the_same_again(script, protocol):
 
 def test_a_run_whose_loss_is_not_finite_has_diverged(script, protocol):
     task = tiny_task(script, "scores")
-    run = script("lora_tasks.training").train(Trial("adamw", 1e30), protocol, task)
+    run = script("lora_training").train(Trial("adamw", 1e30), protocol, task)
     assert (run.status, run.final_loss) == ("diverged", None)
     assert len(run.training_losses) < protocol.steps
 
 
 def test_autocast_leaves_factors_and_losses_in_float32(script, protocol):
     task = tiny_task(script, "scores")
-    loose = script("lora_tasks.training").Training(
+    loose = script("lora_training").Training(
         Trial("adamw", 1e-3), replace(protocol, autocast=True), task
     )
-    tight = script("lora_tasks.training").Training(Trial("adamw", 1e-3), protocol, task)
+    tight = script("lora_training").Training(Trial("adamw", 1e-3), protocol, task)
     batch = task.validation_batches(protocol)[0]
     losses = [training.model.losses(batch) for training in (loose, tight)]
     assert losses[0].dtype == losses[1].dtype == torch.float32
@@ -283,14 +283,14 @@ def valley(rate):
 
 
 def test_the_search_goes_on_until_the_best_rate_is_interior(script):
-    search = script("lora_tasks.planning").search
+    search = script("lora_summary").search
     tried, losses = drive(search((4.0, 8.0, 16.0), 2.0, cover=False), valley)
     assert tried == [4, 8, 16, 32, 64, 128]
     assert min(losses, key=losses.get) == 64
 
 
 def test_covering_goes_on_until_both_ends_are_worse(script):
-    planning = script("lora_tasks.planning")
+    planning = script("lora_summary")
     tried, losses = drive(planning.search((64.0, 128.0, 32.0), 2.0, cover=True), valley)
     assert tried == [64, 128, 32, 256, 16]
     for end in (min(losses), max(losses)):
@@ -301,7 +301,7 @@ def test_covering_goes_on_until_both_ends_are_worse(script):
 
 def test_the_best_rate_is_run_on_the_other_seeds(script):
     finished = []
-    plan = script("lora_tasks.planning").plan(
+    plan = script("lora_summary").plan(
         "adamw", (4.0, 8.0, 16.0), finished, settings={}, factor=4.0, cover=False, seeds=3
     )
 
@@ -324,7 +324,7 @@ def test_the_best_rate_is_run_on_the_other_seeds(script):
 def test_all_rates_are_run_on_all_seeds_on_request(script):
     """The search goes by the mean: on seed 0 alone the smallest rate would be best."""
     finished = []
-    plan = script("lora_tasks.planning").plan(
+    plan = script("lora_summary").plan(
         "adamw",
         (32.0, 64.0),
         finished,
@@ -343,7 +343,7 @@ def test_all_rates_are_run_on_all_seeds_on_request(script):
     drive(plan, train)
     tried = [(run.trial.rate, run.trial.seed) for run in finished]
     assert tried == [(rate, seed) for rate in (32, 64, 16) for seed in (0, 1)]
-    summary = script("lora_tasks.summary")
+    summary = script("lora_summary")
     row = summary.figures(finished)[0]
     assert row.tuning_seeds == row.seeds == 2
     assert row.rate == 32
@@ -354,7 +354,7 @@ def test_all_rates_are_run_on_all_seeds_on_request(script):
 
 def test_rates_given_without_a_search_are_run_alone(script):
     finished = []
-    plan = script("lora_tasks.planning").plan(
+    plan = script("lora_summary").plan(
         "adamw", (4.0,), finished, settings={}, factor=1, cover=False, seeds=2
     )
 
@@ -386,7 +386,7 @@ def fake_run(rate, losses, seed=0, name="adamw"):
 
 
 def test_the_range_of_good_rates_is_interpolated(script):
-    rate_range = script("lora_tasks.summary").rate_range
+    rate_range = script("lora_summary").rate_range
     found = rate_range({1.0: 0.54, 2.0: 0.5, 4.0: 0.51, 8.0: 0.53})
     assert (found.open_low, found.open_high, found.open) == (False, False, False)
     assert found.low == pytest.approx(2 * 0.5**0.5)
@@ -408,7 +408,7 @@ def test_steps_count_to_the_best_loss_of_adamw_from_the_same_seed(script):
         fake_run(1e-2, [2.3, 1.8, 1.4], seed=1, name="muon"),
         fake_run(2e-2, [], name="muon"),
     ]
-    adamw, muon = script("lora_tasks.summary").figures(runs)
+    adamw, muon = script("lora_summary").figures(runs)
     assert (adamw.rate, adamw.seeds, adamw.best.value) == (1e-3, 2, pytest.approx(1.15))
     assert adamw.final.value == pytest.approx(1.25)
     assert adamw.final.error == pytest.approx(0.05)
@@ -427,7 +427,7 @@ def test_runs_of_fewer_steps_are_held_against_the_best_loss_of_full_ones(script)
         fake_run(1e-2, [1.2], seed=1, name="muon"),
         fake_run(1e-2, [0.9], name="lora-rite"),
     ]
-    (muon,) = script("lora_tasks.summary").shorter_budgets(short, full, 8, 10, 30)
+    (muon,) = script("lora_summary").shorter_budgets(short, full, 8, 10, 30)
     assert (muon.optimizer, muon.share, muon.rate) == ("muon", pytest.approx(1 / 3), 1e-2)
     assert muon.final.value == pytest.approx(1.15)
     assert muon.excess.value == pytest.approx(0.0)
@@ -440,7 +440,7 @@ def test_runs_of_fewer_steps_are_held_against_the_best_loss_of_full_ones(script)
 @pytest.fixture
 def command(script, protocol, monkeypatch, tmp_path):
     """`main` on a tiny task, with what it writes in a folder."""
-    tasks = script("lora_tasks.tasks")
+    tasks = script("lora_tasks")
     task = tiny_task(script, "classes")
     recipe = tasks.Recipe(lambda protocol: task, protocol, "tiny", "nats")
     monkeypatch.setitem(tasks.TASKS, "snippets", recipe)

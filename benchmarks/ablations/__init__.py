@@ -1,1 +1,0 @@
-"""What `ablation.py` is made of."""

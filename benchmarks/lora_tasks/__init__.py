@@ -1,1 +1,0 @@
-"""Parts of `lora.py`."""

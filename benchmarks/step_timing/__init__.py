@@ -1,1 +1,0 @@
-"""What `step_time.py` is made of."""
