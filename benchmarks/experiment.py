@@ -1,7 +1,7 @@
 """What the scripts share: their command in a record, tables and pictures, and one frame for most.
 
-In reading order: `command_of`; `markdown_table` and `standard_error`; colours, `note` and `png`;
-`run_experiment`, the command line, the record and its files.
+In reading order: `command_of`; `markdown_table` and `standard_error`; colours and what pictures are
+made with; `run_experiment`, the command line, the record and its files.
 """
 
 from __future__ import annotations
@@ -46,6 +46,27 @@ def standard_error(values: Sequence[float]) -> float | None:
 def note(figure: Any, text: str) -> None:
     """A line below all panels: what bands and marks are."""
     figure.supxlabel(text, fontsize=8, color="0.35")
+
+
+def mean_and_range(
+    axes: Any, x: Sequence[float], curves: Iterable[Sequence[float]], style: str = "-", **line: Any
+) -> None:
+    """The mean of curves over seeds, and a band from the lowest to the highest."""
+    points = list(zip(*curves, strict=True))
+    axes.plot(x, [statistics.fmean(values) for values in points], style, **line)
+    low, high = [min(values) for values in points], [max(values) for values in points]
+    axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
+
+
+def late_limits(curves: Sequence[Sequence[Sequence[float]]], part: int) -> tuple[float, float]:
+    """Limits of losses that show the differences at the end, not the fall of the first steps.
+
+    From the lowest to what every curve of (step, seconds, loss) has reached after one `part`-th.
+    """
+    lowest = min(point[2] for curve in curves for point in curve)
+    highest = max(curve[len(curve) // part][2] for curve in curves)
+    margin = 0.05 * max(highest - lowest, 0.1)
+    return lowest - margin, highest + margin
 
 
 def png(figure: Any) -> bytes:

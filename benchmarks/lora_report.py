@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment import markdown_table, png
+from experiment import late_limits, markdown_table, png
 from lora_summary import (
     TOLERANCE,
     Figures,
@@ -300,11 +300,7 @@ def draw_curves(ranks: Sequence[Rank], recipe: Recipe) -> bytes | None:
             label = f"{name} ({row.rate:.2g}, {seeds}): {losses[-1]:.3f}"
             axes.plot(steps, losses, color=color, linestyle=style, label=label)
         if drawn:
-            lowest = min(p[2] for row in drawn for p in row.curve)
-            # What every curve has reached after a quarter of the steps.
-            highest = max(row.curve[len(row.curve) // 4][2] for row in drawn)
-            margin = 0.05 * max(highest - lowest, 0.1)
-            axes.set_ylim(lowest - margin, highest + margin)
+            axes.set_ylim(*late_limits([row.curve for row in drawn], 4))
             # Beside the curves, which leave no corner free.
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes.set(xlabel="steps", ylabel=f"validation loss,\n{recipe.unit}")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import ADAM, QUOTIENT_ADAM, QUOTIENT_SGD, note, png, run_experiment
+from experiment import ADAM, QUOTIENT_ADAM, QUOTIENT_SGD, note, png, run_experiment, standard_error
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -209,7 +209,7 @@ def table(record: dict[str, Any]) -> str:
     for scheme, entry in record["schemes"].items():
         runs = entry["runs"]
         losses = [run["loss"][-1] for run in runs]
-        error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+        error = standard_error(losses) or 0.0
         drifts = [run["drift"][-1] for run in runs]
         drift = "none to drift" if None in drifts else f"{statistics.fmean(drifts):.2g}"
         first = runs[0]

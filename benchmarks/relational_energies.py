@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import BANDS, note, png, run_experiment
+from experiment import BANDS, mean_and_range, note, png, run_experiment, standard_error
 from torch import Tensor, nn
 
 from quotientopt._linalg import random_orthogonal
@@ -199,7 +199,7 @@ def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def spread(values: list[float]) -> str:
     """Mean ± standard error."""
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+    return f"{statistics.fmean(values):.4f} ± {standard_error(values):.4f}"
 
 
 def chosen(record: dict[str, Any], model: str) -> list[dict[str, Any]]:
@@ -253,11 +253,8 @@ def plot(record: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for (color, style), name in zip(STYLES, MODELS, strict=True):
-        curves = list(zip(*(row["by_angle"] for row in chosen(record, name)), strict=True))
-        means = [statistics.fmean(values) for values in curves]
-        axes.plot(ANGLES, means, style, color=color, label=name)
-        low, high = [min(values) for values in curves], [max(values) for values in curves]
-        axes.fill_between(ANGLES, low, high, color=color, alpha=0.15, linewidth=0)
+        curves = [row["by_angle"] for row in chosen(record, name)]
+        mean_and_range(axes, ANGLES, curves, style, color=color, label=name)
     axes.set_ylim(bottom=0)
     axes.set_xticks(ANGLES[::2])
     axes.set_xlabel("rotation of the test data about random axes (degrees)")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiment import BANDS, markdown_table, note, png, standard_error
+from experiment import BANDS, late_limits, markdown_table, mean_and_range, note, png, standard_error
 
 from quotientopt.compare.report import setting
 
@@ -162,7 +162,8 @@ def plot(record: Mapping[str, Any]) -> bytes:
         axes.set_xlabel("steps")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("validation loss (nats per byte)")
-    panels[0].set_ylim(*_limits(runs))
+    curves = [run["curve"] for run in runs if run["curve"]]
+    panels[0].set_ylim(*(late_limits(curves, 6) if curves else (0.0, 1.0)))
     panels[-1].legend(title="cond(g)", frameon=False)
     if len({run["seed"] for run in runs}) > 1:
         note(figure, BANDS)
@@ -183,24 +184,9 @@ def _curve(axes: Any, runs: Sequence[Run], cond: float, place: int) -> None:
     }
     finished = [run["curve"] for run in runs if run["status"] == "finished"]
     if finished:
-        steps = [point[0] for point in finished[0]]
-        losses = [[point[2] for point in points] for points in zip(*finished, strict=True)]
-        axes.plot(steps, [statistics.fmean(values) for values in losses], **style)
-        if len(finished) > 1:
-            low, high = [min(values) for values in losses], [max(values) for values in losses]
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        losses = [[point[2] for point in curve] for curve in finished]
+        mean_and_range(axes, [point[0] for point in finished[0]], losses, **style)
     for run in runs:
         if run["status"] != "finished" and run["curve"]:
             steps, losses = [p[0] for p in run["curve"]], [p[2] for p in run["curve"]]
             axes.plot(steps, losses, marker="x", markevery=[-1], **(style | {"label": None}))
-
-
-def _limits(runs: Sequence[Run]) -> tuple[float, float]:
-    """Limits that show the differences at the end rather than the fall of the first steps."""
-    curves = [run["curve"] for run in runs if run["curve"]]
-    if not curves:
-        return 0.0, 1.0
-    lowest = min(point[2] for curve in curves for point in curve)
-    highest = max(curve[len(curve) // 6][2] for curve in curves)
-    margin = 0.05 * max(highest - lowest, 0.1)
-    return lowest - margin, highest + margin
