@@ -160,17 +160,35 @@ def plane_partners(group: StructureGroup, device: torch.device) -> Tensor:
 class FreshDressing(NamedTuple):
     """Dressing of all factors of some head frames, each ``(2S, heads, r, r)``.
 
-    ``field`` acts on gradients, ``contragredient``, its inverse transpose, on factors, and
-    ``weights_gram`` holds the Grams of the factors so dressed. ``substituted`` marks heads where
-    one factor is rank-deficient and leans on its partner, ``unframed`` those that have no frame
-    because both are, ``(2S, heads)``; None if there is none.
+    Attributes
+    ----------
+    field : Tensor
+        Acts on gradients; of ``joint`` frames one block-diagonal matrix of all heads.
+    contragredients, weights_grams : Tensor
+        Its inverse transpose head by head, which acts on factors, and the Grams of the factors so
+        dressed.
+    substituted, unframed : Tensor, optional
+        Heads where one factor is rank-deficient and leans on its partner, and those that have no
+        frame because both are, ``(2S, heads)``; None if there is none.
+    joint : bool
     """
 
     field: Tensor
-    contragredient: Tensor
-    weights_gram: Tensor
+    contragredients: Tensor
+    weights_grams: Tensor
     substituted: Tensor | None
     unframed: Tensor | None
+    joint: bool
+
+    @property
+    def contragredient(self) -> Tensor:
+        """The inverse transpose of ``field``."""
+        return block_diagonal(self.contragredients) if self.joint else self.contragredients
+
+    @property
+    def weights_gram(self) -> Tensor:
+        """Grams of the dressed factors; of ``joint`` frames without products between heads."""
+        return block_diagonal(self.weights_grams) if self.joint else self.weights_grams
 
 
 class DressedHeads:
@@ -234,10 +252,10 @@ class DressedHeads:
 
         Where one factor of a head is rank-deficient (zero at the start, say), its partner's
         orthonormal coordinates serve for both: its Gram is taken to be the partner's inverse.
-        The dressed factors are dressed once more: Grams of factors of condition κ leave
-        a field right to ε κ² only, and the second one, close to the identity, to ε. Where both
-        are deficient (a pruned channel: a row of zeros in each) there is no field, and the head
-        keeps the coordinates it is stored in, as in AdamW, until it has one again.
+        Where Grams are no wider than the factors, the dressed factors are dressed once more: Grams
+        of condition κ² leave a field right to ε κ² only, and the second one, close to the identity,
+        to ε. Where both are deficient (a pruned channel: a row of zeros in each) there is no field,
+        and the head keeps the coordinates it is stored in, as in AdamW, until it has one again.
 
         Raises
         ------
@@ -251,22 +269,16 @@ class DressedHeads:
         dressed = contragredient @ grams @ contragredient.mT
         # The coordinates of "orthonormal" are not those of one group element.
         one_element = self.kind != "orthonormal" and not holds_rotations_only(self.group)
-        if one_element:
+        if one_element and torch.finfo(self.gram_dtype).eps >= self.precision:
             grams = self.grams(contragredient)
             supplemented, *_ = self._supplement(grams, lacking)
             again, again_contragredient = self._fields(supplemented, unframed)
             field, contragredient = again @ field, again_contragredient @ contragredient
             dressed = again_contragredient @ grams @ again_contragredient.mT
-        fresh = FreshDressing(field, contragredient, dressed, substituted, unframed)
-        if not self.joint:
-            return fresh
-        return FreshDressing(
-            block_diagonal(fresh.field),
-            block_diagonal(fresh.contragredient),
-            block_diagonal(fresh.weights_gram),
-            None if substituted is None else substituted.any(-1, keepdim=True),
-            unframed,
-        )
+        if self.joint:
+            field = block_diagonal(field)
+            substituted = None if substituted is None else substituted.any(-1, keepdim=True)
+        return FreshDressing(field, contragredient, dressed, substituted, unframed, self.joint)
 
     def _fields(self, grams: Tensor, unframed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Dressing fields of both sides and their inverse transposes, each ``(2S, heads, r, r)``.
@@ -349,9 +361,8 @@ class DressedHeads:
         deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
         identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
         left, right = torch.where(deficient[..., None, None], identity, factor).chunk(2)
-        values = torch.linalg.svdvals(left.mT @ right)
         least = LEAST_RATIO * torch.finfo(grams.dtype).eps
-        vanishing = (values[..., -1] <= least * values[..., 0]).repeat(2, 1)
+        vanishing = (smallest_ratio(left, right) <= least).repeat(2, 1)
         return deficient, vanishing & ~deficient & ~deficient.roll(len(self.symmetries), 0)
 
     def _refuse(self, broken: Tensor) -> None:
@@ -365,10 +376,23 @@ class DressedHeads:
         )
 
 
+def smallest_ratio(left: Tensor, right: Tensor) -> Tensor:
+    """1 / (‖M‖_F ‖M⁻¹‖_F) for M = LᵀR of triangular L, R: singular values' smallest over largest.
+
+    Within a factor of the size, and from two triangular solves where singular values would cost an
+    iteration. Zero where M is singular.
+    """
+    identity = torch.eye(left.size(-1), dtype=left.dtype, device=left.device)
+    inverse = torch.linalg.solve_triangular(left, identity, upper=False).mT
+    inverse = torch.linalg.solve_triangular(right, inverse, upper=False)
+    sizes = torch.linalg.matrix_norm(left.mT @ right) * torch.linalg.matrix_norm(inverse)
+    return sizes.reciprocal().nan_to_num(0.0)
+
+
 def block_diagonal(blocks: Tensor) -> Tensor:
     """The matrix with these blocks on its diagonal, ``(…, h, r, r) -> (…, 1, h r, h r)``."""
     heads, rank = blocks.shape[-3:-1]
-    identity = torch.eye(heads, dtype=blocks.dtype, device=blocks.device)
+    spread = blocks.new_zeros(*blocks.shape[:-3], heads, rank, heads, rank)
     # Entry (h, i), (k, j) is δ_hk blocks[h, i, j].
-    spread = blocks[..., :, :, None, :] * identity[:, None, :, None]
+    spread.diagonal(dim1=-4, dim2=-2).copy_(blocks.movedim(-3, -1))
     return spread.reshape(*blocks.shape[:-3], 1, heads * rank, heads * rank)

@@ -185,7 +185,8 @@ class HeadFrames(DressedHeads):
         old = torch.where(missing, identity, self.frame.to(field.dtype))
         change = torch.linalg.solve_ex(old, field, left=False).result
         change = torch.where(missing, identity, change)
-        self.covariance.copy_(change @ self.covariance.to(field.dtype) @ change.mT)
+        moved = change.to(self.covariance)
+        self.covariance.copy_(moved @ self.covariance @ moved.mT)
         return change
 
     def end_refresh(self, dressing: FreshDressing, change: Tensor) -> Tensor:
@@ -199,23 +200,18 @@ class HeadFrames(DressedHeads):
             self.frame.copy_(field)
             identity = torch.eye(field.size(-1), dtype=field.dtype, device=field.device)
             return identity.expand_as(field)
-        weights_gram = dressing.weights_gram.to(self.covariance)
-        if dressing.substituted is not None:
-            # The partner's dressed factor is orthonormal there and tells no directions apart, but
-            # the other side's gradients do, and they turn alike.
-            other = self.covariance.roll(len(self.symmetries), 0)
-            weights_gram = torch.where(dressing.substituted[..., None, None], other, weights_gram)
         if self.joint:
             missing = (self.frame == 0).flatten(-2).all(-1)[..., None, None]
             turn = next_eigenframe(self.covariance, change.to(self.covariance))
             if bool(missing.any()):
-                first = torch.linalg.eigh(break_ties(self.covariance, weights_gram, times=ROW_TIES))
+                ties = self._ties(dressing)
+                first = torch.linalg.eigh(break_ties(self.covariance, ties, times=ROW_TIES))
                 turn = torch.where(missing, first.eigenvectors.flip(-1), turn)
             if dressing.unframed is not None:
-                turn = self._without(dressing.unframed, turn, weights_gram)
+                turn = self._without(dressing.unframed, turn, self._ties(dressing))
             turn = turn.mT
         else:
-            turn = head_eigenframe(self.group, self.covariance, weights_gram)
+            turn = head_eigenframe(self.group, self.covariance, self._ties(dressing))
             if dressing.unframed is not None:
                 identity = torch.eye(turn.size(-1), dtype=turn.dtype, device=turn.device)
                 turn = torch.where(dressing.unframed[..., None, None], identity, turn)
@@ -223,6 +219,16 @@ class HeadFrames(DressedHeads):
         turn = turn.to(field.dtype)
         self.frame.copy_(turn @ field)
         return turn
+
+    def _ties(self, dressing: FreshDressing) -> Tensor:
+        """What breaks ties of the covariance: Grams of the dressed weights."""
+        weights_gram = dressing.weights_gram.to(self.covariance)
+        if dressing.substituted is None:
+            return weights_gram
+        # The partner's dressed factor is orthonormal there and tells no directions apart, but the
+        # other side's gradients do, and they turn alike.
+        other = self.covariance.roll(len(self.symmetries), 0)
+        return torch.where(dressing.substituted[..., None, None], other, weights_gram)
 
     def _without(self, unframed: Tensor, turn: Tensor, weights_gram: Tensor) -> Tensor:
         """Eigenframes over all rows that leave those of unframed heads exactly as they are.
