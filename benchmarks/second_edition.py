@@ -21,17 +21,19 @@ from torch import nn
 
 from quotientopt import QuotientAdam
 from quotientopt.compare.data import load_task
-from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry
+from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry
 from quotientopt.compare.protocol import Protocol, Trial, describe_environment
 from quotientopt.compare.train import train
 
 # Beside AdamW at 8e-3 for embeddings and head, as its entry in the comparison starts.
 SOAP_MUON, SOAP_MUON_ENTRY = "SOAP-Muon", OPTIMIZERS["soap-muon"]
+AS_ALL = {"embedding_frame": "per_matrix"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "first edition": {"row_frame": "per_head", "polar": "step"},
-    "full polar, frames per head": {"row_frame": "per_head", "polar": True},
-    "full polar, frames per matrix": {"row_frame": "per_matrix", "polar": True},
-    "full polar, no head frames": {"head_frame": None, "polar": True},
+    "first edition": FIRST_EDITION,
+    "full polar, frames per head": {"row_frame": "per_head", **AS_ALL},
+    "full polar, frames per matrix": AS_ALL,
+    "full polar, no head frames": {"head_frame": None, **AS_ALL},
+    "the default: embeddings in fixed frames": {},
     SOAP_MUON: {},
 }
 RESULTS = Path(__file__).parent / "results" / "second-edition"

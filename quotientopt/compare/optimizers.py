@@ -250,7 +250,12 @@ ADAMW_RATES: tuple[Settings, ...] = (
 QUOTIENT_RATES = {"gpt": 4e-3, "llama": 2e-3, "vit": 4e-3}
 
 # Defaults of QuotientAdam in version 0.1.0, with which earlier records were made.
-FIRST_EDITION = {"row_frame": "per_head", "polar": "step", "update_scale": 1.0}
+FIRST_EDITION = {
+    "row_frame": "per_head",
+    "polar": "step",
+    "update_scale": 1.0,
+    "embedding_frame": "per_matrix",
+}
 
 OPTIMIZERS: dict[str, Entry] = {
     entry.name: entry

@@ -15,6 +15,7 @@ from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_fa
 from quotientopt.optim.slices import Slice
 from quotientopt.optim.update import (
     Product,
+    break_ties,
     direction,
     ema_,
     gated,
@@ -76,6 +77,7 @@ class Bucket:
         self.device = slices[0].parameter.device
         self.group_index = slices[0].group_index
         self.residual = slices[0].residual
+        self.embedding = slices[0].embedding
         self.stream = stream_of(slices[0])
         self.steps = [0] * len(slices)
         shape = (len(slices), *slices[0].shape)
@@ -85,8 +87,9 @@ class Bucket:
         self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
         self.state = {"exp_avg": self._zeros(*shape), "exp_avg_sq": self._zeros(*shape)}
         if self.residual and shared is None:
-            for key in ("residual_covariance", "residual_frame"):
-                self.state[key] = self._zeros(len(slices), shape[-1], shape[-1])
+            if not self.embedding:
+                self.state["residual_covariance"] = self._zeros(len(slices), shape[-1], shape[-1])
+            self.state["residual_frame"] = self._zeros(len(slices), shape[-1], shape[-1])
         self.device_steps: Tensor | None = None
         if options["capturable"]:
             self.device_steps = torch.zeros(len(slices), device=self.device)
@@ -106,7 +109,9 @@ class Bucket:
     @property
     def orthogonalises(self) -> bool:
         """Whether the singular values of updates are made nearly equal."""
-        return bool(self.options["polar"]) and self.framed and self.columns > 1
+        return (
+            bool(self.options["polar"]) and self.framed and not self.embedding and self.columns > 1
+        )
 
     @property
     def has_frames(self) -> bool:
@@ -179,7 +184,7 @@ class Bucket:
 
     def accumulate_residual(self, dressed: Tensor, beta: float, gate: Tensor | None = None) -> None:
         """Add Σ (u∂)ᵀ(u∂) to the residual covariance, unless the gate is zero."""
-        if not self.residual:
+        if not self.residual or self.embedding:
             return
         rows = dressed.flatten(1, -2)
         gram = rows.mT @ rows
@@ -215,6 +220,10 @@ class Bucket:
         right = None
         if self.shared is not None:
             right = self.shared.change.expand(len(self.slices), -1, -1)
+        elif self.embedding:
+            if weights_gram is not None and pooled_gram is not None:
+                self._fix_frames(weights_gram, pooled_gram)
+            return
         elif self.residual:
             covariance, old = self.state["residual_covariance"], self.state["residual_frame"]
             frame = next_eigenframe(covariance, old) if any(self.oriented) else old
@@ -226,6 +235,18 @@ class Bucket:
             old.copy_(frame)
             self.oriented = [True] * len(self.slices)
         self.transport_(left, right)
+
+    def _fix_frames(self, weights_gram: Tensor, pooled_gram: Tensor) -> None:
+        """Frames of embeddings that have none: eigenvectors of the weights' Gram, once for all.
+
+        Each token's gradient is sparse in time and tells no frame; Adam needs any coordinates that
+        rotate with the stream.
+        """
+        first = torch.linalg.eigh(break_ties(weights_gram, pooled_gram)).eigenvectors
+        oriented = torch.tensor(self.oriented, device=self.device)[:, None, None]
+        frame = self.state["residual_frame"]
+        frame.copy_(torch.where(oriented, frame, first))
+        self.oriented = [True] * len(self.slices)
 
     def transport_(self, left: Tensor | None, right: Tensor | None) -> None:
         """Carry the moments to other frames, m ← R m S and v ← (R∘R) v (S∘S).
@@ -246,7 +267,7 @@ class Bucket:
     def rotate_(self, rotation: Tensor) -> None:
         """Move frames and covariances along with ``W ↦ W Oᵀ``."""
         if self.residual and self.shared is None:
-            rotate_(self.state["residual_frame"], self.state["residual_covariance"], rotation)
+            rotate_(self.state["residual_frame"], self.state.get("residual_covariance"), rotation)
 
     def update_(
         self, dressed: Tensor, group: Mapping[str, Any], gate: Tensor | None = None
@@ -346,14 +367,16 @@ class Bucket:
             lr = lr.reshape(())
         if gate is not None:
             lr = gate * lr
-        rate = lr * group["update_scale"] if self.slices[0].takes_scale else lr
+        first = self.slices[0]
+        rate = lr * first.scale(group)
+        kept = 1 - lr * first.decay_scale(group) * weight_decay
         blocks = len(self.slices[0].blocks)
         views = self.views()[rows.start * blocks : rows.stop * blocks]
         update = update.reshape(-1, blocks, *self.slices[0].shape[1:])
         if views[0].dtype != self.dtype:
-            self._add_and_round(rows, views, update.mul_(rate), 1 - lr * weight_decay)
+            self._add_and_round(rows, views, update.mul_(rate), kept)
             return
-        torch._foreach_mul_(views, 1 - lr * weight_decay)
+        torch._foreach_mul_(views, kept)
         updates = list(update.flatten(0, 1).unbind())
         if isinstance(rate, Tensor):
             torch._foreach_mul_(updates, rate)
@@ -408,7 +431,7 @@ def stack_slices(
             id(frames.get(id(slice_))),
             slice_.shape,
             slice_.residual,
-            slice_.takes_scale,
+            (slice_.takes_scale, slice_.embedding, slice_.rest_of is None),
             slice_.parameter.dtype,
             slice_.parameter.device,
             len(grouped) if param_groups[slice_.group_index]["foreach"] is False else None,
@@ -418,7 +441,7 @@ def stack_slices(
     for members in grouped.values():
         first, options = members[0], param_groups[members[0].group_index]
         own = None
-        if first.residual and options["residual_frame"] == "shared":
+        if first.residual and not first.embedding and options["residual_frame"] == "shared":
             stream = stream_of(first)
             own = shared.setdefault(stream, SharedResidualFrame(*stream))
         dtype = compute_dtype(first.parameter.dtype)

@@ -33,13 +33,22 @@ class RankError(StepRefusedError):
 # Of QuotientAdam's param groups, in the order of its arguments.
 OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "head_frame", "row_frame", "residual_frame"),
-    *("refresh_every", "max_grad_norm", "nesterov", "polar", "update_scale", "precision"),
+    *(
+        "embedding_frame",
+        "refresh_every",
+        "max_grad_norm",
+        "nesterov",
+        "polar",
+        "update_scale",
+        "precision",
+    ),
     *("lora_frame", "lora_polar", "master_weights", "stochastic_rounding", "maximize"),
     *("foreach", "capturable"),
 )
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 ROW_FRAMES = ("per_head", "per_matrix")
 RESIDUAL_FRAMES = ("per_matrix", "shared")
+EMBEDDING_FRAMES = ("fixed", "per_matrix")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
 # Of QuotientSGD.
 PAIR_METRICS = ("preconditioned", "right-invariant")
@@ -76,9 +85,10 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         if options[name] is not None and options[name] not in known:
             choices = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices} or None, got {options[name]!r}")
-    if options["row_frame"] not in ROW_FRAMES:
-        choices = " or ".join(map(repr, ROW_FRAMES))
-        raise ValueError(f"row_frame must be {choices}, got {options['row_frame']!r}")
+    for name, known in (("row_frame", ROW_FRAMES), ("embedding_frame", EMBEDDING_FRAMES)):
+        if options[name] not in known:
+            choices = " or ".join(map(repr, known))
+            raise ValueError(f"{name} must be {choices}, got {options[name]!r}")
     if options["polar"] != "step" and not isinstance(options["polar"], bool):
         raise ValueError(f"polar must be True, 'step' or False, got {options['polar']!r}")
     if options["precision"] not in PRECISIONS:

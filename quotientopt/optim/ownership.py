@@ -154,8 +154,8 @@ class Placed:
         The part that each process of the group holds.
     unit : Unit, optional
         What it is stepped with; None for a parameter without frames, stepped shard by shard.
-    framed : bool
-        Whether frames are made for it every ``refresh_every`` steps.
+    framed : Slice, optional
+        One of its slices with frames, which are made every ``refresh_every`` steps.
     local : Parameter, optional
         What this process steps: the whole tensor of an owned unit, the shard without a unit.
     steps : int
@@ -165,7 +165,7 @@ class Placed:
     parameter: Tensor
     regions: list[Region]
     unit: Unit | None = None
-    framed: bool = False
+    framed: Slice | None = None
     local: nn.Parameter | None = None
     steps: int = 0
 
@@ -267,7 +267,7 @@ def deal(optimizer: QuotientAdam, placed: Mapping[int, Placed], size: int) -> De
         in_units |= set(keys)
         tie(keys)
     for slice_ in slices.framed:
-        original[id(slice_.parameter)].framed = True
+        original[id(slice_.parameter)].framed = slice_
     units: dict[int, Unit] = defaultdict(Unit)
     for key, own in original.items():
         if key in in_units:

@@ -58,7 +58,7 @@ class QuotientAdam(SymmetricOptimizer):
 
     .. math:: m \leftarrow β_1 m + (1-β_1)\, u∂Q, \quad v \leftarrow β_2 v + (1-β_2) (u∂Q)^2,
        \quad D = \frac{\hat m}{\sqrt{\hat v} + ε},
-       \quad W \leftarrow (1 - ηλ) W - ηs\, u^T p(D) Q^T,
+       \quad W \leftarrow (1 - ηsλ) W - ηs\, u^T p(D) Q^T,
 
     p(D) the polar factor of D at the size of D and s = ``update_scale``.
 
@@ -80,7 +80,7 @@ class QuotientAdam(SymmetricOptimizer):
     eps : float
         Added to the denominator, in dressed coordinates.
     weight_decay : float
-        Decoupled weight decay, which is linear and hence equivariant.
+        λ of decoupled weight decay, at the rate of the update; it is linear and hence equivariant.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
     example_inputs : Tensor, tuple, list or mapping, optional
@@ -101,6 +101,11 @@ class QuotientAdam(SymmetricOptimizer):
         iteration; or each head's rows by themselves, by eigen-decompositions of r × r matrices.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
+    embedding_frame : {"fixed", "per_matrix"}
+        Of embeddings, positions and head: the stream's matrices outside the numbered layers that
+        hold the attention heads. ``"fixed"``: Adam's direction as it is, in coordinates of the
+        stream that are made once, from the weights, at half of ``update_scale``; ``"per_matrix"``:
+        as the other matrices, in frames that follow the gradients and with ``polar``.
     refresh_every : int
         Steps between fresh frames.
     max_grad_norm : float, optional
@@ -115,11 +120,11 @@ class QuotientAdam(SymmetricOptimizer):
         polynomial step towards it, head by head, as in version 0.1.0. Both commute with rotations,
         so that nothing is lost of the equivariance. False: Adam's direction as it is.
     update_scale : float
-        Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F; weight
-        decay stays ηλ. Its singular values being nearly equal, its spectral norm is several
+        Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F, and of its
+        weight decay, ηsλ. Its singular values being nearly equal, its spectral norm is several
         times smaller than that of AdamW's update: with four, AdamW's learning rate is right
-        (``benchmarks/learning_rates.py``). Biases, LoRA pairs and parameters without frames have
-        Adam's size.
+        (``benchmarks/learning_rates.py``). Half of it for embeddings in fixed frames; biases, LoRA
+        pairs and parameters without frames have Adam's size.
     precision : {"highest", "high", "fast"}
         Of the products of rotations and polar steps in float32: as they are, in TF32 on CUDA
         devices, or of factors rounded to bfloat16. Grams, sections, frames and LoRA pairs keep the
@@ -185,6 +190,7 @@ class QuotientAdam(SymmetricOptimizer):
         head_frame: Literal["balanced", "orthonormal", "svd"] | None = "balanced",
         row_frame: Literal["per_matrix", "per_head"] = "per_matrix",
         residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
+        embedding_frame: Literal["fixed", "per_matrix"] = "fixed",
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
         nesterov: bool = True,

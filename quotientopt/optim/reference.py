@@ -48,8 +48,10 @@ class PlainQuotientAdam:
     """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``.
 
     Each step: the dressing ``section``, the average covariances ``C`` (rows of heads, not dressed)
-    and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. The
-    options are those of :class:`quotientopt.QuotientAdam`.
+    and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. Of
+    ``embeddings``, matrices ``(rows, d)`` too, the frame stays as it was first made, from the
+    weights, and Adam's direction as it is. The options are those of
+    :class:`quotientopt.QuotientAdam`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class PlainQuotientAdam:
         betas: tuple[float, float],
         weight_decay: float,
         *,
+        embeddings: Sequence[Tensor] = (),
         refresh: int = 10,
         residual: bool = True,
         nesterov: bool = False,
@@ -70,11 +73,13 @@ class PlainQuotientAdam:
         self.scale = update_scale
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
-        self.params: list[Any] = [p for pair in pairs for p in pair] + list(matrices)
+        self.params: list[Any] = [p for pair in pairs for p in pair] + [*matrices, *embeddings]
         self.polar, self.joint = polar, row_frame == "per_matrix"
         self.state: list[State] = [
-            {"m": torch.zeros(()), "v": torch.zeros(())} for _ in self.params
+            {"m": torch.zeros(()), "v": torch.zeros(()), "embedding": False} for _ in self.params
         ]
+        for s in self.state[len(self.params) - len(embeddings) :]:
+            s["embedding"] = True
 
     @torch.no_grad()
     def step(self) -> None:
@@ -141,7 +146,10 @@ class PlainQuotientAdam:
     def _turn(self, p: Tensor, s: State, pooled: Any) -> None:
         if "section" in s:
             self._turn_rows(p, s)
-        if self.residual:
+        if self.residual and s["embedding"]:
+            if "Q" not in s:
+                s["Q"] = torch.linalg.eigh(self._break_ties(self._weights_gram(p, s), pooled))[1]
+        elif self.residual:
             if "Q" not in s:
                 broken = self._break_ties(s["R"], self._weights_gram(p, s), pooled)
                 s["Q"] = torch.linalg.eigh(broken)[1]
@@ -189,11 +197,13 @@ class PlainQuotientAdam:
         if self.nesterov:
             m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(gradient) / (1 - b1**t)
         update = m / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
-        update = self._toward_polar(update)
+        if not s["embedding"]:
+            update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
         rate = self.lr * self.scale if "Q" in s or "frame" in s else self.lr
-        p.mul_(1 - self.lr * self.decay).sub_(rate * update.reshape(p.shape))
+        rate = rate / 2 if "Q" in s and s["embedding"] else rate
+        p.mul_(1 - rate * self.decay).sub_(rate * update.reshape(p.shape))
 
 
 class PlainLowRankAdam:

@@ -344,11 +344,7 @@ class Sharded:
     def _scatter(self, active: Sequence[Placed], due: bool) -> None:
         """Bring updates, or new weights, back to the shards."""
         parcels = Parcels(self.group, self.device, self.dtypes)
-        rates = {
-            id(p): 1 - group["lr"] * group["weight_decay"]
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-        }
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for own in active:
             unit = own.unit
             if unit is None:
@@ -362,7 +358,10 @@ class Sharded:
             if unit.whole or due:
                 parcels.then(_copy(shard, part))
             else:
-                parcels.then(_decay_and_add(shard, part, rates[id(own.parameter)]))
+                group = groups[id(own.parameter)]
+                scale = 1.0 if own.framed is None else own.framed.decay_scale(group)
+                kept = 1 - group["lr"] * scale * group["weight_decay"]
+                parcels.then(_decay_and_add(shard, part, kept))
         parcels.exchange()
 
     def refresh_frames(self) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,12 @@ from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.pairs import is_lora_pair
 
 SIDES = ("left", "right")
+
+# Updates of embeddings, which are Adam's, over those of the other matrices, which are polar.
+EMBEDDING_SHARE = 0.5
+
+# A name in a list of modules: what is before the first number.
+NUMBERED = re.compile(r"((?:[^.]+\.)*?)\d+\.")
 
 # Coordinates of LoRA pairs that follow the factors.
 TRANSPORTED = "transported"
@@ -44,6 +51,11 @@ class Slice:
         Whether the columns are the residual stream and get a residual frame.
     suffix : str
         Distinguishes the slices of one parameter in its optimizer state; empty if there is one.
+    embedding : bool
+        Whether it is an embedding, or another matrix outside the layers that hold the heads, whose
+        residual frame stays as it was made.
+    rest_of : Slice, optional
+        Of what the symmetries of a fused parameter leave uncovered: a slice that they cover.
     """
 
     parameter: Tensor
@@ -54,6 +66,8 @@ class Slice:
     side: str
     residual: bool
     suffix: str = ""
+    embedding: bool = False
+    rest_of: Slice | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -66,6 +80,17 @@ class Slice:
         framed = self.residual or self.symmetry is not None
         lora = self.symmetry is not None and is_lora_pair(self.symmetry)
         return framed and not lora and self.shape[-1] > 1
+
+    def scale(self, group: Mapping[str, Any]) -> float:
+        """Size of its updates over that of Adam's under the options of its param group."""
+        if not self.takes_scale:
+            return 1.0
+        scale: float = group["update_scale"]
+        return scale * EMBEDDING_SHARE if self.embedding else scale
+
+    def decay_scale(self, group: Mapping[str, Any]) -> float:
+        """The same of its weight decay, which is one for a whole parameter."""
+        return self.scale(group) if self.rest_of is None else self.rest_of.scale(group)
 
 
 @dataclass(eq=False)
@@ -111,7 +136,8 @@ def find_slices(
     Parameters
     ----------
     param_groups : sequence of dict
-        With ``params``, ``head_frame``, ``residual_frame`` and, if it differs, ``lora_frame``.
+        With ``params``, ``head_frame``, ``residual_frame``, ``embedding_frame`` and, if it differs,
+        ``lora_frame``.
     symmetries : SymmetryMap
     names : mapping of int to str
         ``id(parameter)`` to name.
@@ -126,6 +152,7 @@ def find_slices(
         id(parameter): i for i, group in enumerate(param_groups) for parameter in group["params"]
     }
     residual = symmetries.residual
+    embeddings = _embeddings(symmetries)
     axes = (
         {}
         if residual is None
@@ -179,11 +206,40 @@ def find_slices(
                 view = parameter.movedim(axes[id(parameter)], -1).unsqueeze(0)
                 block = Block.of(view, parameter, name_of(parameter))
                 found.framed.append(
-                    Slice(parameter, block.name, i, (block,), None, "", residual=True)
+                    Slice(
+                        parameter,
+                        block.name,
+                        i,
+                        (block,),
+                        None,
+                        "",
+                        residual=True,
+                        embedding=group["embedding_frame"] == "fixed"
+                        and id(parameter) in embeddings,
+                    )
                 )
             else:
                 found.plain[i].append(parameter)
     return found
+
+
+def _embeddings(symmetries: SymmetryMap) -> set[int]:
+    """``id`` of the stream's matrices outside the numbered layers that hold attention heads.
+
+    Embeddings, positions and heads of a model; none of a model without numbered layers.
+    """
+    residual = symmetries.residual
+    if residual is None:
+        return set()
+    names = {id(parameter): name for name, parameter in residual.parameters.items()}
+    blocks = (block for symmetry in symmetries.heads for block in symmetry.blocks)
+    of_heads = {names.get(id(block.parameter), block.name) or "" for block in blocks}
+    lists = {found[1] for name in of_heads if (found := NUMBERED.match(name))}
+    return {
+        key
+        for key, name in names.items()
+        if lists and ((found := NUMBERED.match(name)) is None or found[1] not in lists)
+    }
 
 
 def _refuse_split(symmetry: HeadSymmetry, owners: Mapping[int, int], name_of: Any) -> None:
@@ -243,7 +299,9 @@ def _uncovered_slice(sibling: Slice, uncovered: Tensor) -> Slice:
         else uncovered
     )
     block = Block.of(rows.unsqueeze(0), sibling.parameter, sibling.name)
-    return replace(sibling, blocks=(block,), symmetry=None, side="", residual=False)
+    return replace(
+        sibling, blocks=(block,), symmetry=None, side="", residual=False, rest_of=sibling
+    )
 
 
 def _runs(mask: Tensor) -> list[tuple[int, int]]:
@@ -268,6 +326,7 @@ PLANNED = (
     "head_frame",
     "row_frame",
     "residual_frame",
+    "embedding_frame",
     "lora_frame",
     "foreach",
     "master_weights",

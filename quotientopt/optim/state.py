@@ -63,6 +63,7 @@ def follow_version(group: dict[str, Any]) -> None:
         group["row_frame"] = "per_head"
         group["polar"] = "step" if group["polar"] else False
         group["update_scale"], group["precision"] = 1.0, "highest"
+        group["embedding_frame"] = "per_matrix"
 
 
 def settle(

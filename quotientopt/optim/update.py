@@ -3,7 +3,7 @@
     z = u ∂ Q                                   u: head frame, Q: residual frame
     m ← β₁ m + (1 − β₁) z,  v ← β₂ v + (1 − β₂) z²
     D = m̂ / (√v̂ + ε)
-    W ← (1 − ηλ) W − η uᵀ p(D) Qᵀ
+    W ← (1 − ηλ) W − η uᵀ p(D) Qᵀ          η: the learning rate times `update_scale`
 
 The letters are those of docs/quotient_adam.md. In this order: products, covariances and frames,
 clipping, Adam, rounding; at the end torch's AdamW for parameters without frames. The polar factor p
@@ -169,11 +169,12 @@ def orthonormalise_by_cholesky(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.to(matrix.dtype)
 
 
-def rotate_(frame: Tensor, covariance: Tensor, rotation: Tensor) -> None:
+def rotate_(frame: Tensor, covariance: Tensor | None, rotation: Tensor) -> None:
     """Move a residual frame and covariance along with ``W ↦ W Oᵀ``: Q ↦ O Q, R ↦ O R Oᵀ."""
     rotation = rotation.to(frame)
     frame.copy_(rotation @ frame)
-    covariance.copy_(rotation @ covariance @ rotation.mT)
+    if covariance is not None:
+        covariance.copy_(rotation @ covariance @ rotation.mT)
 
 
 def clip_scale(norms: Sequence[Tensor], limit: float | None) -> Tensor | None:

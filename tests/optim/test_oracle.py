@@ -13,7 +13,7 @@ STEPS = 25
 SETTINGS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def oracle_losses(model, **options):
+def oracle_losses(model, embedding_frame="fixed", **options):
     """Train copies of the parameters by the oracle, writing them back at every step."""
     heads, r = 4, 8
     views, matrices = [], []
@@ -23,7 +23,8 @@ def oracle_losses(model, **options):
         rows += [(a.output.weight, 1), (a.value.weight, None)]
         views += rows
         matrices += [(block.mlp.up.weight, None), (block.mlp.down.weight, 1)]
-    matrices += [(m.weight, None) for m in (model.embedding, model.positions, model.head)]
+    embeddings = [(m.weight, None) for m in (model.embedding, model.positions, model.head)]
+    matrices += embeddings
 
     def read(tensor, axis):
         return tensor if axis is None else tensor.mT
@@ -34,7 +35,9 @@ def oracle_losses(model, **options):
     copies = [factor(p.detach(), axis).clone() for p, axis in views]
     copies += [read(p.detach(), axis).clone() for p, axis in matrices]
     pairs = [tuple(copies[i : i + 2]) for i in range(0, len(views), 2)]
-    oracle = PlainQuotientAdam(pairs, copies[len(views) :], **SETTINGS, **options)
+    inner = len(copies) - (len(embeddings) if embedding_frame == "fixed" else 0)
+    options["embeddings"] = copies[inner:]
+    oracle = PlainQuotientAdam(pairs, copies[len(views) : inner], **SETTINGS, **options)
     losses = []
     for tokens in batches(STEPS):
         model.zero_grad()
@@ -51,19 +54,21 @@ def oracle_losses(model, **options):
 
 
 @pytest.mark.parametrize(
-    ("residual", "nesterov", "polar"),
+    ("residual", "nesterov", "polar", "embedding_frame"),
     [
-        (True, False, False),
-        (True, True, False),
-        (False, False, False),
-        (True, True, "step"),
-        (True, True, True),
+        (True, False, False, "per_matrix"),
+        (True, True, False, "fixed"),
+        (False, False, False, "fixed"),
+        (True, True, "step", "per_matrix"),
+        (True, True, True, "per_matrix"),
+        (True, True, True, "fixed"),
     ],
 )
 @pytest.mark.parametrize("row_frame", ["per_head", "per_matrix"])
-def test_equals_the_oracle_in_float64(residual, nesterov, polar, row_frame):
+def test_equals_the_oracle_in_float64(residual, nesterov, polar, embedding_frame, row_frame):
     model = small_model("gpt")
     options = {"nesterov": nesterov, "polar": polar, "row_frame": row_frame}
+    options["embedding_frame"] = embedding_frame
     expected = oracle_losses(copy.deepcopy(model), residual=residual, **options)
     frame = "per_matrix" if residual else None
     for foreach in (None, True, False):

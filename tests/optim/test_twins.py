@@ -24,7 +24,7 @@ def heads_only(name):
 
 
 def quotient_adam(model, **options):
-    options = {"lr": 7.5e-4, "weight_decay": 0.4} | options
+    options = {"lr": 7.5e-4, "weight_decay": 0.1} | options
     return qo.QuotientAdam(model, betas=(0.9, 0.95), **options)
 
 
@@ -237,7 +237,12 @@ def test_moving_accepts_translations_and_refuses_undressed_units():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[key][entry]))
 
 
-ADAMS_SIZE = {"update_scale": 1.0, "polar": "step", "row_frame": "per_head"}
+ADAMS_SIZE = {
+    "update_scale": 1.0,
+    "polar": "step",
+    "row_frame": "per_head",
+    "embedding_frame": "per_matrix",
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,154 @@
+"""Embeddings, positions and head: Adam in coordinates of the stream that stay."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import quotientopt as qo
+from tests.optim.training import small_model, train, twin_of
+
+OPTIONS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def hf_llama():
+    config = LlamaConfig(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def hf_gpt2():
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=13)
+    return GPT2LMHeadModel(config)
+
+
+def kept_frames(optimizer, model):
+    """Names of the matrices whose frame follows no covariance."""
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if "residual_frame" in optimizer.state[parameter]
+        and "residual_covariance" not in optimizer.state[parameter]
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: small_model("gpt"), {"embedding.weight", "positions.weight", "head.weight"}),
+        (hf_llama, {"model.embed_tokens.weight", "lm_head.weight"}),
+        (hf_gpt2, {"transformer.wte.weight", "transformer.wpe.weight"}),
+    ],
+)
+def test_which_matrices_they_are(make, names):
+    for embedding_frame in ("fixed", "per_matrix"):
+        model = make()
+        optimizer = qo.QuotientAdam(model, embedding_frame=embedding_frame)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        assert kept_frames(optimizer, model) == (names if embedding_frame == "fixed" else set())
+
+
+def test_frames_stay_and_are_orthogonal():
+    model = small_model("gpt")
+    optimizer = qo.QuotientAdam(model, **OPTIONS, refresh_every=3)
+    train(model, optimizer, 2)
+    table, inner = (p.weight for p in (model.embedding, model.blocks[0].mlp.up))
+    frames = [optimizer.state[p]["residual_frame"].clone() for p in (table, inner)]
+    train(model, optimizer, 10)
+    now = [optimizer.state[p]["residual_frame"] for p in (table, inner)]
+    assert torch.equal(frames[0], now[0])
+    assert not torch.allclose(frames[1], now[1])
+    assert (now[0].mT @ now[0] - torch.eye(now[0].size(-1), dtype=now[0].dtype)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("embedding_frame", ["fixed", "per_matrix"])
+def test_twins_under_rotations_of_the_stream(embedding_frame):
+    model = small_model("gpt")
+    twin, element = twin_of(model, cond=1.0, only=lambda name: name == "residual")
+    assert set(element) == {"residual"}
+
+    def curve(m):
+        own = copy.deepcopy(m)
+        return train(own, qo.QuotientAdam(own, **OPTIONS, embedding_frame=embedding_frame), 30)
+
+    assert (curve(model) - curve(twin)).abs().max() < 1e-10
+
+
+def test_adam_without_frames_sees_rotations():
+    """The control: the same embeddings by AdamW, all else by QuotientAdam."""
+    model = small_model("gpt")
+    twin, _ = twin_of(model, cond=1.0, only=lambda name: name == "residual")
+    curves = []
+    for own in (model, twin):
+        symmetries = qo.find_symmetries(own)
+        inner = [p for n, p in own.named_parameters() if n.startswith("blocks.")]
+        outer = [p for n, p in own.named_parameters() if not n.startswith("blocks.")]
+        groups = [{"params": inner}, {"params": outer, "residual_frame": None}]
+        optimizer = qo.QuotientAdam(groups, **OPTIONS, symmetries=symmetries)
+        curves.append(train(own, optimizer, 30))
+    assert (curves[0] - curves[1]).abs().max() > 1e-4
+
+
+def test_the_update_is_adams_in_the_frame():
+    """Adam of the reference, on ∂Q, at half of update_scale and with Nesterov momentum."""
+    model = small_model("gpt")
+    table = model.embedding.weight
+    optimizer = qo.QuotientAdam(model, **OPTIONS, update_scale=3.0)
+    mean = square = 0.0
+    for step in range(1, 5):
+        before = table.detach().clone()
+        train(model, optimizer, 1, seed=step)
+        Q = optimizer.state[table]["residual_frame"]
+        z = table.grad @ Q
+        mean, square = 0.9 * mean + 0.1 * z, 0.95 * square + 0.05 * z.square()
+        ahead = 0.9 * mean / (1 - 0.9 ** (step + 1)) + 0.1 * z / (1 - 0.9**step)
+        update = ahead / ((square / (1 - 0.95**step)).sqrt() + 1e-8) @ Q.mT
+        rate = OPTIONS["lr"] * 1.5
+        expected = (1 - rate * OPTIONS["weight_decay"]) * before - rate * update
+        assert (table - expected).abs().max() < 1e-13
+
+
+def test_state_moves_with_a_rotation():
+    model = small_model("gpt")
+    optimizer = qo.QuotientAdam(model, **OPTIONS)
+    train(model, optimizer, 5)
+    twin, state = copy.deepcopy((model, optimizer))
+    element = state.symmetries.random_element(generator=torch.Generator().manual_seed(1))
+    element = {"residual": element["residual"]}
+    state.symmetries.act_(element)
+    state.move_state_(element)
+    losses = train(model, optimizer, 12, seed=3)
+    assert (losses - train(twin, state, 12, seed=3)).abs().max() < 1e-10
+
+
+def test_a_model_without_numbered_layers_has_none():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_model("gpt").blocks[0]
+            self.embedding = nn.Embedding(7, 32, dtype=torch.float64)
+            self.head = nn.Linear(32, 7, bias=False, dtype=torch.float64)
+
+        def forward(self, tokens):
+            return self.head(self.inner(self.embedding(tokens)))
+
+    model, tokens = Single(), torch.arange(7)[None]
+    optimizer = qo.QuotientAdam(model, **OPTIONS, example_inputs=tokens)
+    model(tokens).square().sum().backward()
+    optimizer.step()
+    assert kept_frames(optimizer, model) == set()
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="embedding_frame must be 'fixed' or 'per_matrix'"):
+        qo.QuotientAdam(small_model("gpt"), embedding_frame="none")
