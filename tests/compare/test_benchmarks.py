@@ -408,3 +408,26 @@ def test_an_optimizer_without_tuned_rate_is_refused(script, tuned):
         script("robustness").make_request(
             ["--optimizers", "adamw,quotient-adam", "--tuned", str(tuned)]
         )
+
+
+def test_the_gpu_run_runs_in_small_without_one(script, tmp_path, capsys, monkeypatch):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "run_tests", lambda run: {"status": 0, "last line": ""})
+    arguments = ["--device", "cpu", "--small", "--minutes", "0.6", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["optimizer"] for row in record["training"]} == set(gpu.RATES)
+    steps = {row["curve"][-1][0] for row in record["training"]}
+    assert len(steps) == 1
+    assert all(row["curve"][-1][2] < 5.5 for row in record["training"])
+    assert all("step" in row for row in record["step times"])
+    assert record["graph"] == {"skipped": "CUDA graphs need a CUDA device"}
+    assert "quotient-adam" in capsys.readouterr().out
+
+
+def test_the_gpu_run_asks_for_a_gpu(script, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        script("gpu").main([])
+    assert "torch finds no CUDA device" in capsys.readouterr().err

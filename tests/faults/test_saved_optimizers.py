@@ -81,7 +81,8 @@ def test_training_goes_on_from_a_dressed_checkpoint(tmp_path, name):
         return max(abs(a - b) for a, b in zip(losses, expected, strict=True))
 
     print("moved:", resumed("dressed"), "as it was saved:", resumed("run"))
-    assert resumed("dressed") < 1e-7
+    # Transformers computes the loss, about four, in float32: one unit in its last place is 4.8e-7.
+    assert resumed("dressed") < 5e-7
     assert resumed("run") > 1e-4
 
 

@@ -304,7 +304,7 @@ def test_param_groups():
     still = qo.QuotientAdam(groups, lr=1e-2, symmetries=symmetries)
     weight, bias = layer.linear1.weight.detach().clone(), layer.linear1.bias.detach().clone()
     still.step()
-    assert torch.allclose(layer.linear1.weight, weight * (1 - 1e-2 * 0.5))
+    assert torch.allclose(layer.linear1.weight, weight * (1 - 4 * 1e-2 * 0.5))
     assert torch.equal(layer.linear1.bias, bias)
 
 
