@@ -1,29 +1,35 @@
 """Loss and time of QuotientAdam's first and second edition, what lies between them, and SOAP-Muon.
 
-The protocol of ``quotientopt compare``, at given learning rates and seeds; results are written as
-they come.
+The protocol of ``quotientopt compare``, at given learning rates, weight decays and seeds; results
+are written as they come. Beside the final loss stands that of averaged weights: an exponential
+average with decay 0.95 over the last two fifths of the steps, by ``torch.optim.swa_utils``.
 
     python benchmarks/second_edition.py --layers 2 --steps 200
+    python benchmarks/second_edition.py --decays 0.1 0.2 --variants "the default: …" SOAP-Muon
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import standard_error
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from quotientopt import QuotientAdam
 from quotientopt.compare.data import load_task
 from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry
 from quotientopt.compare.protocol import Protocol, Trial, describe_environment
-from quotientopt.compare.train import train
+from quotientopt.compare.record import write_atomically
+from quotientopt.compare.train import Training, state_bytes
 
 # Beside AdamW at 8e-3 for embeddings and head, as its entry in the comparison starts.
 SOAP_MUON, SOAP_MUON_ENTRY = "SOAP-Muon", OPTIMIZERS["soap-muon"]
@@ -36,14 +42,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the default: embeddings in fixed frames": {},
     SOAP_MUON: {},
 }
+AVERAGE, AVERAGED = 0.95, 0.4
 RESULTS = Path(__file__).parent / "results" / "second-edition"
 
 
 def run(name: str, rate: float, seed: int, protocol: Protocol) -> dict[str, Any]:
     """Train one variant once."""
+    decay = protocol.weight_decay
 
     def build(model: nn.Module, lr: float, *_: Any) -> list[torch.optim.Optimizer]:
-        decay = protocol.weight_decay
         if name == SOAP_MUON:
             settings = dict(SOAP_MUON_ENTRY.settings_grid[0])
             return SOAP_MUON_ENTRY.build(model, lr, settings, protocol)
@@ -52,15 +59,26 @@ def run(name: str, rate: float, seed: int, protocol: Protocol) -> dict[str, Any]
 
     OPTIMIZERS[name] = Entry(name, build, {})
     task = load_task(protocol.data, protocol.model, protocol.batch, protocol.context)
-    found = train(Trial(name, rate, seed=seed), protocol, task)
+    training = Training(Trial(name, rate, seed=seed), protocol, task)
+    held_out = list(task.validation_batches(protocol))
+    averaged = AveragedModel(training.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    seconds = []
+    for step in range(protocol.steps):
+        seconds.append(training.step().optimizer_seconds)
+        if step >= (1 - AVERAGED) * protocol.steps:
+            averaged.update_parameters(training.model)
+    loss = training.validate(held_out)
+    training.model.load_state_dict(averaged.module.state_dict())
     return {
         "variant": name,
         "rate": rate,
+        "decay": decay,
         "seed": seed,
-        "loss": found.final_loss,
-        "optimizer_ms": 1000 * found.timing.optimizer.mean,
-        "optimizer_ms_median": 1000 * found.timing.optimizer.median,
-        "state_bytes": found.state_bytes,
+        "loss": loss,
+        "averaged_loss": training.validate(held_out),
+        "optimizer_ms": 1000 * statistics.fmean(seconds),
+        "optimizer_ms_median": 1000 * statistics.median(seconds),
+        "state_bytes": state_bytes(training.optimizers),
     }
 
 
@@ -75,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[1.6e-2])
+    parser.add_argument("--decays", type=float, nargs="+", default=[0.1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
@@ -90,25 +109,28 @@ def main(argv: list[str] | None = None) -> int:
     }
     if path.exists():
         record = json.loads(path.read_text())
-    done = {(r["variant"], r["rate"], r["seed"]) for r in record["runs"]}
-    for seed in range(given.seeds):
-        for rate in given.rates:
-            for name in given.variants:
-                if (name, rate, seed) not in done:
-                    record["runs"].append(run(name, rate, seed, protocol))
-                    print(record["runs"][-1], flush=True)
-                    partial = path.with_suffix(".part")
-                    partial.write_text(json.dumps(record, indent=1))
-                    partial.replace(path)
-    for name in given.variants:
-        for rate in given.rates:
-            own = [r for r in record["runs"] if (r["variant"], r["rate"]) == (name, rate)]
-            losses = [r["loss"] for r in own if r["loss"] is not None]
-            error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-            mean = statistics.mean(losses) if losses else float("nan")
-            times = statistics.median(r["optimizer_ms"] for r in own)
-            print(f"{name:32} lr {rate:g}: {mean:.4f} ± {error:.4f}, {times:.1f} ms")
+    done = {key_of(row) for row in record["runs"]}
+    wanted = list(itertools.product(range(given.seeds), given.rates, given.decays, given.variants))
+    for seed, rate, decay, name in wanted:
+        if (name, rate, decay, seed) not in done:
+            own = replace(protocol, weight_decay=decay)
+            record["runs"].append(run(name, rate, seed, own))
+            print(record["runs"][-1], flush=True)
+            write_atomically(path, json.dumps(record, indent=1))
+    for name, rate, decay in itertools.product(given.variants, given.rates, given.decays):
+        rows = [r for r in record["runs"] if key_of(r)[:3] == (name, rate, decay)]
+        summary = f"{name:40} lr {rate:g}, decay {decay:g}:"
+        for key in ("loss", "averaged_loss"):
+            losses = [row[key] for row in rows if row.get(key) is not None]
+            if losses:
+                summary += f" {statistics.mean(losses):.4f} ± {standard_error(losses) or 0:.4f}"
+        print(f"{summary}, {statistics.median(r['optimizer_ms'] for r in rows):.1f} ms")
     return 0
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, float, float, int]:
+    """Variant, rate, decay and seed of a run."""
+    return row["variant"], row["rate"], row.get("decay", 0.1), row["seed"]
 
 
 if __name__ == "__main__":
