@@ -1,3 +1,3 @@
 """The version, in one place: also where the source tree is used without being installed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
