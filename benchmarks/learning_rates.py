@@ -50,8 +50,8 @@ ADAMW = OPTIMIZERS["adamw"]
 PROBED = (20, 50, 100, 150)
 LEGEND = (
     ("o-", ADAM, "AdamW"),
-    ("o-", QUOTIENT_ADAM, "QuotientAdam"),
-    ("s:", QUOTIENT_ADAM, "its updates times 4"),
+    ("o-", QUOTIENT_ADAM, "QuotientAdam 0.1.0"),
+    ("s:", QUOTIENT_ADAM, "QuotientAdam"),
 )
 
 
@@ -406,11 +406,11 @@ def plot(content: dict[str, Any]) -> bytes:
         for contender, color in ((BASELINE, ADAM), (SUBJECT, QUOTIENT_ADAM)):
             losses = losses_of(cell, contender)
             axes.plot(sorted(losses), [losses[r] for r in sorted(losses)], "o-", color=color, ms=3)
-        law = losses_of(cell, "law 4")
-        points = sorted(law), [law[rate] for rate in sorted(law)]
+        today = losses_of(cell, TODAY)
+        points = sorted(today), [today[rate] for rate in sorted(today)]
         axes.plot(*points, "s:", color=QUOTIENT_ADAM, mfc="none", ms=5)
         finite = [x for x in losses_of(cell, BASELINE).values() if math.isfinite(x)]
-        lowest = min(losses_of(cell, SUBJECT).values())
+        lowest = min([*losses_of(cell, SUBJECT).values(), *today.values()])
         highest = sorted(finite)[: max(3, len(finite) - 1)][-1]
         axes.set_ylim(lowest - 0.03 * (min(finite) - lowest + 0.3), highest)
         axes.set_xlim(4e-4, 8e-2)
