@@ -106,7 +106,7 @@ def polar_factor_of_gram(gram: Tensor) -> Tensor:
     Parameters
     ----------
     gram : Tensor
-        Symmetric, shape ``(…, k, k)``; best the smaller of the two.
+        Symmetric, shape ``(L, k, k)``; best the smaller of the two.
     """
     tiny = torch.finfo(gram.dtype).tiny
     gram = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(tiny)
@@ -115,14 +115,16 @@ def polar_factor_of_gram(gram: Tensor) -> Tensor:
     gram.div_(bound.sqrt())
     square.div_(bound)
     factor = None
-    for place, coefficients in enumerate(COMPOSITION):
-        if place:
-            square = gram @ gram
-        first, second, third, *higher = coefficients
-        step = (second * gram).add_(square, alpha=third)
-        step.diagonal(dim1=-2, dim2=-1).add_(first)
+    for place, (first, second, third, *higher) in enumerate(COMPOSITION):
         if higher:
-            step.baddbmm_(square, (higher[0] * gram).add_(square, alpha=higher[1]))
+            # G² (third + fourth G + fifth G²) + second G + first
+            square = gram @ gram if place else square
+            inner = (higher[0] * gram).add_(square, alpha=higher[1])
+            inner.diagonal(dim1=-2, dim2=-1).add_(third)
+            step = torch.baddbmm(gram, square, inner, beta=second)
+        else:
+            step = torch.baddbmm(gram, gram, gram, beta=second, alpha=third)
+        step.diagonal(dim1=-2, dim2=-1).add_(first)
         factor = step if factor is None else step @ factor
         if place < len(COMPOSITION) - 1:
             gram = step @ step @ gram
