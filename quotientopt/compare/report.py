@@ -300,6 +300,8 @@ COLORS = {
     "quotient-adam": "#D55E00",
     "soap": "#0072B2",
     "muon": "#009E73",
+    "soap-muon": "#56B4E9",
+    "quotient-adam-0.1": "#E69F00",
     "geoopt-adam": "#CC79A7",
 }
 STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
@@ -307,6 +309,8 @@ STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
     "quotient-adam": "-",
     "soap": "--",
     "muon": "-.",
+    "soap-muon": "--",
+    "quotient-adam-0.1": "-.",
     "geoopt-adam": (0, (1, 1)),
 }
 FEW = 8
@@ -339,7 +343,7 @@ def plot(record: Record, path: Path) -> None:
     panels[0].set_ylabel(f"validation loss (nats per {kind.unit})")
     panels[0].set_ylim(*_limits(rows))
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     title = f"{protocol.model} on {Path(protocol.data).name}, each at its best setting"
     if any(row.seeds > 1 for row in rows):
         title += "; lines: means over seeds, bands: their range"

@@ -52,6 +52,7 @@ def test_the_table_of_the_readme():
         "AdamW (fused)": "adamw",
         "SOAP": "soap",
         "Muon": "muon",
+        "SOAP-Muon (plain)": "soap-muon",
         "QuotientAdam": "quotient-adam",
     }
     folders = ("gpt-stdlib-600", "llama-shakespeare-400", "vit-fashion-mnist-200")
