@@ -85,7 +85,7 @@ class StructureGroup(ABC):
         device: torch.device | str,
     ) -> Tensor:
         """Random elements in the widest dtype."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} draws no random elements: define _random")
 
     @abstractmethod
     def algebra_projection(self, matrix: Tensor) -> Tensor:

@@ -84,8 +84,7 @@ class QuotientAdam(SymmetricOptimizer):
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
         For a model, overrides what would be found.
     example_inputs : Tensor, tuple, list or mapping, optional
-        A batch, with which the model is called once: what no class tells is then found and proved
-        (see :func:`quotientopt.find_symmetries`).
+        A batch, from which what no class tells is found (:func:`quotientopt.find_symmetries`).
     hidden_units : bool
         Dress the scales of hidden units as well (``symmetries.hidden_units``: gated and ReLU
         layers), so that the trajectory does not see them. Meant for ``polar=True``, which

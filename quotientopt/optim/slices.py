@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -74,7 +75,7 @@ class Slice:
         """``(M, heads, r, n)``."""
         return (len(self.blocks), *self.blocks[0].size)
 
-    @property
+    @functools.cached_property
     def takes_scale(self) -> bool:
         """Whether its updates are ``update_scale`` times Adam's: matrices in frames, but LoRA's."""
         framed = self.residual or self.symmetry is not None

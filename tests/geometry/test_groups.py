@@ -10,6 +10,7 @@ from quotientopt.groups import (
     RotaryCommutant,
     RotaryPhases,
     StabilizerOfOnes,
+    StructureGroup,
     commutant_of,
 )
 from tests.geometry.cases import BATCH_SHAPES, ONE_LINE, deviation, generator
@@ -387,3 +388,11 @@ def test_stabilizer_moves_what_is_orthogonal_to_ones(d, batch_shape):
         group.check_element(-group.identity(batch_shape, dtype=torch.float64))
     with pytest.raises(ValueError, match="d must be at least 2"):
         StabilizerOfOnes(1)
+
+
+def test_a_group_that_draws_no_elements_says_so():
+    class Silent(GL):
+        _random = StructureGroup._random
+
+    with pytest.raises(NotImplementedError, match="Silent draws no random elements"):
+        Silent(3).random()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.optim.dressing import smallest_ratio
 from quotientopt.optim.update import (
     next_eigenframe,
     orthonormalise,
@@ -337,3 +338,19 @@ def test_both_ways_to_orthonormalise_agree(dtype, bound):
     upper = second.mT @ matrix
     assert (upper.diagonal(dim1=-2, dim2=-1) > 0).all()
     assert upper.tril(-1).abs().max() < 100 * bound
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_the_smallest_singular_ratio_is_known_within_a_factor_of_the_size(batch):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, *batch, 6, 6, generator=generator, dtype=torch.float64).tril()
+    right[..., 0, 0] = 1e-7
+    sigma = torch.linalg.svdvals(left.mT @ right)
+    exact, found = sigma[..., -1] / sigma[..., 0], smallest_ratio(left, right)
+    assert (found <= exact * (1 + 1e-8)).all()
+    assert (found >= exact / 6 * (1 - 1e-8)).all()
+    # The control: the product without the transpose has other singular values.
+    other = torch.linalg.svdvals(left @ right)
+    assert (other[..., -1] / other[..., 0] / found - exact / found).abs().min() > 1e-3
+    right[..., 0, 0] = 0
+    assert (smallest_ratio(left, right) == 0).all()
