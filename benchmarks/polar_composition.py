@@ -25,10 +25,9 @@ from quotientopt.compare.protocol import describe_environment
 from quotientopt.optim.polar import COMPOSITION, NARROW_COMPOSITION, orthogonalise, polar_direction
 from quotientopt.optim.update import bfloat16_product
 
-LOWER = 0.01
-DEGREES = (9, 9, 5)
+LOWER, DEGREES = 0.02, (13, 9)
 # For narrow products: small coefficients, and room for rounding.
-NARROW_DEGREES, NARROW_MARGIN = (5, 5, 5, 5), 0.02
+NARROW_LOWER, NARROW_DEGREES, NARROW_MARGIN = 0.01, (5, 5, 5, 5), 0.02
 SHAPES = ((128, 128), (384, 384), (768, 768), (128, 512))
 # Of arXiv 2505.16932, for singular values over 1.01 times the Frobenius norm.
 POLAR_EXPRESS = (
@@ -55,13 +54,13 @@ def minimax(low: float, high: float, degree: int) -> tuple[list[float], float]:
 
 
 def composition(
-    degrees: Sequence[int] = DEGREES, margin: float = 0.0
+    degrees: Sequence[int] = DEGREES, lower: float = LOWER, margin: float = 0.0
 ) -> tuple[list[list[float]], float]:
-    """Polynomials of these degrees for singular values down to `LOWER`, and the final error.
+    """Polynomials of these degrees for singular values down to ``lower``, and the final error.
 
     Each expects those of the one before to be off by ``margin`` more than they are.
     """
-    low, high, found, error = LOWER, 1.0, [], 1.0
+    low, high, found, error = lower, 1.0, [], 1.0
     for degree in degrees:
         coefficients, error = minimax(low, high, degree)
         found.append(coefficients)
@@ -77,9 +76,11 @@ def cosine(first: Tensor, second: Tensor) -> float:
 def main() -> int:
     """Print and write the coefficients, their error and the cosines."""
     coefficients, error = composition()
-    print("coefficients", [[round(c, 7) for c in own] for own in coefficients], "error", error)
-    narrow, narrow_error = composition(NARROW_DEGREES, NARROW_MARGIN)
-    print("narrow", [[round(c, 7) for c in own] for own in narrow], "error", narrow_error)
+    print(
+        "coefficients", [[round(float(c), 7) for c in own] for own in coefficients], "error", error
+    )
+    narrow, narrow_error = composition(NARROW_DEGREES, NARROW_LOWER, NARROW_MARGIN)
+    print("narrow", [[round(float(c), 7) for c in own] for own in narrow], "error", narrow_error)
     held = max(
         abs(a - b)
         for own, theirs in zip(

@@ -39,7 +39,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full polar, frames per head": {"row_frame": "per_head", **AS_ALL},
     "full polar, frames per matrix": AS_ALL,
     "full polar, no head frames": {"head_frame": None, **AS_ALL},
-    "the default: embeddings in fixed frames": {},
+    "embeddings in fixed frames at half the size": {"embedding_scale": 0.5},
+    "the default: embeddings in fixed frames at twice the size": {},
+    "the default, products in bfloat16": {"precision": "fast"},
+    "the default, frames of hidden units": {"hidden_frame": "per_matrix"},
     SOAP_MUON: {},
 }
 AVERAGE, AVERAGED = 0.95, 0.4

@@ -212,7 +212,10 @@ def _quotient_adam(**options: Any) -> Build:
         from quotientopt import QuotientAdam
 
         decay = decay_of(settings, protocol)
-        return [QuotientAdam(model, lr=rate, betas=BETAS, weight_decay=decay, **options)]
+        own = dict(options)
+        if "embedding_scale" in settings:
+            own["embedding_scale"] = settings["embedding_scale"]
+        return [QuotientAdam(model, lr=rate, betas=BETAS, weight_decay=decay, **own)]
 
     return build
 
@@ -247,6 +250,13 @@ ADAMW_RATES: tuple[Settings, ...] = (
     {"adamw_rate": 1.6e-2},
 )
 
+# The same of QuotientAdam, relative to its other matrices: the default first.
+EMBEDDING_SCALES: tuple[Settings, ...] = (
+    {"embedding_scale": 2.0},
+    {"embedding_scale": 1.0},
+    {"embedding_scale": 0.5},
+)
+
 QUOTIENT_RATES = {"gpt": 4e-3, "llama": 2e-3, "vit": 4e-3}
 
 # Defaults of QuotientAdam in version 0.1.0, with which earlier records were made.
@@ -266,7 +276,13 @@ OPTIMIZERS: dict[str, Entry] = {
             {"gpt": 4e-3, "llama": 4e-3, "vit": 4e-3},
             ({"beta2": 0.95}, {"beta2": 0.98}, {"beta2": 0.99}),
         ),
-        Entry("quotient-adam", _quotient_adam(), QUOTIENT_RATES),
+        Entry("quotient-adam", _quotient_adam(), QUOTIENT_RATES, EMBEDDING_SCALES),
+        Entry(
+            "quotient-adam-hidden",
+            _quotient_adam(hidden_frame="per_matrix"),
+            QUOTIENT_RATES,
+            EMBEDDING_SCALES,
+        ),
         Entry(
             "quotient-adam-stream-only",
             _quotient_adam(head_frame=None),
@@ -298,7 +314,7 @@ OPTIMIZERS: dict[str, Entry] = {
             "soap-muon",
             _beside_adamw(_soap_muon),
             {"gpt": 8e-3, "llama": 8e-3, "vit": 1.6e-2},
-            ADAMW_RATES,
+            (*ADAMW_RATES, {"adamw_rate": 3.2e-2}),
         ),
         Entry(
             "muon",

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
+from quotientopt.optim.frames import (
+    HeadFrames,
+    SharedResidualFrame,
+    embedding_frames,
+    hidden_eigenframes,
+)
 from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_factor
-from quotientopt.optim.slices import Slice
+from quotientopt.optim.slices import Slice, stream_of
 from quotientopt.optim.update import (
     Product,
-    break_ties,
     direction,
     ema_,
     gated,
@@ -33,11 +37,6 @@ from quotientopt.optim.update import (
 CHUNK = 262144
 
 
-def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:
-    """Dimension, dtype of computation and device of the residual stream on a slice's columns."""
-    return slice_.shape[-1], compute_dtype(slice_.parameter.dtype), slice_.parameter.device
-
-
 class Bucket:
     """L slices of the same shape ``(M, heads, r, n)``, group, dtype and device.
 
@@ -45,7 +44,8 @@ class Bucket:
     frame Q from the right), so that a change of gauge moves frames alone. ``exp_avg`` and
     ``exp_avg_sq`` have shape ``(L, M, heads, r, n)``; the residual covariance
     R = EMA(Σ (u∂)ᵀ(u∂)) and its frame Q have shape ``(L, n, n)`` and go to ``O R Oᵀ`` and ``O Q``
-    under an orthogonal ``W ↦ W Oᵀ``.
+    under an orthogonal ``W ↦ W Oᵀ``. With ``hidden_frame``, slices without head frames have the
+    like of their rows, ``hidden_covariance`` and ``hidden_frame``, ``(L, rows, rows)``.
 
     Parameters
     ----------
@@ -57,8 +57,9 @@ class Bucket:
     dtype : torch.dtype
         Of the state and of the computation.
     options : mapping
-        The param group's ``master_weights`` and ``capturable``, on which the tensors of the state
-        depend, and ``polar``. With the last, numbers of updates are kept on the device.
+        The param group's ``hidden_frame``, ``master_weights`` and ``capturable``, on which the
+        tensors of the state depend, and ``polar``. With ``capturable``, numbers of updates are kept
+        on the device.
     """
 
     def __init__(
@@ -90,6 +91,9 @@ class Bucket:
             if not self.embedding:
                 self.state["residual_covariance"] = self._zeros(len(slices), shape[-1], shape[-1])
             self.state["residual_frame"] = self._zeros(len(slices), shape[-1], shape[-1])
+        if slices[0].has_hidden_frame(options):
+            for key in ("hidden_covariance", "hidden_frame"):
+                self.state[key] = self._zeros(len(slices), self.rows, self.rows)
         self.device_steps: Tensor | None = None
         if options["capturable"]:
             self.device_steps = torch.zeros(len(slices), device=self.device)
@@ -182,11 +186,16 @@ class Bucket:
         """Σ u∂ (u∂)ᵀ of every slice, ``(L, heads, r, r)``."""
         return (dressed @ dressed.mT).sum(1)
 
-    def accumulate_residual(self, dressed: Tensor, beta: float, gate: Tensor | None = None) -> None:
-        """Add Σ (u∂)ᵀ(u∂) to the residual covariance, unless the gate is zero."""
+    def accumulate(self, dressed: Tensor, beta: float, gate: Tensor | None = None) -> None:
+        """Add Σ (u∂)ᵀ(u∂) to the residual covariance and ∂∂ᵀ to that of hidden units.
+
+        Unless the gate is zero.
+        """
         if not self.residual or self.embedding:
             return
         rows = dressed.flatten(1, -2)
+        if "hidden_covariance" in self.state:
+            ema_(self.state["hidden_covariance"], rows @ rows.mT, beta, gate)
         gram = rows.mT @ rows
         if self.shared is not None:
             self.shared.add(gram.sum(0))
@@ -217,12 +226,20 @@ class Bucket:
             breaking ties of the first residual frames; None where all slices are oriented.
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
+        if "hidden_frame" in self.state:
+            old = self.state["hidden_frame"].clone()
+            weights, new = self.weights().flatten(1, -2), [step == 0 for step in self.steps]
+            hidden = hidden_eigenframes(self.state["hidden_covariance"], old, weights, new)
+            left = (hidden.mT @ old)[:, None]
+            self.state["hidden_frame"].copy_(hidden)
         right = None
         if self.shared is not None:
             right = self.shared.change.expand(len(self.slices), -1, -1)
         elif self.embedding:
             if weights_gram is not None and pooled_gram is not None:
-                self._fix_frames(weights_gram, pooled_gram)
+                frame = self.state["residual_frame"]
+                frame.copy_(embedding_frames(frame, weights_gram, pooled_gram, self.oriented))
+                self.oriented = [True] * len(self.slices)
             return
         elif self.residual:
             covariance, old = self.state["residual_covariance"], self.state["residual_frame"]
@@ -235,18 +252,6 @@ class Bucket:
             old.copy_(frame)
             self.oriented = [True] * len(self.slices)
         self.transport_(left, right)
-
-    def _fix_frames(self, weights_gram: Tensor, pooled_gram: Tensor) -> None:
-        """Frames of embeddings that have none: eigenvectors of the weights' Gram, once for all.
-
-        Each token's gradient is sparse in time and tells no frame; Adam needs any coordinates that
-        rotate with the stream.
-        """
-        first = torch.linalg.eigh(break_ties(weights_gram, pooled_gram)).eigenvectors
-        oriented = torch.tensor(self.oriented, device=self.device)[:, None, None]
-        frame = self.state["residual_frame"]
-        frame.copy_(torch.where(oriented, frame, first))
-        self.oriented = [True] * len(self.slices)
 
     def transport_(self, left: Tensor | None, right: Tensor | None) -> None:
         """Carry the moments to other frames, m ← R m S and v ← (R∘R) v (S∘S).
@@ -288,13 +293,16 @@ class Bucket:
         self.steps = [step + 1 for step in self.steps]
         if self.device_steps is not None:
             self.device_steps.add_(1 if gate is None else gate)
-        frames = self.residual_frames()
+        frames, hidden = self.residual_frames(), self.state.get("hidden_frame")
         heads = None if self.heads is None else self.of_heads(self.heads.frame).mT
+        if hidden is not None:
+            heads = hidden[:, None, None]
         with products_at(group["precision"], self.dtype, self.device) as multiply:
             for rows in self._chunks():
                 frame = None if frames is None else frames[rows]
                 left = None if heads is None else heads[rows]
-                framed = two_sided(None, dressed[rows], frame, multiply)
+                into = None if hidden is None else hidden[rows, None].mT
+                framed = two_sided(into, dressed[rows], frame, multiply)
                 update = self._direction(rows, framed, group, gate)
                 update = self._turn_back(update, left, frame, multiply)
                 self._add_to_parameters(rows, update, group, gate)
@@ -334,18 +342,9 @@ class Bucket:
     ) -> Tensor:
         """Turn an update back from its frames, its singular values made nearly equal.
 
-        Those of the whole matrix, or with ``polar="step"`` of each head by itself.
-
-        Parameters
-        ----------
-        update : Tensor
-            Shape ``(L, M, heads, r, n)``.
-        left : Tensor, optional
-            uᵀ of the head frames, ``(L, 1, heads, r, r)``.
-        frame : Tensor, optional
-            Q, ``(L, n, n)``.
-        multiply : callable
-            The product of rotations and polar steps.
+        Those of the whole matrix, or with ``polar="step"`` of each head by itself. The update has
+        shape ``(L, M, heads, r, n)``, ``left``, the uᵀ of frames of rows, ``(L, 1, heads, r, r)``,
+        and ``frame``, Q, ``(L, n, n)``.
         """
         back = None if frame is None else frame.mT
         if self.orthogonalises and self.options["polar"] != "step":

@@ -32,14 +32,17 @@ class RankError(StepRefusedError):
 
 # Of QuotientAdam's param groups, in the order of its arguments.
 OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "head_frame", "row_frame", "residual_frame"),
+    *("lr", "betas", "eps", "weight_decay", "head_frame", "row_frame"),
     *(
+        "hidden_frame",
+        "residual_frame",
         "embedding_frame",
         "refresh_every",
         "max_grad_norm",
         "nesterov",
         "polar",
         "update_scale",
+        "embedding_scale",
         "precision",
     ),
     *("lora_frame", "lora_polar", "master_weights", "stochastic_rounding", "maximize"),
@@ -47,6 +50,7 @@ OPTIONS = (
 )
 HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 ROW_FRAMES = ("per_head", "per_matrix")
+HIDDEN_FRAMES = ("per_matrix",)
 RESIDUAL_FRAMES = ("per_matrix", "shared")
 EMBEDDING_FRAMES = ("fixed", "per_matrix")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
@@ -79,6 +83,7 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     for name, known in (
         ("head_frame", HEAD_FRAMES),
+        ("hidden_frame", HIDDEN_FRAMES),
         ("residual_frame", RESIDUAL_FRAMES),
         ("lora_frame", LORA_FRAMES),
     ):
@@ -89,14 +94,17 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         if options[name] not in known:
             choices = " or ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices}, got {options[name]!r}")
+    if options["hidden_frame"] is not None and options["residual_frame"] is None:
+        raise ValueError("hidden_frame frames matrices on both sides and needs a residual_frame")
     if options["polar"] != "step" and not isinstance(options["polar"], bool):
         raise ValueError(f"polar must be True, 'step' or False, got {options['polar']!r}")
     if options["precision"] not in PRECISIONS:
         choices = " or ".join(map(repr, PRECISIONS))
         raise ValueError(f"precision must be {choices}, got {options['precision']!r}")
-    scale = options["update_scale"]
-    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise ValueError(f"update_scale must be a positive number, got {scale!r}")
+    for name in ("update_scale", "embedding_scale"):
+        scale = options[name]
+        if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+            raise ValueError(f"{name} must be a positive number, got {scale!r}")
     every = options["refresh_every"]
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"refresh_every must be a positive integer, got {every!r}")

@@ -332,7 +332,7 @@ class Engine:
             if bucket.heads is not None and bucket.heads.turns:
                 samples[id(bucket.heads)].append(part.head_covariance(gradients))
                 places[id(bucket.heads)] += part.places
-            part.accumulate_residual(gradients, beta, gate)
+            part.accumulate(gradients, beta, gate)
             if part is not bucket:
                 bucket.absorb(part, rows)
         for heads in self.heads:

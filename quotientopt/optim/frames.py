@@ -65,6 +65,46 @@ def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Ten
     return frame
 
 
+def hidden_eigenframes(
+    covariance: Tensor, frame: Tensor, weights: Tensor, new: Sequence[bool]
+) -> Tensor:
+    """Frames of hidden units, columns orthonormal, that follow the covariance of their gradients.
+
+    The first ones are eigenvectors of the covariance and a tenth of the units' squared norms, which
+    permutations of the units move along and rotations of the stream leave; later ones take one
+    step of orthogonal iteration.
+
+    Parameters
+    ----------
+    covariance, frame : Tensor
+        Of ∂∂ᵀ, and the frames before, ``(L, rows, rows)``.
+    weights : Tensor
+        ``(L, rows, n)``.
+    new : sequence of bool
+        Which of them have no frame yet.
+    """
+    turned = frame if all(new) else next_eigenframe(covariance, frame)
+    if not any(new):
+        return turned
+    norms = weights.square().sum(-1).diag_embed()
+    first = torch.linalg.eigh(break_ties(covariance, norms, times=ROW_TIES)).eigenvectors
+    return torch.where(
+        torch.tensor(new, device=frame.device)[:, None, None], first.flip(-1), turned
+    )
+
+
+def embedding_frames(
+    frame: Tensor, weights_gram: Tensor, pooled_gram: Tensor, oriented: Sequence[bool]
+) -> Tensor:
+    """Frames of embeddings, made once: eigenvectors of the weights' Gram where there is none.
+
+    Each token's gradient is sparse in time and tells no frame; Adam needs any coordinates that
+    rotate with the stream.
+    """
+    first = torch.linalg.eigh(break_ties(weights_gram, pooled_gram)).eigenvectors
+    return torch.where(torch.tensor(oriented, device=frame.device)[:, None, None], frame, first)
+
+
 class HeadFrames(DressedHeads):
     """Frames u and covariances C of S symmetries with the same group, heads and rank.
 

@@ -277,8 +277,8 @@ def deal(optimizer: QuotientAdam, placed: Mapping[int, Placed], size: int) -> De
             unit.whole |= key in whole or compute_dtype(dtype) != dtype
     costs: dict[int, int] = defaultdict(int)
     for slice_ in own_slices:
-        joint = optimizer.param_groups[slice_.group_index]["row_frame"] == "per_matrix"
-        costs[find(id(slice_.parameter))] += _state_size(slice_, joint)
+        options = optimizer.param_groups[slice_.group_index]
+        costs[find(id(slice_.parameter))] += _state_size(slice_, options)
     members = sorted(units, key=lambda key: -costs[key])
     for key, owner in zip(members, dealt([costs[key] for key in members], size), strict=True):
         units[key].owner = owner
@@ -301,14 +301,17 @@ def dealt(sizes: Sequence[int], processes: int) -> list[int]:
     return owners
 
 
-def _state_size(slice_: Slice, joint: bool) -> int:
-    """Elements of the state of a slice, its head frame over all heads at once or for each."""
+def _state_size(slice_: Slice, options: Mapping[str, Any]) -> int:
+    """Elements of the state of a slice under the options of its param group."""
     blocks, heads, rank, columns = slice_.shape
     count = 2 * blocks * heads * rank * columns
     if slice_.residual:
         count += 2 * columns**2
     if slice_.symmetry is not None:
+        joint = options["row_frame"] == "per_matrix"
         count += 2 * (heads * rank) ** 2 if joint else 2 * heads * rank**2
+    elif slice_.has_hidden_frame(options):
+        count += 2 * rank**2
     return count
 
 

@@ -82,81 +82,79 @@ class QuotientAdam(SymmetricOptimizer):
     weight_decay : float
         λ of decoupled weight decay, at the rate of the update; it is linear and hence equivariant.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
-        For a model, overrides what would be found.
+        Of a model, in place of what would be found.
     example_inputs : Tensor, tuple, list or mapping, optional
         A batch, from which what no class tells is found (:func:`quotientopt.find_symmetries`).
     hidden_units : bool
         Dress the scales of hidden units as well (``symmetries.hidden_units``: gated and ReLU
-        layers), so that the trajectory does not see them. Meant for ``polar=True``, which
-        orthogonalises their matrices whole; the other settings treat every unit by itself.
+        layers), so that the trajectory does not see them. Meant for ``polar=True``; the other
+        settings treat every unit by itself.
     head_frame : {"balanced", "orthonormal", "svd"} or None
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
-        of the dressed covariance. ``"orthonormal"``: each factor seen through orthonormal
-        coordinates of its partner, likewise turned. ``"svd"``: the singular vectors of AᵀB alone,
-        not turned. Under a group of rotations all three are eigenframes.
+        of the dressed covariance. ``"orthonormal"``: orthonormal coordinates of the partner,
+        likewise turned. ``"svd"``: the singular vectors of AᵀB alone. Under a group of rotations
+        all three are eigenframes.
     row_frame : {"per_matrix", "per_head"}
         What the eigenframe of a head frame turns: the rows of all heads of a matrix together, which
         frames the matrix on both sides as SOAP does and follows the covariance by orthogonal
         iteration; or each head's rows by themselves, by eigen-decompositions of r × r matrices.
+    hidden_frame : {"per_matrix"} or None
+        Of the hidden units of MLPs, the other axis of the stream's matrices without heads:
+        eigenframes that follow their gradients' covariance, as SOAP has them, at the cost of the
+        rest of a step. No symmetry asks for them.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     embedding_frame : {"fixed", "per_matrix"}
         Of embeddings, positions and head: the stream's matrices outside the numbered layers that
-        hold the attention heads. ``"fixed"``: Adam's direction as it is, in coordinates of the
-        stream that are made once, from the weights, at half of ``update_scale``; ``"per_matrix"``:
-        as the other matrices, in frames that follow the gradients and with ``polar``.
+        hold the heads. ``"fixed"``: Adam's direction as it is, in coordinates of the stream that
+        are made once, from the weights; ``"per_matrix"``: as the other matrices.
     refresh_every : int
         Steps between fresh frames.
     max_grad_norm : float, optional
-        Clips the gradient's norm in dressed coordinates, which no gauge changes (over all param
-        groups at once).
+        Clips the norm of all dressed gradients together, which no gauge changes.
     nesterov : bool
-        Nesterov momentum for the framed parameters; others stay AdamW. The default follows the
-        ablation in ``benchmarks/results/ablation``.
+        Nesterov momentum for the framed parameters (``benchmarks/results/ablation``).
     polar : bool or "step"
         True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
-        of a matrix together, by a composition of polynomials that ends within 3 %. "step": one
-        polynomial step towards it, head by head, as in version 0.1.0. Both commute with rotations,
-        so that nothing is lost of the equivariance. False: Adam's direction as it is.
+        of a matrix together, by polynomials that end within 7.5 %. "step": one polynomial, head by
+        head, as in version 0.1.0. Both commute with rotations, so that nothing is lost of the
+        equivariance. False: Adam's direction as it is.
     update_scale : float
         Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F, and of its
         weight decay, ηsλ. Its singular values being nearly equal, its spectral norm is several
-        times smaller than that of AdamW's update: with four, AdamW's learning rate is right
-        (``benchmarks/learning_rates.py``). Half of it for embeddings in fixed frames; biases, LoRA
-        pairs and parameters without frames have Adam's size.
+        times smaller than that of AdamW's: with four, AdamW's learning rate is right
+        (``benchmarks/learning_rates.py``). Biases and LoRA pairs have Adam's size.
+    embedding_scale : float
+        The same of embeddings in fixed frames, over the other matrices'.
     precision : {"highest", "high", "fast"}
-        Of the products of rotations and polar steps in float32: as they are, in TF32 on CUDA
-        devices, or of factors rounded to bfloat16. Grams, sections, frames and LoRA pairs keep the
-        whole precision, whatever autocast and torch's switches say; twins part by the rounding.
+        Of rotations and polar steps in float32: as they are, in TF32 on CUDA devices, or of
+        factors rounded to bfloat16. All else keeps the whole precision, whatever autocast and
+        torch's switches say; twins part by the rounding.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
-        coordinates of its partner, made at every step at first and every ``refresh_every`` later
-        on, moments carried along by the overlap of old and new coordinates; defined where a
-        factor is zero. Else as ``head_frame``; None is AdamW.
+        coordinates of its partner, made at every step at first and every ``refresh_every`` later,
+        which moments follow; defined where a factor is zero. Else as ``head_frame``; None is AdamW.
     lora_polar : bool
-        ``polar`` for LoRA pairs with ``lora_frame="transported"``, which do not follow ``polar``.
+        ``polar`` for LoRA pairs with ``lora_frame="transported"``.
     maximize : bool
         Maximize the objective.
     foreach : bool, optional
-        None and True: slices of equal shape are stacked and updated at once, plain parameters as
-        torch chooses. False: one by one.
+        Unless False, slices of equal shape are stacked; plain parameters as torch chooses.
     master_weights : bool
         Keep float32 copies of narrower parameters in the state and round only what is stored.
     stochastic_rounding : bool
-        Round narrower parameters to one of their two neighbours at odds that keep the mean, so
-        that small updates count on average. Without either, updates round to nearest.
+        Round narrower parameters to one of their two neighbours at odds that keep the mean.
     capturable : bool
-        Make a step the same every time, so that it can be recorded as a CUDA graph: counts are
-        kept on the device, covariances take every gradient. Frames are made afresh in steps taken
-        directly, and by :meth:`refresh_frames` between replays.
+        Make steps alike, so that they can be recorded as a CUDA graph: counts are kept on the
+        device, covariances take every gradient, frames are made in steps taken directly and by
+        :meth:`refresh_frames`.
 
     Raises
     ------
     ValueError
-        For an unknown option, a hyperparameter out of range, a pair split over param groups, a
-        parameter covered partly by symmetries; in :meth:`step` for a factor that is not finite
-        (of a LoRA pair: for two that are zero) and for gradients that are NaN or infinite.
-        Parameters and state stay as they were.
+        For an option unknown or out of range, a pair split over param groups, a parameter covered
+        partly by symmetries; in :meth:`step` for a factor that is not finite (of a LoRA pair: for
+        two that are zero) and gradients that are not. Parameters and state stay as they were.
 
     Notes
     -----
@@ -188,6 +186,7 @@ class QuotientAdam(SymmetricOptimizer):
         hidden_units: bool = False,
         head_frame: Literal["balanced", "orthonormal", "svd"] | None = "balanced",
         row_frame: Literal["per_matrix", "per_head"] = "per_matrix",
+        hidden_frame: Literal["per_matrix"] | None = None,
         residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
         embedding_frame: Literal["fixed", "per_matrix"] = "fixed",
         refresh_every: int = 10,
@@ -195,6 +194,7 @@ class QuotientAdam(SymmetricOptimizer):
         nesterov: bool = True,
         polar: bool | Literal["step"] = True,
         update_scale: float = 4.0,
+        embedding_scale: float = 2.0,
         precision: Literal["highest", "high", "fast"] = "highest",
         lora_frame: Literal["transported", "balanced", "orthonormal", "svd"] | None = "transported",
         lora_polar: bool = False,

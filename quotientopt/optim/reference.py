@@ -20,9 +20,16 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 # Coefficients of σ, σ³, …: one step towards the polar factor, and the composition that reaches it.
 STEP = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
 COMPOSITION = (
-    (13.9100579, -132.7784935, 438.521347, -561.6110044, 243.8191253),
-    (4.823693, -10.7107304, 9.5069818, -3.3921442, 0.4162188),
-    (2.0247417, -1.4078937, 0.391107),
+    (
+        17.246252,
+        -324.602975,
+        2335.9413604,
+        -7618.8060297,
+        12332.5145761,
+        -9678.3716970,
+        2937.7361776,
+    ),
+    (3.3478554, -6.1291111, 5.6866669, -2.3061991, 0.3341926),
 )
 
 
@@ -50,8 +57,8 @@ class PlainQuotientAdam:
     Each step: the dressing ``section``, the average covariances ``C`` (rows of heads, not dressed)
     and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. Of
     ``embeddings``, matrices ``(rows, d)`` too, the frame stays as it was first made, from the
-    weights, and Adam's direction as it is. The options are those of
-    :class:`quotientopt.QuotientAdam`.
+    weights, and Adam's direction as it is. ``hidden`` frames the rows of ``matrices`` as well (with
+    ``row_frame="per_matrix"``). The options are those of :class:`quotientopt.QuotientAdam`.
     """
 
     def __init__(
@@ -69,8 +76,10 @@ class PlainQuotientAdam:
         polar: bool | str = False,
         row_frame: str = "per_head",
         update_scale: float = 4.0,
+        embedding_scale: float = 2.0,
+        hidden: bool = False,
     ) -> None:
-        self.scale = update_scale
+        self.scale, self.embedding_scale = update_scale, embedding_scale
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
         self.params: list[Any] = [p for pair in pairs for p in pair] + [*matrices, *embeddings]
@@ -80,6 +89,10 @@ class PlainQuotientAdam:
         ]
         for s in self.state[len(self.params) - len(embeddings) :]:
             s["embedding"] = True
+        if hidden:
+            for matrix, s in zip(matrices, self.state[2 * len(pairs) :], strict=False):
+                # No group acts on the rows; they are turned like those of heads.
+                s["section"] = torch.eye(len(matrix), dtype=matrix.dtype)[None]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -166,8 +179,8 @@ class PlainQuotientAdam:
         if not self.joint:
             turn = torch.linalg.eigh(self._break_ties(dressed, weights @ weights.mT))[1]
         elif change is None:
-            # Of the weights head by head.
-            heads = weights.reshape(p.shape)
+            # Of the weights head by head; hidden units are heads of one row.
+            heads = weights.reshape(p.shape if p.ndim == 3 else (len(p), 1, -1))
             gram = torch.block_diag(*(heads @ heads.mT))[None]
             turn = torch.linalg.eigh(self._break_ties(dressed, gram, ties=0.1))[1].flip(-1)
         else:
@@ -202,7 +215,7 @@ class PlainQuotientAdam:
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
         rate = self.lr * self.scale if "Q" in s or "frame" in s else self.lr
-        rate = rate / 2 if "Q" in s and s["embedding"] else rate
+        rate = rate * self.embedding_scale if "Q" in s and s["embedding"] else rate
         p.mul_(1 - rate * self.decay).sub_(rate * update.reshape(p.shape))
 
 

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quotientopt._linalg import compute_dtype
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.pairs import is_lora_pair
 
 SIDES = ("left", "right")
-
-# Updates of embeddings, which are Adam's, over those of the other matrices, which are polar.
-EMBEDDING_SHARE = 0.5
 
 # A name in a list of modules: what is before the first number.
 NUMBERED = re.compile(r"((?:[^.]+\.)*?)\d+\.")
@@ -82,16 +80,26 @@ class Slice:
         lora = self.symmetry is not None and is_lora_pair(self.symmetry)
         return framed and not lora and self.shape[-1] > 1
 
+    def has_hidden_frame(self, group: Mapping[str, Any]) -> bool:
+        """Whether its rows, hidden units, get a frame of their own, as its columns do."""
+        own = self.residual and self.symmetry is None and not self.embedding
+        return own and group["hidden_frame"] is not None
+
     def scale(self, group: Mapping[str, Any]) -> float:
         """Size of its updates over that of Adam's under the options of its param group."""
         if not self.takes_scale:
             return 1.0
         scale: float = group["update_scale"]
-        return scale * EMBEDDING_SHARE if self.embedding else scale
+        return scale * group["embedding_scale"] if self.embedding else scale
 
     def decay_scale(self, group: Mapping[str, Any]) -> float:
         """The same of its weight decay, which is one for a whole parameter."""
         return self.scale(group) if self.rest_of is None else self.rest_of.scale(group)
+
+
+def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:
+    """Dimension, dtype of computation and device of the residual stream on a slice's columns."""
+    return slice_.shape[-1], compute_dtype(slice_.parameter.dtype), slice_.parameter.device
 
 
 @dataclass(eq=False)
@@ -326,6 +334,7 @@ def _with_suffixes(slices: Sequence[Slice]) -> list[Slice]:
 PLANNED = (
     "head_frame",
     "row_frame",
+    "hidden_frame",
     "residual_frame",
     "embedding_frame",
     "lora_frame",

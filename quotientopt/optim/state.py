@@ -4,10 +4,11 @@ Of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, sh
 n)`` (M > 1 for grouped queries; a matrix without head frame has ``(1, 1, rows, d)``, one whose
 heads share a frame ``(M, 1, heads r, n)``); ``head_frame``, ``head_covariance`` of shape ``(heads,
 r, r)``, or ``(1, heads r, heads r)``; ``residual_frame``, ``residual_covariance`` of shape ``(d,
-d)``. Where several blocks share a fused parameter, keys end in ``.0``, ``.1``, …. A factor of a
-LoRA pair has ``exp_avg`` and ``exp_avg_sq`` of shape ``(r, n)``, ``head_frame`` and
-``head_covariance`` of shape ``(r, r)`` and ``partner_coordinates``, of the shape ``(r, m)`` of its
-partner, which do not change with the gauge either.
+d)``; ``hidden_frame``, ``hidden_covariance`` of shape ``(rows, rows)``. Where several blocks share
+a fused parameter, keys end in ``.0``, ``.1``, …. A factor of a LoRA pair has ``exp_avg`` and
+``exp_avg_sq`` of shape ``(r, n)``, ``head_frame`` and ``head_covariance`` of shape ``(r, r)`` and
+``partner_coordinates``, of the shape ``(r, m)`` of its partner, which do not change with the gauge
+either.
 
 What of a state dict can be told without a plan of the parameters is looked at before, in
 :mod:`quotientopt.optim.saved`.
@@ -44,6 +45,8 @@ KEYS = (
     "master",
     "head_frame",
     "head_covariance",
+    "hidden_frame",
+    "hidden_covariance",
     "residual_frame",
     "residual_covariance",
     "partner_coordinates",
@@ -62,8 +65,8 @@ def follow_version(group: dict[str, Any]) -> None:
     if "head_frame" in group and "row_frame" not in group:
         group["row_frame"] = "per_head"
         group["polar"] = "step" if group["polar"] else False
-        group["update_scale"], group["precision"] = 1.0, "highest"
-        group["embedding_frame"] = "per_matrix"
+        group["update_scale"], group["embedding_scale"], group["precision"] = 1.0, 1.0, "highest"
+        group["embedding_frame"], group["hidden_frame"] = "per_matrix", None
 
 
 def settle(
@@ -135,6 +138,8 @@ def restore_precision(
 FRAME_KEYS = (
     "head_frame",
     "head_covariance",
+    "hidden_frame",
+    "hidden_covariance",
     "residual_frame",
     "residual_covariance",
     "partner_coordinates",
@@ -174,7 +179,7 @@ def _problem_of_frame(key: str, saved: Tensor) -> str | None:
     if not matrix.numel() or matrix.ndim < 2 or matrix.size(-1) != matrix.size(-2):
         return None  # refused by its shape
     matrix = wide(matrix)
-    if key == "residual_frame":
+    if key in ("residual_frame", "hidden_frame"):
         # Zero before there is one, else orthogonal.
         identity = torch.eye(matrix.size(-1), dtype=matrix.dtype, device=matrix.device)
         sound = (matrix.mT @ matrix - identity).abs().amax((-2, -1)) < ORTHOGONAL

@@ -86,7 +86,7 @@ def test_resume_with_more_optimizers_makes_theirs_only(arguments, tmp_path, monk
     assert main([*arguments, *both]) == 0
     after = read(tmp_path / "out")
     assert after["runs"][: len(before["runs"])] == before["runs"]
-    assert [run.trial.optimizer for (run,) in made] == ["quotient-adam"] * 3
+    assert [run.trial.optimizer for (run,) in made] == ["quotient-adam"] * 7
     assert [row["optimizer"] for row in after["summary"]] == ["adamw", "quotient-adam"]
     assert after["earlier_commands"] == [before["command"]]
     # Runs from different days: every optimizer is timed again, under the same conditions.

@@ -58,14 +58,14 @@ def test_lora_pairs_have_adams_size(lora_frame):
 
 
 def test_decay_goes_at_the_rate_of_the_update():
-    """Four times for matrices in frames, twice for embeddings, once for biases."""
+    """Four times for matrices in frames, eight times for embeddings, once for biases."""
     model = gpt2()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     qo.QuotientAdam(model, lr=1e-2, weight_decay=0.5, update_scale=4.0).step()
     for name, parameter in model.named_parameters():
-        times = 2 if "wte" in name or "wpe" in name else 4 if parameter.ndim == 2 else 1
+        times = 8 if "wte" in name or "wpe" in name else 4 if parameter.ndim == 2 else 1
         assert (parameter - before[name] * (1 - times * 5e-3)).abs().max() < 1e-7, name
 
 
@@ -110,6 +110,7 @@ def test_fast_products_keep_the_polar_factor_within_a_few_percent():
     [
         ({"precision": "bf16"}, "precision must be 'highest' or 'high' or 'fast', got 'bf16'"),
         ({"update_scale": 0}, "update_scale must be a positive number, got 0"),
+        ({"embedding_scale": -1.0}, "embedding_scale must be a positive number, got -1.0"),
         ({"update_scale": float("nan")}, "update_scale must be a positive number, got nan"),
     ],
 )

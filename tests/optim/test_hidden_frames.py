@@ -1,0 +1,144 @@
+"""Frames of hidden units: what they follow, what moves them, where they are kept."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+import quotientopt as qo
+from quotientopt.optim.frames import hidden_eigenframes
+from tests.optim.test_oracle import SETTINGS, oracle_losses
+from tests.optim.test_twins import adamw, deviation, folded_llama
+from tests.optim.training import small_model, train, twin_of
+
+STEPS = 25
+
+
+def with_hidden(model, **options):
+    return qo.QuotientAdam(model, **SETTINGS, hidden_frame="per_matrix", **options)
+
+
+@pytest.mark.parametrize("polar", [True, False])
+def test_equals_the_oracle_in_float64(polar):
+    model = small_model("gpt")
+    options = {"nesterov": True, "polar": polar, "row_frame": "per_matrix"}
+    expected = oracle_losses(copy.deepcopy(model), hidden=True, **options)
+    without = oracle_losses(copy.deepcopy(model), **options)
+    for foreach in (None, False):
+        fast = copy.deepcopy(model)
+        losses = train(fast, with_hidden(fast, polar=polar, foreach=foreach), STEPS)
+        assert (losses - expected).abs()[:10].max() < 1e-11
+        assert (losses - expected).abs().max() < 1e-9
+        # The control: frames of columns alone are another optimizer.
+        assert (losses - without).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("build", [small_model, folded_llama])
+def test_twins_of_heads_and_stream(build):
+    model = build()
+    twin, element = twin_of(model, cond=1000.0)
+    assert "residual" in element
+    assert deviation(model, twin, with_hidden) < 1e-10
+    assert deviation(model, twin, adamw) > 1e-4
+
+
+def test_twins_of_permuted_hidden_units():
+    """The order of hidden units is a symmetry too, which eigenframes keep and no shear does."""
+    curves = []
+    for change in ("none", "permuted", "scaled"):
+        model = small_model("gpt")
+        with torch.no_grad():
+            for block in model.blocks:
+                up, down = block.mlp.up.weight, block.mlp.down.weight
+                order = torch.randperm(len(up), generator=torch.Generator().manual_seed(3))
+                if change == "permuted":
+                    up.copy_(up[order])
+                    down.copy_(down[:, order])
+                elif change == "scaled":
+                    up.mul_(1.01)
+        curves.append(train(model, with_hidden(model), 30))
+    assert (curves[0] - curves[1]).abs().max() < 1e-10
+    assert (curves[0] - curves[2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (3, 2)])
+def test_frames_are_orthogonal_and_move_with_the_units(batch):
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 7, 4
+    shape = (*batch, rows, columns)
+    gradients = torch.randn(shape, generator=generator, dtype=torch.float64).view(-1, rows, columns)
+    weights = torch.randn(shape, generator=generator, dtype=torch.float64).view(-1, rows, columns)
+    covariance, zero = gradients @ gradients.mT, torch.zeros(len(weights), rows, rows).double()
+    new = [True] * len(weights)
+    first = hidden_eigenframes(covariance, zero, weights, new)
+    later = hidden_eigenframes(covariance, first, weights, [False] * len(weights))
+    order = torch.randperm(rows, generator=generator)
+    moved = hidden_eigenframes(covariance[:, order][:, :, order], zero, weights[:, order], new)
+    for frame in (first, later):
+        identity = torch.eye(rows, dtype=torch.float64)
+        assert (frame.mT @ frame - identity).abs().max() < 1e-12
+    assert ((moved.mT @ first[:, order]).abs() - torch.eye(rows)).abs().max() < 1e-10
+    # Where all have frames, orthogonal iteration brings them nearer to eigenvectors.
+    off = [
+        (frame.mT @ covariance @ frame).tril(-1).abs().max()
+        for frame in (zero + torch.eye(rows), first, later)
+    ]
+    assert off[2] < off[1] < off[0]
+
+
+def test_state_is_saved_and_goes_on_bit_for_bit():
+    model = small_model("gpt", dtype=torch.float32)
+    optimizer = with_hidden(model)
+    train(model, optimizer, 5)
+    own = optimizer.state[model.blocks[0].mlp.up.weight]
+    assert own["hidden_frame"].shape == own["hidden_covariance"].shape == (128, 128)
+    assert "hidden_frame" not in optimizer.state[model.blocks[0].attention.query.weight]
+    assert "hidden_frame" not in optimizer.state[model.embedding.weight]
+    other = copy.deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(optimizer.state_dict(), stored)
+    stored.seek(0)
+    loaded = with_hidden(other)
+    loaded.load_state_dict(torch.load(stored))
+    assert torch.equal(train(model, optimizer, 12), train(other, loaded, 12))
+    plain = qo.QuotientAdam(copy.deepcopy(model), **SETTINGS)
+    plain.load_state_dict(optimizer.state_dict())  # its options travel with the state
+    assert plain.param_groups[0]["hidden_frame"] == "per_matrix"
+
+
+def test_state_moves_with_a_rotation_of_the_stream():
+    model = small_model("gpt")
+    optimizer = with_hidden(model)
+    train(model, optimizer, 5)
+    twin, state = copy.deepcopy((model, optimizer))
+    element = state.symmetries.random_element(generator=torch.Generator().manual_seed(1))
+    state.symmetries.act_(element)
+    state.move_state_(element)
+    deviation = train(model, optimizer, 12, seed=3) - train(twin, state, 12, seed=3)
+    assert deviation.abs().max() < 1e-10
+
+
+def test_a_step_that_is_recorded_takes_every_gradient():
+    model = small_model("gpt")
+    curves = [
+        train(own, with_hidden(own, capturable=capturable, foreach=foreach), 12)
+        for own, capturable, foreach in (
+            (copy.deepcopy(model), True, None),
+            (copy.deepcopy(model), True, False),
+        )
+    ]
+    assert (curves[0] - curves[1]).abs().max() < 1e-12
+    assert curves[0][-1] < curves[0][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_frame": "shared"}, "hidden_frame must be 'per_matrix' or None, got 'shared'"),
+        ({"hidden_frame": "per_matrix", "residual_frame": None}, "needs a residual_frame"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        qo.QuotientAdam(small_model("gpt"), **options)
