@@ -284,6 +284,12 @@ OPTIMIZERS: dict[str, Entry] = {
             EMBEDDING_SCALES,
         ),
         Entry(
+            "quotient-adam-small",
+            _quotient_adam(second_moment="factored", head_frame="svd"),
+            QUOTIENT_RATES,
+            EMBEDDING_SCALES,
+        ),
+        Entry(
             "quotient-adam-stream-only",
             _quotient_adam(head_frame=None),
             QUOTIENT_RATES,

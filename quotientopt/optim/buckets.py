@@ -20,6 +20,7 @@ from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_fa
 from quotientopt.optim.slices import Slice, stream_of
 from quotientopt.optim.update import (
     Product,
+    add_and_round,
     direction,
     ema_,
     gated,
@@ -28,12 +29,10 @@ from quotientopt.optim.update import (
     products_at,
     residual_eigenframe,
     rotate_,
-    round_stochastically,
     two_sided,
 )
 
-# Elements of one chunk of an update on a CPU: few products of small matrices at a time cost calls,
-# many cost cache.
+# Elements of a chunk of an update on a CPU: few products at a time cost calls, many cost cache.
 CHUNK = 262144
 
 
@@ -42,10 +41,11 @@ class Bucket:
 
     The state is dressed: moments are written in the frame (head frame u from the left, residual
     frame Q from the right), so that a change of gauge moves frames alone. ``exp_avg`` and
-    ``exp_avg_sq`` have shape ``(L, M, heads, r, n)``; the residual covariance
-    R = EMA(Σ (u∂)ᵀ(u∂)) and its frame Q have shape ``(L, n, n)`` and go to ``O R Oᵀ`` and ``O Q``
-    under an orthogonal ``W ↦ W Oᵀ``. With ``hidden_frame``, slices without head frames have the
-    like of their rows, ``hidden_covariance`` and ``hidden_frame``, ``(L, rows, rows)``.
+    ``exp_avg_sq`` have shape ``(L, M, heads, r, n)``, a factored one ``(L, M, heads, r, 1)``
+    and ``(L, M, 1, 1, n)``; the residual covariance R = EMA(Σ (u∂)ᵀ(u∂)) and its frame Q have
+    shape ``(L, n, n)`` and go to ``O R Oᵀ`` and ``O Q`` under an orthogonal ``W ↦ W Oᵀ``. With
+    ``hidden_frame``, slices without head frames have the like of their rows,
+    ``hidden_covariance`` and ``hidden_frame``, ``(L, rows, rows)``.
 
     Parameters
     ----------
@@ -57,9 +57,8 @@ class Bucket:
     dtype : torch.dtype
         Of the state and of the computation.
     options : mapping
-        The param group's ``hidden_frame``, ``master_weights`` and ``capturable``, on which the
-        tensors of the state depend, and ``polar``. With ``capturable``, numbers of updates are kept
-        on the device.
+        The param group's ``hidden_frame``, ``second_moment``, ``master_weights`` and
+        ``capturable``, on which the tensors of the state depend, and ``polar``.
     """
 
     def __init__(
@@ -86,7 +85,14 @@ class Bucket:
             shape = (*shape[:2], 1, shape[2] * shape[3], shape[4])
         self.shape = shape
         self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
-        self.state = {"exp_avg": self._zeros(*shape), "exp_avg_sq": self._zeros(*shape)}
+        self.state = {"exp_avg": self._zeros(*shape)}
+        matrices = self.framed and min(self.rows, self.columns) > 1
+        self.factored = options["second_moment"] == "factored" and matrices
+        if self.factored:
+            self.state["exp_avg_sq_rows"] = self._zeros(*shape[:-1], 1)
+            self.state["exp_avg_sq_columns"] = self._zeros(*shape[:2], 1, 1, self.columns)
+        else:
+            self.state["exp_avg_sq"] = self._zeros(*shape)
         if self.residual and shared is None:
             if not self.embedding:
                 self.state["residual_covariance"] = self._zeros(len(slices), shape[-1], shape[-1])
@@ -263,11 +269,17 @@ class Bucket:
         right : Tensor, optional
             S = Q_oldᵀ Q_new, ``(L, n, n)``.
         """
-        mean, square = self.state["exp_avg"], self.state["exp_avg_sq"]
+        mean = self.state["exp_avg"]
         mean.copy_(two_sided(left, mean, right))
         left = None if left is None else left.square()
         right = None if right is None else right.square()
-        square.copy_(two_sided(left, square, right))
+        if self.factored:
+            rows, columns = (self.state[f"exp_avg_sq_{axis}"] for axis in ("rows", "columns"))
+            rows.copy_(two_sided(left, rows, None))
+            columns.copy_(two_sided(None, columns, right))
+        else:
+            square = self.state["exp_avg_sq"]
+            square.copy_(two_sided(left, square, right))
 
     def rotate_(self, rotation: Tensor) -> None:
         """Move frames and covariances along with ``W ↦ W Oᵀ``."""
@@ -324,9 +336,13 @@ class Bucket:
         elif len(set(steps)) > 1:
             step = torch.tensor(steps, dtype=self.dtype, device=self.device)
             step = step[:, None, None, None, None]
-        mean, square = self.state["exp_avg"][rows], self.state["exp_avg_sq"][rows]
+        mean = self.state["exp_avg"][rows]
+        keys = ("exp_avg_sq_rows", "exp_avg_sq_columns") if self.factored else ("exp_avg_sq",)
+        squares = [self.state[key][rows] for key in keys]
         partner = None if self.heads is None else self.heads.partner
-        moments_(framed, mean, square, betas=group["betas"], plane_partner=partner, gate=gate)
+        square = moments_(
+            framed, mean, *squares, betas=group["betas"], plane_partner=partner, gate=gate
+        )
         return direction(
             framed,
             mean,
@@ -342,9 +358,8 @@ class Bucket:
     ) -> Tensor:
         """Turn an update back from its frames, its singular values made nearly equal.
 
-        Those of the whole matrix, or with ``polar="step"`` of each head by itself. The update has
-        shape ``(L, M, heads, r, n)``, ``left``, the uᵀ of frames of rows, ``(L, 1, heads, r, r)``,
-        and ``frame``, Q, ``(L, n, n)``.
+        Those of the whole matrix, or with ``polar="step"`` of each head by itself. ``left`` is uᵀ
+        of frames of rows, ``(L, 1, heads, r, r)``, ``frame`` is Q, ``(L, n, n)``.
         """
         back = None if frame is None else frame.mT
         if self.orthogonalises and self.options["polar"] != "step":
@@ -373,7 +388,11 @@ class Bucket:
         views = self.views()[rows.start * blocks : rows.stop * blocks]
         update = update.reshape(-1, blocks, *self.slices[0].shape[1:])
         if views[0].dtype != self.dtype:
-            self._add_and_round(rows, views, update.mul_(rate), kept)
+            master = None
+            if "master" in self.state:
+                master = self.state["master"][rows].view(update.shape)
+            stochastic = self.options["stochastic_rounding"]
+            add_and_round(views, update.mul_(rate), kept, master, stochastic=stochastic)
             return
         torch._foreach_mul_(views, kept)
         updates = list(update.flatten(0, 1).unbind())
@@ -382,23 +401,6 @@ class Bucket:
             torch._foreach_sub_(views, updates)
         else:
             torch._foreach_add_(views, updates, alpha=-rate)
-
-    def _add_and_round(
-        self, rows: slice, views: list[Tensor], update: Tensor, decay: float | Tensor
-    ) -> None:
-        """One rounding of the sum: in bfloat16 a decay of 1 - lr·wd alone would round to one."""
-        stored = torch.stack(views).view(update.shape)
-        weights = stored.to(self.dtype)
-        if "master" in self.state:
-            master = self.state["master"][rows].view(update.shape)
-            # Parameters that were written to in the meantime win over their master.
-            weights = torch.where(master.to(stored.dtype) == stored, master, weights)
-        weights = weights.mul_(decay).sub_(update)
-        if "master" in self.state:
-            self.state["master"][rows] = weights.view(-1, *self.shape[1:])
-        elif self.options["stochastic_rounding"]:
-            weights = round_stochastically(weights, stored.dtype)
-        torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
 
 
 def stack_slices(

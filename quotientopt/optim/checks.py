@@ -41,6 +41,7 @@ OPTIONS = (
         "max_grad_norm",
         "nesterov",
         "polar",
+        "second_moment",
         "update_scale",
         "embedding_scale",
         "precision",
@@ -52,6 +53,7 @@ HEAD_FRAMES = ("balanced", "orthonormal", "svd")
 ROW_FRAMES = ("per_head", "per_matrix")
 HIDDEN_FRAMES = ("per_matrix",)
 RESIDUAL_FRAMES = ("per_matrix", "shared")
+SECOND_MOMENTS = ("full", "factored")
 EMBEDDING_FRAMES = ("fixed", "per_matrix")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
 # Of QuotientSGD.
@@ -90,7 +92,11 @@ def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
         if options[name] is not None and options[name] not in known:
             choices = ", ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices} or None, got {options[name]!r}")
-    for name, known in (("row_frame", ROW_FRAMES), ("embedding_frame", EMBEDDING_FRAMES)):
+    for name, known in (
+        ("row_frame", ROW_FRAMES),
+        ("embedding_frame", EMBEDDING_FRAMES),
+        ("second_moment", SECOND_MOMENTS),
+    ):
         if options[name] not in known:
             choices = " or ".join(map(repr, known))
             raise ValueError(f"{name} must be {choices}, got {options[name]!r}")

@@ -115,7 +115,8 @@ class HeadFrames(DressedHeads):
     Attributes
     ----------
     frame, covariance : Tensor
-        Shape ``(2S, heads, r, r)``; of a ``joint`` frame ``(2S, 1, heads r, heads r)``.
+        Shape ``(2S, heads, r, r)``; of a ``joint`` frame ``(2S, 1, heads r, heads r)``. No
+        covariance is kept of frames that are not turned.
     joint : bool
         Whether one eigenframe turns the rows of all heads together. The dressing field is block
         diagonal then, and what it leaves of the group, rotations head by head, is among the
@@ -141,7 +142,8 @@ class HeadFrames(DressedHeads):
             rank, heads = rank * heads, 1
         shape = (2 * len(self.symmetries), heads, rank, rank)
         self.frame = torch.zeros(shape, dtype=dtype, device=device)
-        self.covariance = torch.zeros(shape, dtype=dtype, device=device)
+        # Of frames that are not turned nothing needs it.
+        self.covariance = torch.zeros(shape if self.turns else (), dtype=dtype, device=device)
         partner = plane_partners(self.group, device)
         planes = bool((partner != torch.arange(len(partner), device=device)).any())
         # A frame over all rows leaves no planes as they are, nor anything of their group.
@@ -225,8 +227,9 @@ class HeadFrames(DressedHeads):
         old = torch.where(missing, identity, self.frame.to(field.dtype))
         change = torch.linalg.solve_ex(old, field, left=False).result
         change = torch.where(missing, identity, change)
-        moved = change.to(self.covariance)
-        self.covariance.copy_(moved @ self.covariance @ moved.mT)
+        if self.turns:
+            moved = change.to(self.covariance)
+            self.covariance.copy_(moved @ self.covariance @ moved.mT)
         return change
 
     def end_refresh(self, dressing: FreshDressing, change: Tensor) -> Tensor:

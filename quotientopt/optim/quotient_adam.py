@@ -75,10 +75,8 @@ class QuotientAdam(SymmetricOptimizer):
         named tensors or param-group dicts, with ``symmetries`` from the caller.
     lr : float or Tensor
         Learning rate, on AdamW's scale.
-    betas : tuple of float
-        Decay of the moments.
-    eps : float
-        Added to the denominator, in dressed coordinates.
+    betas, eps : tuple of float, float
+        Decay of the moments, and what is added to the denominator, in dressed coordinates.
     weight_decay : float
         λ of decoupled weight decay, at the rate of the update; it is linear and hence equivariant.
     symmetries : SymmetryMap or sequence of HeadSymmetry, optional
@@ -114,6 +112,8 @@ class QuotientAdam(SymmetricOptimizer):
         Clips the norm of all dressed gradients together, which no gauge changes.
     nesterov : bool
         Nesterov momentum for the framed parameters (``benchmarks/results/ablation``).
+    second_moment : {"full", "factored"}
+        Of framed matrices: by entry, or from means of rows and columns (as in Adafactor).
     polar : bool or "step"
         True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
         of a matrix together, by polynomials that end within 7.5 %. "step": one polynomial, head by
@@ -127,9 +127,8 @@ class QuotientAdam(SymmetricOptimizer):
     embedding_scale : float
         The same of embeddings in fixed frames, over the other matrices'.
     precision : {"highest", "high", "fast"}
-        Of rotations and polar steps in float32: as they are, in TF32 on CUDA devices, or of
-        factors rounded to bfloat16. All else keeps the whole precision, whatever autocast and
-        torch's switches say; twins part by the rounding.
+        Of rotations and polar steps in float32: as they are, in TF32 on CUDA devices, or of factors
+        rounded to bfloat16. Twins part by the rounding. No switch of torch's changes the rest.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
         Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
         coordinates of its partner, made at every step at first and every ``refresh_every`` later,
@@ -158,8 +157,8 @@ class QuotientAdam(SymmetricOptimizer):
 
     Notes
     -----
-    The state is dressed; :mod:`quotientopt.optim.state` lists its tensors. Only frames change with
-    the gauge: u to ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``.
+    The state is dressed (:mod:`quotientopt.optim.state`). Only frames change with the gauge: u to
+    ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``.
 
     Sources: François & Ravera, arXiv 2602.18948 (dressing fields); Kingma & Ba 2015; Loshchilov &
     Hutter 2019; Vyas et al., arXiv 2409.11321 (Adam in an eigenbasis).
@@ -192,6 +191,7 @@ class QuotientAdam(SymmetricOptimizer):
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
         nesterov: bool = True,
+        second_moment: Literal["full", "factored"] = "full",
         polar: bool | Literal["step"] = True,
         update_scale: float = 4.0,
         embedding_scale: float = 2.0,

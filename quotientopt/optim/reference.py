@@ -58,7 +58,8 @@ class PlainQuotientAdam:
     and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. Of
     ``embeddings``, matrices ``(rows, d)`` too, the frame stays as it was first made, from the
     weights, and Adam's direction as it is. ``hidden`` frames the rows of ``matrices`` as well (with
-    ``row_frame="per_matrix"``). The options are those of :class:`quotientopt.QuotientAdam`.
+    ``row_frame="per_matrix"``), ``factored`` keeps means of rows and columns of the second moment.
+    The options are those of :class:`quotientopt.QuotientAdam`.
     """
 
     def __init__(
@@ -78,14 +79,16 @@ class PlainQuotientAdam:
         update_scale: float = 4.0,
         embedding_scale: float = 2.0,
         hidden: bool = False,
+        factored: bool = False,
     ) -> None:
-        self.scale, self.embedding_scale = update_scale, embedding_scale
+        self.scale, self.embedding_scale, self.factored = update_scale, embedding_scale, factored
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
         self.params: list[Any] = [p for pair in pairs for p in pair] + [*matrices, *embeddings]
         self.polar, self.joint = polar, row_frame == "per_matrix"
         self.state: list[State] = [
-            {"m": torch.zeros(()), "v": torch.zeros(()), "embedding": False} for _ in self.params
+            dict.fromkeys(("m", "v", "rows", "columns"), torch.zeros(())) | {"embedding": False}
+            for _ in self.params
         ]
         for s in self.state[len(self.params) - len(embeddings) :]:
             s["embedding"] = True
@@ -168,7 +171,8 @@ class PlainQuotientAdam:
                 s["Q"] = torch.linalg.eigh(broken)[1]
                 return
             Q = self._iterate(s["R"], s["Q"])
-            s["v"] = s["v"] @ (s["Q"].T @ Q).square()
+            key = "columns" if self.factored else "v"
+            s[key] = s[key] @ (s["Q"].T @ Q).square()
             s["Q"] = Q
 
     def _turn_rows(self, p: Tensor, s: State) -> None:
@@ -186,7 +190,8 @@ class PlainQuotientAdam:
         else:
             turn = self._iterate(dressed[0], change[0])[None]
         if change is not None:
-            s["v"] = (turn.mT @ change).square() @ s["v"]
+            key = "rows" if self.factored else "v"
+            s[key] = (turn.mT @ change).square() @ s[key]
         s["frame"] = turn.mT @ section
 
     @staticmethod
@@ -205,7 +210,14 @@ class PlainQuotientAdam:
         (b1, b2), t = self.betas, self.t
         gradient = self._rows(p.grad) if "frame" in s else p.grad
         s["m"] = b1 * s["m"] + (1 - b1) * gradient
-        s["v"] = b2 * s["v"] + (1 - b2) * into(gradient).square()
+        square = into(gradient).square()
+        if self.factored:
+            s["rows"] = b2 * s["rows"] + (1 - b2) * square.mean(-1, keepdim=True)
+            means = square.mean(tuple(range(square.ndim - 1)), keepdim=True)
+            s["columns"] = b2 * s["columns"] + (1 - b2) * means
+            s["v"] = s["rows"] * s["columns"] / s["columns"].mean()
+        else:
+            s["v"] = b2 * s["v"] + (1 - b2) * square
         m = into(s["m"]) / (1 - b1**t)
         if self.nesterov:
             m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(gradient) / (1 - b1**t)

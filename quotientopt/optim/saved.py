@@ -346,7 +346,7 @@ def problem_of(key: str, value: Any) -> str | None:
     if not bool(tensor.isfinite().all()):
         return "has NaN or infinite entries"
     kind = key.partition(".")[0]
-    if kind in ("step", "exp_avg_sq") and bool((tensor < 0).any()):
+    if (kind == "step" or kind.startswith("exp_avg_sq")) and bool((tensor < 0).any()):
         return "has negative entries"
     if kind == "step" and tensor.numel() != 1:
         return f"has shape {tuple(tensor.shape)}, expected one number"

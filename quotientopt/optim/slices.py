@@ -337,6 +337,7 @@ PLANNED = (
     "hidden_frame",
     "residual_frame",
     "embedding_frame",
+    "second_moment",
     "lora_frame",
     "foreach",
     "master_weights",

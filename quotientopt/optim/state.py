@@ -42,6 +42,8 @@ KEYS = (
     "step",
     "exp_avg",
     "exp_avg_sq",
+    "exp_avg_sq_rows",
+    "exp_avg_sq_columns",
     "master",
     "head_frame",
     "head_covariance",
@@ -67,6 +69,7 @@ def follow_version(group: dict[str, Any]) -> None:
         group["polar"] = "step" if group["polar"] else False
         group["update_scale"], group["embedding_scale"], group["precision"] = 1.0, 1.0, "highest"
         group["embedding_frame"], group["hidden_frame"] = "per_matrix", None
+        group["second_moment"] = "full"
 
 
 def settle(
@@ -215,7 +218,8 @@ def entries_of(buckets: Sequence[Bucket]) -> Iterator[Entry]:
             if bucket.heads is not None:
                 place = bucket.heads.place(slice_)
                 yield Entry(slice_, "head_frame", bucket.heads.frame[place])
-                yield Entry(slice_, "head_covariance", bucket.heads.covariance[place])
+                if bucket.heads.turns:
+                    yield Entry(slice_, "head_covariance", bucket.heads.covariance[place])
             if bucket.shared is not None:
                 yield Entry(slice_, "residual_frame", bucket.shared.frame)
                 yield Entry(slice_, "residual_covariance", bucket.shared.covariance)
@@ -292,6 +296,9 @@ def adopt(buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State
         own = state.get(slice_.parameter, {})
         for key in FRAME_KEYS:
             if key + slice_.suffix in own and (id(slice_), key) not in filed:
+                if key == "head_covariance" and (id(slice_), "head_frame") in filed:
+                    del own[key + slice_.suffix]  # kept by earlier versions in vain
+                    continue
                 raise ValueError(
                     f"the state of {slice_.name!r} has a {key!r}, which these options leave out; "
                     "make a new optimizer to change frames"

@@ -197,12 +197,16 @@ def moments_(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    columns: Tensor | None = None,
     *,
     betas: tuple[float, float],
     plane_partner: Tensor | None = None,
     gate: Tensor | None = None,
-) -> None:
+) -> Tensor:
     """Update both moments in place, m ← β₁ m + (1−β₁) ∂, v ← β₂ v + (1−β₂) |∂|².
+
+    A factored v keeps the means of its rows ρ and of its columns γ and is ρ γᵀ / mean(γ) (Shazeer &
+    Stern 2018). Under a change of frames v ↦ (R∘R) v (S∘S) they go to (R∘R) ρ and γ (S∘S).
 
     Parameters
     ----------
@@ -210,6 +214,8 @@ def moments_(
         Dressed gradients, shape ``(…, r, n)``.
     exp_avg, exp_avg_sq : Tensor
         Moments in the same coordinates.
+    columns : Tensor, optional
+        γ, ``(…, 1, 1, n)``; ``exp_avg_sq`` is then ρ, ``(…, heads, r, 1)``.
     betas : tuple of float
     plane_partner : Tensor, optional
         Index of each row's partner in a rotated plane. Two real rows then share one second
@@ -217,15 +223,26 @@ def moments_(
         update has the same size per real entry as elsewhere.)
     gate : Tensor, optional
         One, or zero where nothing may change; the gradient must then be zero.
+
+    Returns
+    -------
+    Tensor
+        v, whole.
     """
     mean_weight, square_weight = (gated(1 - beta, gate) for beta in betas)
     exp_avg.lerp_(gradient, mean_weight)
-    if plane_partner is None:
+    if plane_partner is None and columns is None:
         exp_avg_sq.mul_(1 - square_weight).addcmul_(gradient, gradient, value=1 - betas[1])
-        return
+        return exp_avg_sq
     square = gradient.square()
-    square = square.add_(square.index_select(-2, plane_partner)).mul_(0.5)
-    exp_avg_sq.lerp_(square, square_weight)
+    if plane_partner is not None:
+        square = square.add_(square.index_select(-2, plane_partner)).mul_(0.5)
+    if columns is None:
+        return exp_avg_sq.lerp_(square, square_weight)
+    exp_avg_sq.lerp_(square.mean(-1, keepdim=True), square_weight)
+    columns.lerp_(square.mean((-3, -2), keepdim=True), square_weight)
+    tiny = torch.finfo(columns.dtype).tiny
+    return exp_avg_sq * (columns / columns.mean(-1, keepdim=True).clamp_min(tiny))
 
 
 def gated(value: float, gate: Tensor | None) -> float | Tensor:
@@ -295,6 +312,31 @@ def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:
     odds = (values - back).abs() / gap
     take = (torch.rand_like(values) < odds) & other.isfinite()
     return torch.where(take, other, nearest)
+
+
+def add_and_round(
+    views: list[Tensor],
+    update: Tensor,
+    kept: float | Tensor,
+    master: Tensor | None,
+    *,
+    stochastic: bool,
+) -> None:
+    """Narrow weights times ``kept`` less the update, rounded once.
+
+    A decay of 1 − lr·wd alone would round to one in bfloat16. A ``master``, a wider copy in the
+    shape of the update, takes the sum; weights written to in the meantime win over it.
+    """
+    stored = torch.stack(views).view(update.shape)
+    weights = stored.to(update.dtype)
+    if master is not None:
+        weights = torch.where(master.to(stored.dtype) == stored, master, weights)
+    weights = weights.mul_(kept).sub_(update)
+    if master is not None:
+        master.copy_(weights)
+    elif stochastic:
+        weights = round_stochastically(weights, stored.dtype)
+    torch._foreach_copy_(views, list(weights.flatten(0, 1).unbind()))
 
 
 def keeps_wide(group: Mapping[str, Any], parameter: Tensor) -> bool:
