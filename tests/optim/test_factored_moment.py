@@ -105,7 +105,7 @@ def test_state_is_saved_and_goes_on_bit_for_bit():
     assert torch.equal(train(model, optimizer, 12), train(other, loaded, 12))
     damaged = optimizer.state_dict()
     damaged["state"][0]["exp_avg_sq_rows"] = -damaged["state"][0]["exp_avg_sq_rows"]
-    with pytest.raises(ValueError, match="'exp_avg_sq_rows' of .* has negative entries"):
+    with pytest.raises(ValueError, match=r"'exp_avg_sq_rows' of .* has negative entries"):
         loaded.load_state_dict(damaged)
 
 
