@@ -23,9 +23,10 @@ def add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
         default="adamw,quotient-adam,soap,muon",
         metavar="NAMES",
         help="comma-separated, of adamw, soap, kl-soap, soap-muon, muon, muon2, normuon, adamuon, "
-        "compositional-muon, dressed-muon, geoopt-adam, quotient-adam and its parts "
-        "quotient-adam-stream-only, quotient-adam-heads-only, quotient-adam-no-polar, and "
-        "quotient-adam-0.1, the defaults of that version",
+        "compositional-muon, dressed-muon, geoopt-adam, quotient-adam and its forms "
+        "quotient-adam-hidden, quotient-adam-small, quotient-adam-stream-only, "
+        "quotient-adam-heads-only, quotient-adam-no-polar, and quotient-adam-0.1, the defaults of "
+        "that version",
     )
     add(
         "--data",

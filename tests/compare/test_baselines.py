@@ -526,6 +526,8 @@ NAMES = (
     "adamuon",
     "compositional-muon",
     "dressed-muon",
+    "quotient-adam-hidden",
+    "quotient-adam-small",
     "quotient-adam-stream-only",
     "quotient-adam-heads-only",
     "quotient-adam-no-polar",
