@@ -233,11 +233,11 @@ class Bucket:
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
         if "hidden_frame" in self.state:
-            old = self.state["hidden_frame"].clone()
-            weights, new = self.weights().flatten(1, -2), [step == 0 for step in self.steps]
-            hidden = hidden_eigenframes(self.state["hidden_covariance"], old, weights, new)
+            old, new = self.state["hidden_frame"], [step == 0 for step in self.steps]
+            norms = self.weights().flatten(1, -2).square().sum(-1) if any(new) else None
+            hidden = hidden_eigenframes(self.state["hidden_covariance"], old, norms, new)
             left = (hidden.mT @ old)[:, None]
-            self.state["hidden_frame"].copy_(hidden)
+            old.copy_(hidden)
         right = None
         if self.shared is not None:
             right = self.shared.change.expand(len(self.slices), -1, -1)

@@ -66,7 +66,7 @@ def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Ten
 
 
 def hidden_eigenframes(
-    covariance: Tensor, frame: Tensor, weights: Tensor, new: Sequence[bool]
+    covariance: Tensor, frame: Tensor, norms: Tensor | None, new: Sequence[bool]
 ) -> Tensor:
     """Frames of hidden units, columns orthonormal, that follow the covariance of their gradients.
 
@@ -78,16 +78,16 @@ def hidden_eigenframes(
     ----------
     covariance, frame : Tensor
         Of ∂∂ᵀ, and the frames before, ``(L, rows, rows)``.
-    weights : Tensor
-        ``(L, rows, n)``.
+    norms : Tensor, optional
+        Squared norms of the units' weights, ``(L, rows)``; needed where a frame is new.
     new : sequence of bool
         Which of them have no frame yet.
     """
     turned = frame if all(new) else next_eigenframe(covariance, frame)
-    if not any(new):
+    if norms is None:
         return turned
-    norms = weights.square().sum(-1).diag_embed()
-    first = torch.linalg.eigh(break_ties(covariance, norms, times=ROW_TIES)).eigenvectors
+    ties = break_ties(covariance, norms.diag_embed(), times=ROW_TIES)
+    first = torch.linalg.eigh(ties).eigenvectors
     return torch.where(
         torch.tensor(new, device=frame.device)[:, None, None], first.flip(-1), turned
     )

@@ -13,24 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Of σ, σ³, …: one step towards the polar factor, and the composition that reaches it.
+from quotientopt.optim.polar import COEFFICIENTS, COMPOSITION
+
 State = dict[str, Any]
 Pairs = Sequence[tuple[Tensor, Tensor]]
-
-
-# Coefficients of σ, σ³, …: one step towards the polar factor, and the composition that reaches it.
-STEP = (7.9348, -56.0039, 166.6517, -202.4902, 85.1685)
-COMPOSITION = (
-    (
-        17.246252,
-        -324.602975,
-        2335.9413604,
-        -7618.8060297,
-        12332.5145761,
-        -9678.3716970,
-        2937.7361776,
-    ),
-    (3.3478554, -6.1291111, 5.6866669, -2.3061991, 0.3341926),
-)
 
 
 def svd_section(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +120,7 @@ class PlainQuotientAdam:
         if self.polar == "step" and update.ndim == 3:
             return torch.stack([self._toward_polar(head) for head in update])
         U, sigma, Vt = torch.linalg.svd(update.reshape(-1, update.size(-1)), full_matrices=False)
-        power, polynomials = (4, (STEP,)) if self.polar == "step" else (8, COMPOSITION)
+        power, polynomials = (4, (COEFFICIENTS,)) if self.polar == "step" else (8, COMPOSITION)
         size, sigma = sigma.norm(), sigma / sigma.pow(power).sum().pow(1 / power)
         for coefficients in polynomials:
             sigma = sum((c * sigma ** (2 * i + 1) for i, c in enumerate(coefficients)), 0 * sigma)

@@ -51,24 +51,37 @@ def test_twins_of_heads_and_stream(build, head_frame):
     assert deviation(model, twin, adamw) > 1e-4
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_the_law_of_the_factors_is_that_of_their_product(batch):
+def whole_of(bucket):
+    """v of a bucket, from its factors."""
+    rows, columns = bucket.state["exp_avg_sq_rows"], bucket.state["exp_avg_sq_columns"]
+    return rows * columns / columns.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("row_frame", ["per_head", "per_matrix"])
+def test_the_law_of_the_factors_is_that_of_their_product(row_frame):
+    """Any change of head frames on the left, of one head or all; a rotation on the right."""
+    model = small_model("gpt")
+    optimizer = factored(model, row_frame=row_frame)
+    train(model, optimizer, 3)
+    buckets = [b for b in optimizer._current_engine().buckets if b.factored and not b.embedding]
+    assert {b.heads is None for b in buckets} == {True, False}
     generator = torch.Generator().manual_seed(0)
+    for bucket in buckets:
+        L, _, heads, r, n = bucket.shape
+        left = torch.randn(L, heads, r, r, generator=generator, dtype=torch.float64)
+        right = torch.randn(L, n, n, generator=generator, dtype=torch.float64)
+        right = torch.linalg.qr(right)[0]
+        before = whole_of(bucket)
 
-    def normal(*shape):
-        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)
+        def law(left, right, before=before):
+            return left.square()[:, None] @ before @ right.square()[:, None, None]
 
-    rows, columns = normal(1, 2, 5, 1).square(), normal(1, 1, 1, 4).square()
-    left = torch.linalg.qr(normal(1, 2, 5, 5))[0].square()
-    right = torch.linalg.qr(normal(1, 1, 4, 4))[0].square()
-    whole = rows * columns / columns.mean(-1, keepdim=True)
-    moved_columns = columns @ right
-    moved = (left @ rows) * moved_columns / moved_columns.mean(-1, keepdim=True)
-    assert (moved - left @ whole @ right).abs().max() < 1e-12
-    # The control: what is no square of an orthogonal matrix changes the mean of the columns.
-    sheared = columns @ (1.5 * right)
-    wrong = (left @ rows) * sheared / sheared.mean(-1, keepdim=True)
-    assert (wrong - left @ whole @ (1.5 * right)).abs().max() > 1e-3
+        bucket.transport_(left, right)
+        after = whole_of(bucket)
+        assert (after - law(left, right)).abs().max() < 1e-12 * after.abs().max()
+        # The controls: a missing transpose on either side, and what is left as it was.
+        for wrong in (law(left.mT, right), law(left, right.mT), before):
+            assert (after - wrong).abs().max() > 1e-3 * after.abs().max()
 
 
 def test_means_of_a_product_are_that_product():

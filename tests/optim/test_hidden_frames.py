@@ -71,14 +71,19 @@ def test_frames_are_orthogonal_and_move_with_the_units(batch):
     weights = torch.randn(shape, generator=generator, dtype=torch.float64).view(-1, rows, columns)
     covariance, zero = gradients @ gradients.mT, torch.zeros(len(weights), rows, rows).double()
     new = [True] * len(weights)
-    first = hidden_eigenframes(covariance, zero, weights, new)
-    later = hidden_eigenframes(covariance, first, weights, [False] * len(weights))
+    norms = weights.square().sum(-1)
+    first = hidden_eigenframes(covariance, zero, norms, new)
+    later = hidden_eigenframes(covariance, first, None, [False] * len(weights))
     order = torch.randperm(rows, generator=generator)
-    moved = hidden_eigenframes(covariance[:, order][:, :, order], zero, weights[:, order], new)
+    there = covariance[:, order][:, :, order]
+    moved = hidden_eigenframes(there, zero, norms[:, order], new)
+    left_behind = hidden_eigenframes(there, zero, norms, new)
     for frame in (first, later):
         identity = torch.eye(rows, dtype=torch.float64)
         assert (frame.mT @ frame - identity).abs().max() < 1e-12
     assert ((moved.mT @ first[:, order]).abs() - torch.eye(rows)).abs().max() < 1e-10
+    # The control: norms in their old order break ties otherwise.
+    assert ((left_behind.mT @ first[:, order]).abs() - torch.eye(rows)).abs().max() > 1e-3
     # Where all have frames, orthogonal iteration brings them nearer to eigenvectors.
     off = [
         (frame.mT @ covariance @ frame).tril(-1).abs().max()
@@ -111,12 +116,17 @@ def test_state_moves_with_a_rotation_of_the_stream():
     model = small_model("gpt")
     optimizer = with_hidden(model)
     train(model, optimizer, 5)
-    twin, state = copy.deepcopy((model, optimizer))
-    element = state.symmetries.random_element(generator=torch.Generator().manual_seed(1))
-    state.symmetries.act_(element)
-    state.move_state_(element)
-    deviation = train(model, optimizer, 12, seed=3) - train(twin, state, 12, seed=3)
-    assert deviation.abs().max() < 1e-10
+    pairs = [copy.deepcopy((model, optimizer)) for _ in range(2)]
+    curves = [train(model, optimizer, 12, seed=3)]
+    for moves, (twin, state) in zip((True, False), pairs, strict=True):
+        element = state.symmetries.random_element(generator=torch.Generator().manual_seed(1))
+        state.symmetries.act_(element)
+        if moves:
+            state.move_state_(element)
+        curves.append(train(twin, state, 12, seed=3))
+    assert (curves[0] - curves[1]).abs().max() < 1e-10
+    # The control: the state stays where it was.
+    assert (curves[0] - curves[2]).abs().max() > 1e-4
 
 
 def test_a_step_that_is_recorded_takes_every_gradient():
