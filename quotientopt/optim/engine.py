@@ -8,7 +8,7 @@ processes of a sharded model, of which an ordinary one has none.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +36,28 @@ Dressings = Mapping[int, FreshDressing]
 class Peers:
     """What a step has to know of slices that other processes step: here there are none.
 
-    :class:`quotientopt.optim.ownership.ShardedPeers` asks them.
+    :class:`quotientopt.optim.exchange.ShardedPeers` asks them.
 
     Attributes
     ----------
     have_weights : bool
         Whether the weights are there in every step, to see if others wrote to them.
+    embeddings : set of int, optional
+        ``id`` of this process's embeddings, which may lack the layers that tell them apart.
     """
 
     have_weights = True
+    embeddings: set[int] | None = None
 
     def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
         """Fewest and most updates among the slices that have a gradient; None if there is none."""
         return (min(steps), max(steps)) if steps else None
+
+    def arrived(self, parameters: Iterable[Tensor]) -> None:
+        """Wait until the gradients of these parameters are there."""
+
+    def stepped(self, parameters: Iterable[Tensor]) -> None:
+        """Take note that a slice of each of these parameters has its update."""
 
     def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
         """The streams with a slice that has no frame yet."""
@@ -262,6 +271,7 @@ class Engine:
         dressed = []
         for bucket, rows in active:
             part = self._part(bucket, rows)
+            self.peers.arrived(slice_.parameter for slice_ in part.slices)
             gradients = part.gradients()
             if self.param_groups[bucket.group_index]["maximize"]:
                 gradients.neg_()
@@ -293,6 +303,7 @@ class Engine:
             part.update_(gradients, self.param_groups[bucket.group_index], gate)
             if part is not bucket:
                 bucket.absorb(part, rows)
+            self.peers.stepped(slice_.parameter for slice_ in part.slices)
         counted = {bucket.slices[i].parameter: None for bucket, rows in active for i in rows}
         if self._steps_on_host:
             torch._foreach_add_([self._steps_on_host[parameter] for parameter in counted], 1)

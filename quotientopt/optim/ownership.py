@@ -1,14 +1,14 @@
-"""Parts of sharded parameters: where they lie, who steps what, and how they travel.
+"""Parts of sharded parameters: where they lie and who steps what.
 
 :class:`Region` is the part of a tensor that a process holds, :class:`Placed` a parameter with the
-regions of all processes, :class:`Unit` what one process steps (:func:`deal` finds the units),
-:class:`Parcels` the way between holders and owners, :class:`ShardedPeers` what they ask each other.
+regions of all processes, :class:`Unit` what one process steps; :func:`deal` finds the units and
+deals them, :func:`kinds_of` tells which travel together.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.engine import Peers
+from quotientopt._linalg import compute_dtype
 from quotientopt.optim.gauge import absorbed_biases
 from quotientopt.optim.slices import Slice, find_slices, planned_groups
 from quotientopt.symmetries import SymmetryMap
@@ -289,6 +288,28 @@ def deal(optimizer: QuotientAdam, placed: Mapping[int, Placed], size: int) -> De
     return Dealt(list(units.values()), ordered, SymmetryMap(heads, optimizer.symmetries.residual))
 
 
+def kinds_of(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Units of one kind together, in the order in which a step has done with them.
+
+    A step goes through matrices without heads first, then left and right sides of pairs; what has
+    no slice with frames, and units whose weights travel, are complete at its end. Within that the
+    largest come first.
+    """
+    kinds: dict[tuple[Any, ...], list[Unit]] = defaultdict(list)
+    for unit in units:
+        headed = any(own.framed is not None and own.framed.symmetry for own in unit.members)
+        shapes = [(tuple(own.parameter.shape), str(own.parameter.dtype)) for own in unit.members]
+        size = sum(own.parameter.numel() for own in unit.members)
+        late = any(own.framed is None for own in unit.members)
+        kinds[unit.whole, late, headed, -size, tuple(sorted(shapes))].append(unit)
+    return [kinds[kind] for kind in sorted(kinds)]
+
+
+def dtypes_of(units: Sequence[Unit]) -> list[torch.dtype]:
+    """Of the parameters of some units, in one order on all processes."""
+    return list(dict.fromkeys(own.parameter.dtype for unit in units for own in unit.members))
+
+
 def dealt(sizes: Sequence[int], processes: int) -> list[int]:
     """The owner of each of some units of descending size: whoever has least so far.
 
@@ -313,115 +334,3 @@ def _state_size(slice_: Slice, options: Mapping[str, Any]) -> int:
     elif slice_.has_hidden_frame(options):
         count += 2 * rank**2
     return count
-
-
-class Parcels:
-    """Parts of tensors on their way between processes, one packed all-to-all per dtype.
-
-    The two processes of a parcel add it in the same order among those that they exchange: the
-    sender with its values, the receiver with a place to put them.
-
-    Parameters
-    ----------
-    group : ProcessGroup
-    device : torch.device
-    dtypes : sequence of dtype
-        All that travel, the same on all processes.
-    """
-
-    def __init__(self, group: Any, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-        self.group = group
-        self.device = device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._sent: dict[torch.dtype, list[list[Tensor]]] = {
-            dtype: [[] for _ in range(self.size)] for dtype in dtypes
-        }
-        self._taken: dict[torch.dtype, list[list[tuple[Region, Tensor]]]] = {
-            dtype: [[] for _ in range(self.size)] for dtype in dtypes
-        }
-        self._after: list[Callable[[], object]] = []
-
-    def send(self, target: int, part: Tensor) -> None:
-        """Send a part to a process."""
-        self._sent[part.dtype][target].append(part.reshape(-1))
-
-    def take(self, source: int, region: Region, whole: Tensor) -> None:
-        """Write what comes from a process to a region of ``whole``."""
-        self._taken[whole.dtype][source].append((region, whole))
-
-    def then(self, action: Callable[[], object]) -> None:
-        """Do something when all parcels have arrived."""
-        self._after.append(action)
-
-    def exchange(self) -> None:
-        """Send and receive, then do what was to be done."""
-        for dtype, by_target in self._sent.items():
-            taken = self._taken[dtype]
-            counts = [sum(part.numel() for part in parts) for parts in by_target]
-            parts = [part for parts in by_target for part in parts]
-            empty = torch.empty(0, dtype=dtype, device=self.device)
-            sent = torch.cat(parts) if parts else empty
-            expected = [sum(region.numel for region, _ in found) for found in taken]
-            received = torch.empty(sum(expected), dtype=dtype, device=self.device)
-            dist.all_to_all_single(received, sent, expected, counts, group=self.group)
-            place = 0
-            for found in taken:
-                for region, whole in found:
-                    part = received[place : place + region.numel]
-                    place += region.numel
-                    if region.numel:
-                        region.put(whole, part)
-        for action in self._after:
-            action()
-
-
-class ShardedPeers(Peers):
-    """The other processes, asked for what concerns all slices of the model.
-
-    Parameters
-    ----------
-    group : ProcessGroup
-    streams : sequence of (int, dtype)
-        Width and dtype of computation of every residual stream, the same on all processes.
-    device : torch.device
-    """
-
-    have_weights = False
-
-    def __init__(
-        self, group: Any, streams: Sequence[tuple[int, torch.dtype]], device: torch.device
-    ) -> None:
-        self.group = group
-        self.streams = list(streams)
-        self.device = device
-        self.of_step: tuple[int, int] | None = None
-
-    def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
-        """Of all slices, which is known everywhere before the step."""
-        return self.of_step
-
-    def wanted(self, streams: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
-        """The streams that one of the processes wants."""
-        flags = [float((width, dtype, self.device) in streams) for width, dtype in self.streams]
-        if not flags:
-            return streams
-        reduced = torch.tensor(flags, device=self.device)
-        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
-        found = zip(self.streams, reduced.tolist(), strict=True)
-        return {(width, dtype, self.device) for (width, dtype), flag in found if flag}
-
-    def pooled(
-        self, grams: dict[tuple[Any, ...], Tensor], wanted: set[tuple[Any, ...]]
-    ) -> dict[tuple[Any, ...], Tensor]:
-        """Sums over all processes."""
-        total = {}
-        for width, dtype in self.streams:
-            key = (width, dtype, self.device)
-            if key in wanted:
-                gram = grams.get(key)
-                if gram is None:
-                    wide = wide_dtype(self.device)
-                    gram = torch.zeros(width, width, dtype=wide, device=self.device)
-                total[key] = gram.contiguous()
-                dist.all_reduce(total[key], group=self.group)
-        return total

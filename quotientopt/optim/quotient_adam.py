@@ -207,9 +207,8 @@ class QuotientAdam(SymmetricOptimizer):
         arguments = dict(locals())
         defaults = {option: arguments[option] for option in OPTIONS}
         self._engine: Engine | None = None
-        # Other processes that step slices of the same model, and the step of sharded parameters.
         self._peers = Peers()
-        self._sharded: Sharded | None = None
+        self._sharded: Sharded | None = None  # the step of sharded parameters
         self._slices = Slices()
         self._nonfinite = NonfiniteGate()
         self._checked_options: list[list[Any]] = []
@@ -245,7 +244,8 @@ class QuotientAdam(SymmetricOptimizer):
 
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
-        return find_slices(planned_groups(self.param_groups, also), self.symmetries, self._names)
+        groups = planned_groups(self.param_groups, also)
+        return find_slices(groups, self.symmetries, self._names, self._peers.embeddings)
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""

@@ -5,26 +5,30 @@ heads of a pair, with biases (of fused weights both pairs), or one matrix on the
 Units are dealt to the processes by size, those of equal shape in turn, so that they stay in stacks.
 A step is
 
-1. one all-to-all: shards of gradients go to their owners, shards of weights only where frames are
-   made (and for the few units whose update reads the weights, see :class:`Unit`),
+1. shards of gradients go to their owners, an all-to-all for the units of each kind, shards of
+   weights only where frames are made (and for units whose update reads the weights, see
+   :class:`Unit`),
 2. an ordinary QuotientAdam on the owners' whole tensors, where what concerns all slices is reduced
    over the processes: whether frames are due, the Grams that break ties, the norm to clip by. All
    processes take the step or all refuse it,
-3. one all-to-all back: of the updates, or of new weights where the weights had come. Decay and
-   subtraction are done on the shards.
+3. updates go back, or new weights where the weights had come, those of one kind while the next is
+   computed. Decay and subtraction are done on the shards.
 
 Parameters without frames never move: each process steps its shard. Gradients come averaged, as
 ``fully_shard`` and ``parallelize_module`` leave them. Nothing here depends on how a DTensor is
 placed: along any dimension, on meshes of several dimensions, replicated.
 
-Where parts lie, who owns what and how it travels is in :mod:`quotientopt.optim.ownership`, the
-state as torch.distributed.checkpoint takes it in :mod:`quotientopt.optim.sharded_state`.
+Where parts lie and who owns what is in :mod:`quotientopt.optim.ownership`, how it travels in
+:mod:`quotientopt.optim.exchange`, the state as torch.distributed.checkpoint takes it in
+:mod:`quotientopt.optim.sharded_state`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -42,14 +46,23 @@ from quotientopt.optim.checks import (
     refuse_options_of_whole_models,
 )
 from quotientopt.optim.engine import PreparedStep
+from quotientopt.optim.exchange import (
+    Departures,
+    Parcels,
+    ShardedPeers,
+    copied,
+    decayed_and_added,
+    written_to,
+)
 from quotientopt.optim.gauge import begin, put_back
 from quotientopt.optim.ownership import (
-    Parcels,
     Placed,
     Region,
-    ShardedPeers,
+    Unit,
     common_group,
     deal,
+    dtypes_of,
+    kinds_of,
     local_part,
 )
 from quotientopt.optim.sharded_state import collect, load, packed, restore, show
@@ -107,12 +120,9 @@ class Sharded:
                 "stochastic_rounding would round copies of one shard differently on different "
                 "processes; use master_weights=True"
             )
-        # Those that travel, in one order.
-        tied_dtypes = [own.parameter.dtype for unit in self.units for own in unit.members]
-        self.dtypes = list(dict.fromkeys(tied_dtypes))
-        self.inner = self._inner(symmetries)
+        self.kinds = kinds_of(self.units)
         self.peers = ShardedPeers(self.group, streams, self.device)
-        self.inner._peers = self.peers
+        self.inner = self._inner(symmetries)
 
     def _inner(self, symmetries: SymmetryMap) -> QuotientAdam:
         """An optimizer of what this process steps, all of it plain tensors."""
@@ -135,23 +145,20 @@ class Sharded:
         groups = [
             {
                 **{k: v for k, v in group.items() if k not in ("params", "param_names")},
-                "params": [own.local for own in self._members(group) if own.local is not None],
+                "params": [q for p in group["params"] if (q := self._of[id(p)].local) is not None],
             }
             for group in self.optimizer.param_groups
         ]
         known = inspect.signature(QuotientAdam).parameters  # torch adds some of its own
         options = {k: v for k, v in self.optimizer.defaults.items() if k in known}
         inner = QuotientAdam(groups, **options, symmetries=own_map)
-        inner._names = {
-            id(own.local): self.optimizer._name(own.parameter)
-            for own in self._of.values()
-            if own.local is not None
-        }
+        here = [own for own in self._of.values() if own.local is not None]
+        inner._names = {id(own.local): self.optimizer._name(own.parameter) for own in here}
+        self.peers.embeddings = {id(q.local) for q in here if q.framed and q.framed.embedding}
+        inner._peers = self.peers
+        inner._plan()
         self.release()
         return inner
-
-    def _members(self, group: Mapping[str, Any]) -> list[Placed]:
-        return [self._of[id(parameter)] for parameter in group["params"]]
 
     def _owned(self) -> Iterator[Placed]:
         for unit in self.units:
@@ -190,16 +197,21 @@ class Sharded:
         due = extent is not None and (extent[0] == 0 or (extent[1] + 1) % every == 0)
         self.hold()
         self._gather({id(own) for own in active}, due)
+        self.peers.departures = self._departures(active, due)
         try:
             self._step_whole_tensors(due)
-            self._scatter(active, due)
+            self.peers.departures.finish()
         finally:
+            self.peers.settle()
             self.release()
         for own in active:
             own.steps += 1
         show(self)
 
     def _step_whole_tensors(self, due: bool) -> None:
+        if due or any(unit.whole for unit in self.units):
+            self.peers.settle()  # What follows reads weights, not one gradient after the other.
+        self.peers.arrived(p for own in self.inner._slices.plain for p in own)
         held = begin(self.inner._absorbed)
         try:
             prepared, problem = self._prepare()
@@ -250,39 +262,47 @@ class Sharded:
 
     def _gather(self, active: set[int], due: bool) -> None:
         """Bring gradients, and weights where they are needed, to the owners."""
-        parcels = Parcels(self.group, self.device, self.dtypes)
         # On all processes, in one order: sums over processes are reduced here.
         gradients = {id(own): self._gradient(own) for own in self.placed if id(own) in active}
         for own in self.placed:
             if own.unit is None and own.local is not None:
                 own.local.data = own.shard
                 own.local.grad = gradients.get(id(own))
-        for unit in self.units:
-            for own in unit.members:
-                parts = [own.shard] if unit.whole or due else []
-                parts += [gradients[id(own)]] if id(own) in active else []
-                if own.sends(self.rank, unit.owner):
-                    for part in parts:
-                        parcels.send(unit.owner, part)
-                if own.local is None:
-                    continue
-                whole = own.local
-                places = []
-                if unit.whole:
-                    # What was not written to keeps its version, by which pairs know it.
-                    weights = torch.empty_like(whole)
-                    places.append(weights)
-                    parcels.then(_renew(whole, weights))
-                elif due:
-                    places.append(whole.detach())
-                if id(own) in active:
-                    whole.grad = empty_like_whole(own.parameter, self.device)
-                    places.append(whole.grad)
-                sources = [rank for rank in range(self.size) if own.sends(rank, unit.owner)]
-                for source in sources:
-                    for place in places:
-                        parcels.take(source, own.regions[source], place)
-        parcels.exchange()
+        arrivals: dict[int, Parcels] = {}
+        for kind in self.kinds:
+            parcels = Parcels(self.group, self.device, dtypes_of(kind))
+            for unit in kind:
+                for own in unit.members:
+                    self._bring(own, unit, gradients.get(id(own)), due, parcels)
+                    arrivals[id(own.parameter if own.local is None else own.local)] = parcels
+            parcels.start()
+        self.peers.expect(arrivals)
+
+    def _bring(
+        self, own: Placed, unit: Unit, gradient: Tensor | None, due: bool, parcels: Parcels
+    ) -> None:
+        """Bring a gradient, and weights where they are needed, to the owner."""
+        if own.sends(self.rank, unit.owner):
+            if unit.whole or due:
+                parcels.send(unit.owner, own.shard)
+            if gradient is not None:
+                parcels.send(unit.owner, gradient)
+        if own.local is None:
+            return
+        whole, places = own.local, list[Tensor]()
+        if unit.whole:
+            # What was not written to keeps its version, by which pairs know it.
+            weights = torch.empty_like(whole)
+            places.append(weights)
+            parcels.then(written_to(whole, weights))
+        elif due:
+            places.append(whole.detach())
+        if gradient is not None:
+            whole.grad = empty_like_whole(own.parameter, self.device)
+            places.append(whole.grad)
+        for source in (rank for rank in range(self.size) if own.sends(rank, unit.owner)):
+            for place in places:
+                parcels.take(source, own.regions[source], place)
 
     def _prepare(self) -> tuple[PreparedStep | None, Exception | None]:
         try:
@@ -341,14 +361,28 @@ class Sharded:
         kind = GradientError if "gradient" in found[1] else StepRefusedError
         raise (kind if found[0] else RuntimeError)(f"on process {rank}: {found[1]}")
 
-    def _scatter(self, active: Sequence[Placed], due: bool) -> None:
-        """Bring updates, or new weights, back to the shards."""
-        parcels = Parcels(self.group, self.device, self.dtypes)
+    def _departures(self, active: Sequence[Placed], due: bool) -> Departures:
+        """What brings updates, or new weights, back to the shards."""
+        slices = Counter(id(slice_.parameter) for slice_ in self.inner._slices.framed)
+        rounds = []
+        for kind in self.kinds:
+            stepped = [own for own in active if own.unit in kind]
+            # What has no slice is stepped after those that have, whole units are moved at the end.
+            waiting = {
+                id(own.local): -1 if kind[0].whole else slices.get(id(own.local), -1)
+                for own in stepped
+                if own.local is not None
+            }
+            rounds.append((waiting, partial(self._send_back, kind, stepped, due)))
+        return Departures(rounds)
+
+    def _send_back(self, kind: Sequence[Unit], stepped: Sequence[Placed], due: bool) -> Parcels:
+        """Bring what was stepped back to the shards."""
+        parcels = Parcels(self.group, self.device, dtypes_of(kind))
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        for own in active:
+        for own in stepped:
             unit = own.unit
-            if unit is None:
-                continue
+            assert unit is not None
             if own.local is not None:
                 for rank, region in enumerate(own.regions):
                     parcels.send(rank, region.take(own.local.detach()))
@@ -356,13 +390,14 @@ class Sharded:
             part = torch.empty_like(shard)
             parcels.take(unit.owner, own.regions[self.rank].alone, part)
             if unit.whole or due:
-                parcels.then(_copy(shard, part))
+                parcels.then(copied(shard, part))
             else:
                 group = groups[id(own.parameter)]
                 scale = 1.0 if own.framed is None else own.framed.decay_scale(group)
                 kept = 1 - group["lr"] * scale * group["weight_decay"]
-                parcels.then(_decay_and_add(shard, part, kept))
-        parcels.exchange()
+                parcels.then(decayed_and_added(shard, part, kept))
+        parcels.start()
+        return parcels
 
     def refresh_frames(self) -> None:
         """Make frames afresh from the weights as they are now."""
@@ -370,6 +405,7 @@ class Sharded:
             return
         self.hold()
         self._gather(set(), due=True)
+        self.peers.settle()
         counts = [own.steps for own in self.placed if own.framed]
         self.peers.of_step = (min(counts), max(counts)) if counts else None
         problem: Exception | None = None
@@ -412,21 +448,3 @@ def planned(optimizer: QuotientAdam, before: Sharded | None) -> Sharded:
     if saved:
         restore(sharded, saved, optimizer.param_groups)
     return sharded
-
-
-def _renew(own: Tensor, values: Tensor) -> Callable[[], object]:
-    """Write values where they differ: what nobody wrote to keeps its version."""
-
-    def action() -> None:
-        if not torch.equal(own.detach(), values):
-            own.detach().copy_(values)
-
-    return action
-
-
-def _copy(shard: Tensor, part: Tensor) -> Callable[[], object]:
-    return lambda: shard.copy_(part)
-
-
-def _decay_and_add(shard: Tensor, part: Tensor, decay: float | Tensor) -> Callable[[], object]:
-    return lambda: shard.mul_(decay).add_(part)

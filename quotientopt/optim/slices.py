@@ -139,6 +139,7 @@ def find_slices(
     param_groups: Sequence[Mapping[str, Any]],
     symmetries: SymmetryMap,
     names: Mapping[int, str],
+    embeddings: Container[int] | None = None,
 ) -> Slices:
     """Cut the parameters of an optimizer into slices.
 
@@ -150,6 +151,8 @@ def find_slices(
     symmetries : SymmetryMap
     names : mapping of int to str
         ``id(parameter)`` to name.
+    embeddings : container of int, optional
+        ``id`` of embeddings, where ``symmetries`` are of a part of the model and do not tell.
 
     Raises
     ------
@@ -161,7 +164,7 @@ def find_slices(
         id(parameter): i for i, group in enumerate(param_groups) for parameter in group["params"]
     }
     residual = symmetries.residual
-    embeddings = _embeddings(symmetries)
+    embeddings = _embeddings(symmetries) if embeddings is None else embeddings
     axes = (
         {}
         if residual is None

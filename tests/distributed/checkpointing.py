@@ -140,17 +140,17 @@ def killed_in_a_save(name, way, folder):
 
 
 def killed_in_a_step(name, way, folder):
-    """Save, and die on the last process between the two exchanges of the next step."""
+    """Save, and die on the last process between the exchanges of the next step."""
     data = batches(SAVED + MORE)
     model, optimizer = make(name, way)
     train(model, optimizer, data[:SAVED], way)
     dcp.save(states(model, optimizer), checkpoint_id=folder)
-    scatter = type(optimizer._sharded)._scatter
+    send_back = type(optimizer._sharded)._send_back
 
     def dying(self, *arguments):
         if dist.get_rank() == dist.get_world_size() - 1:
             os._exit(9)
-        return scatter(self, *arguments)
+        return send_back(self, *arguments)
 
-    type(optimizer._sharded)._scatter = dying
+    type(optimizer._sharded)._send_back = dying
     train(model, optimizer, data[SAVED:], way)

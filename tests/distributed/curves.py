@@ -1,10 +1,12 @@
 """Runs on several processes, next to the same on one."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
-from quotientopt.optim.ownership import ShardedPeers
+from quotientopt.optim.buckets import Bucket
+from quotientopt.optim.exchange import Parcels, ShardedPeers
 from quotientopt.peft import create_quotient_optimizer
 from quotientopt.symmetries.map import RESIDUAL
 
@@ -94,6 +96,13 @@ def without_pooling(name):
         ShardedPeers.pooled = pooled
 
 
+def without_being_told(name):
+    """The same where every process takes for an embedding what its own matrices tell."""
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(ShardedPeers, "embeddings", property(lambda _: None, lambda *_: None))
+        return compared(name, "fsdp", 4, {})["losses"]
+
+
 def twins(name, way, steps, kind):
     """Largest difference of losses from x and from g x, cond(g) = 1000, both sharded."""
     losses = []
@@ -128,30 +137,40 @@ def _is_of_heads(name, heads):
 
 
 def traffic(name):
-    """Collectives of the steps of one run, and the bytes that this process sends to others."""
+    """Collectives and products of the steps of one run, and the bytes that this process sends.
+
+    Events are pairs: "start" of an exchange and "reduce" with their bytes, "arrived" with what was
+    still under way, and "dressed" and "updated" for every bucket.
+    """
     model = MODELS[name]()
     shard(model, "fsdp")
     optimizer = QuotientAdam(model, lr=5e-3, refresh_every=4)
     rank, calls = dist.get_rank(), []
-    exchange, reduce = dist.all_to_all_single, dist.all_reduce
+    patch = pytest.MonkeyPatch()
 
-    def counted_exchange(received, sent, expected, counts, group=None):
+    def watch(owner, name, note):
+        original = getattr(owner, name)
+
+        def noted(*arguments, **options):
+            calls[-1].append(note(*arguments))
+            return original(*arguments, **options)
+
+        patch.setattr(owner, name, noted)
+
+    def sent(received, sent, expected, counts):
         others = sum(count for i, count in enumerate(counts) if i != rank)
-        calls[-1].append(("exchange", others * sent.element_size()))
-        return exchange(received, sent, expected, counts, group=group)
-
-    def counted_reduce(tensor, *arguments, **options):
-        calls[-1].append(("reduce", tensor.numel() * tensor.element_size()))
-        return reduce(tensor, *arguments, **options)
+        return "start", others * sent.element_size()
 
     for tokens in batches(6):
         loss_of(model, part_of(tokens, "fsdp")).backward()
         calls.append([])
-        dist.all_to_all_single, dist.all_reduce = counted_exchange, counted_reduce
-        try:
+        with patch.context() as patch:
+            watch(dist, "all_to_all_single", sent)
+            watch(dist, "all_reduce", lambda x, *_: ("reduce", x.numel() * x.element_size()))
+            watch(Parcels, "finish", lambda own: ("arrived", len(own._under_way)))
+            watch(Bucket, "gradients", lambda own: ("dressed", 0))
+            watch(Bucket, "update_", lambda own, *_: ("updated", 0))
             optimizer.step()
-        finally:
-            dist.all_to_all_single, dist.all_reduce = exchange, reduce
         optimizer.zero_grad()
     sharded = optimizer._sharded
     away = back = 0
@@ -162,4 +181,4 @@ def traffic(name):
                 away += local
             else:
                 back += own.parameter.numel() * own.parameter.element_size() - local
-    return calls, away, back
+    return calls, len(sharded.kinds), away, back

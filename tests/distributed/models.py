@@ -21,6 +21,13 @@ def gpt():
     return GPT(WORDS, 3, 32, 2, 8, generator=torch.Generator().manual_seed(0)).double()
 
 
+def wordy():
+    """Layers that are less together than the embedding, which a process has alone."""
+    model = GPT(6000, 3, 32, 2, 8, generator=torch.Generator().manual_seed(0)).double()
+    model.head.requires_grad_(False)
+    return model
+
+
 def llama(gains=True):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,7 +82,14 @@ def lora(rank=4):
     return peft.get_peft_model(llama(), config).double()
 
 
-MODELS = {"gpt": gpt, "llama": llama, "gpt2": gpt2, "lora": lora, "thin": lambda: lora(1)}
+MODELS = {
+    "gpt": gpt,
+    "wordy": wordy,
+    "llama": llama,
+    "gpt2": gpt2,
+    "lora": lora,
+    "thin": lambda: lora(1),
+}
 
 
 def layers_of(model):

@@ -10,6 +10,7 @@ from .curves import (
     same_batch,
     traffic,
     twins,
+    without_being_told,
     without_pooling,
 )
 
@@ -37,6 +38,22 @@ def test_fsdp_equals_one_process(two, name):
 @pytest.mark.parametrize("name", ["llama"])
 def test_tensor_parallel_equals_one_process(two, name):
     check(two.run(compared, name, "tp", 12, {}), name, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("wordy", {}), ("gpt", {"head_frame": None, "nesterov": False})]
+)
+def test_embeddings_are_known_without_the_layers(two, name, options):
+    """A process with an embedding alone, and without head frames, has no layers to tell it by."""
+    for found in two.run(compared, name, "fsdp", 6, options):
+        print(name, options, found)
+        assert found["losses"] < 1e-10
+        assert found["weights"] < 1e-8
+
+
+def test_an_embedding_taken_for_a_matrix_is_stepped_otherwise(two):
+    """The control: without being told."""
+    assert min(two.run(without_being_told, "wordy")) > 1e-4
 
 
 @pytest.mark.long
@@ -75,16 +92,37 @@ def test_sharded_adamw_sees_the_gauge(two):
 
 def test_what_a_step_sends(two):
     """Gradients to the owners and updates back; weights too where frames are made."""
-    for calls, away, back in two.run(traffic, "gpt"):
+    for calls, kinds, away, back in two.run(traffic, "gpt"):
         assert away > 0
-        for step, own in enumerate(calls):
+        assert kinds > 2
+        for step, events in enumerate(calls):
             fresh = step in (0, 3)
-            exchanged = [size for kind, size in own if kind == "exchange"]
-            reduced = [size for kind, size in own if kind == "reduce"]
-            assert exchanged == [away * (2 if fresh else 1), back]
+            sent = [size for kind, size in events if kind == "start"]
+            reduced = [size for kind, size in events if kind == "reduce"]
+            assert len(sent) == 2 * kinds
+            assert sum(sent[:kinds]) == away * (2 if fresh else 1)
+            assert sum(sent[kinds:]) == back
             # Which gradients there are, the norm, streams without frames, their Grams at first.
             assert len(reduced) == 2 + fresh + (step == 0)
             assert max(reduced) <= 8 * 32**2
+
+
+def test_exchanges_go_on_while_a_step_computes(two):
+    """Work begins on what has arrived first, and what is done leaves before the rest is."""
+    for calls, kinds, _, _ in two.run(traffic, "gpt"):
+        for step, events in enumerate(calls):
+            names = [name for name, _ in events]
+            starts = [i for i, name in enumerate(names) if name == "start"]
+            dressed = [i for i, name in enumerate(names) if name == "dressed"]
+            updated = [i for i, name in enumerate(names) if name == "updated"]
+            arrived = [i for i, (name, left) in enumerate(events) if (name, left) == ("arrived", 1)]
+            assert starts[kinds - 1] < arrived[0]
+            assert starts[kinds] < updated[-1]
+            if step not in (0, 3):
+                assert dressed[0] < arrived[kinds - 1]
+            else:
+                # The control: where frames are made the weights of all come first.
+                assert dressed[0] > arrived[kinds - 1]
 
 
 def test_shards_without_rows(two):
@@ -125,7 +163,6 @@ def test_float32_differs_no_more_than_adamw(two, name):
     [
         ("gpt", {"polar": True, "hidden_units": True}),
         ("gpt", {"residual_frame": None}),
-        ("gpt", {"head_frame": None, "nesterov": False}),
         ("gpt", {"row_frame": "per_matrix"}),
         ("gpt", {"hidden_frame": "per_matrix"}),
         ("gpt", {"second_moment": "factored", "embedding_scale": 1.0}),
