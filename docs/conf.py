@@ -27,6 +27,15 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
+# With `docs/build --online` names of Python, torch and geoopt in signatures become links: their
+# sites are asked for what they document. The ordinary build needs no network.
+if tags.has("online"):  # type: ignore[name-defined]  # noqa: F821 -- Sphinx puts it here
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "geoopt": ("https://geoopt.readthedocs.io/en/latest", None),
+    }
 include_patterns = [
     "README.md",
     "CHANGELOG.md",
