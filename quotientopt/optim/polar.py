@@ -8,6 +8,8 @@ commute with rotations of rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -101,42 +103,119 @@ COMPOSITION = (
 )
 
 
-def polar_factor_of_gram(gram: Tensor) -> Tensor:
-    """P for which P X is nearly the polar factor of X, from ``G = X Xᵀ``; up to a positive scale.
+def _in_powers_of_the_centred(coefficients: Sequence[float]) -> tuple[float, ...]:
+    """Those of q(G) in powers of T = 2 G − 1, which is between -1 and 1 where G is between 0 and 1.
 
-    The polynomials p of `COMPOSITION` are applied one after the other, ``R ← q(R)² R`` and
-    ``P ← q(R) P`` with q(σ²) = p(σ)/σ, at eight products of the size of G. Singular values are
-    taken over their Schatten 8-norm ``‖G²‖_F^{1/4}``, which G² gives for nothing and which bounds
-    the largest one, within a factor of two for up to 256 of them. Those above a fiftieth of it end
-    within 7.5 % of one. Rotations go through: G ↦ O G Oᵀ gives O P Oᵀ.
+    In powers of G those of a steep polynomial are thousands of both signs, and float32 loses three
+    digits where they cancel; in powers of T they are fifty at most.
+    """
+    found = [0.0] * len(coefficients)
+    for coefficient in reversed(coefficients):
+        found = [(low + high) / 2 for low, high in zip([0.0, *found], [*found, 0.0], strict=True)]
+        found[0] += coefficient
+        found = found[: len(coefficients)]
+    return tuple(found)
+
+
+CENTRED = _in_powers_of_the_centred(COMPOSITION[0])
+
+
+# Of a matrix's sides: where a Gram matrix made anew takes as many products as one carried along.
+NEARLY_SQUARE = 1.5
+
+
+class _Polynomials:
+    """The polynomials q of `COMPOSITION`, p(σ) = σ q(σ²), of stacks of Gram matrices.
+
+    All products go into the same stacks: on a CPU fresh memory costs a fifth more.
 
     Parameters
     ----------
     gram : Tensor
-        Symmetric, shape ``(L, k, k)``; best the smaller of the two.
+        G = X Xᵀ, shape ``(L, k, k)``; is written over.
+
+    Attributes
+    ----------
+    scale : Tensor
+        What X is to be multiplied with, so that its singular values are at most one: they are
+        taken over their Schatten 8-norm ``‖G²‖_F^{1/4}``, which G² gives for nothing and which
+        bounds the largest one, within a factor of two for up to 256 of them.
     """
-    tiny = torch.finfo(gram.dtype).tiny
-    gram = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(tiny)
-    square = gram @ gram
-    bound = torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny)
-    gram.div_(bound.sqrt())
-    square.div_(bound)
-    # All products go into five stacks: on a CPU fresh memory costs a fifth more.
-    step, factor, spare = (torch.empty_like(gram) for _ in range(3))
-    for place, (first, second, *higher) in enumerate(COMPOSITION):
-        # q(G) = first + second G + G² (third + fourth G + G² (…)), from the inside out.
-        square = torch.bmm(gram, gram, out=square) if place else square
-        *pairs, last = higher
-        inner, outer = torch.mul(square, last, out=spare), step
-        for odd, even in zip(pairs[-1::-2], pairs[-2::-2], strict=True):
-            inner.add_(gram, alpha=odd).diagonal(dim1=-2, dim2=-1).add_(even)
-            inner, outer = torch.bmm(square, inner, out=outer), inner
-        inner.add_(gram, alpha=second).diagonal(dim1=-2, dim2=-1).add_(first)
-        factor = inner @ factor if place else factor.copy_(inner)
-        if place < len(COMPOSITION) - 1:
-            torch.bmm(inner, inner, out=outer)
-            gram, square = torch.bmm(outer, gram, out=square), gram
-    return factor
+
+    def __init__(self, gram: Tensor) -> None:
+        tiny = torch.finfo(gram.dtype).tiny
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(tiny)
+        self.gram = gram.div_(trace)
+        self.square = gram @ gram
+        bound = torch.linalg.matrix_norm(self.square, keepdim=True).clamp_min(tiny)
+        self.gram.div_(bound.sqrt())
+        self.square.div_(bound)
+        self.scale = trace.rsqrt() * bound.pow(-0.25)  # Of zero finite, one after the other.
+        self._spare = [torch.empty_like(gram) for _ in range(2)]
+
+    def first(self) -> Tensor:
+        """q₁(G), two products; ``gram`` and ``square`` become T = 2 G − 1 and T²."""
+        self.square.mul_(4).sub_(self.gram, alpha=4).diagonal(dim1=-2, dim2=-1).add_(1)
+        self.gram.mul_(2).diagonal(dim1=-2, dim2=-1).sub_(1)
+        return self._value(CENTRED)
+
+    def second(self) -> Tensor:
+        """q₂(G) of what ``gram`` is now."""
+        torch.bmm(self.gram, self.gram, out=self.square)
+        return self._value(COMPOSITION[1])
+
+    def _value(self, coefficients: Sequence[float]) -> Tensor:
+        """a + b G + G² (c + d G + G² (…)), from the inside out."""
+        *pairs, last = coefficients
+        inner, outer = torch.mul(self.square, last, out=self._spare[0]), self._spare[1]
+        for odd, even in zip(pairs[:1:-2], pairs[-2:0:-2], strict=True):
+            inner.add_(self.gram, alpha=odd).diagonal(dim1=-2, dim2=-1).add_(even)
+            inner, outer = torch.bmm(self.square, inner, out=outer), inner
+        self._spare = [outer, inner]
+        inner.add_(self.gram, alpha=pairs[1]).diagonal(dim1=-2, dim2=-1).add_(pairs[0])
+        return inner
+
+
+def polar_factor_of_gram(gram: Tensor) -> Tensor:
+    """P for which P X is nearly the polar factor of X, from ``G = X Xᵀ``; up to a positive scale.
+
+    The polynomials p of `COMPOSITION` are applied one after the other, ``R ← q(R)² R`` and
+    ``P ← q(R) P`` with q(σ²) = p(σ)/σ, at eight products of the size of G. Singular values above a
+    fiftieth of the largest end within 7.5 % of one. Rotations go through: G ↦ O G Oᵀ gives O P Oᵀ.
+    Where X is not well conditioned G holds little of its small singular values, and
+    :func:`polar_factor_of_square` is more accurate.
+
+    Parameters
+    ----------
+    gram : Tensor
+        Symmetric, shape ``(L, k, k)``; best the smaller of the two. Is written over.
+    """
+    polynomials = _Polynomials(gram)
+    factor = polynomials.first().clone()
+    # G again, from T; then R = q(G)² G in its place.
+    gram.mul_(0.5).diagonal(dim1=-2, dim2=-1).add_(0.5)
+    torch.bmm(factor, gram, out=polynomials.square)
+    torch.bmm(factor, polynomials.square, out=gram)
+    return polynomials.second() @ factor
+
+
+def polar_factor_of_square(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Y = q₁(G) X for which P Y is nearly the polar factor of X, up to a positive scale.
+
+    Of a matrix that is nearly square Y's own Gram costs less than carrying that of X along, and
+    it is accurate however small the singular values of X were.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        X, shape ``(L, k, n)`` with k ≤ n.
+    gram : Tensor
+        X Xᵀ; is written over.
+    """
+    polynomials = _Polynomials(gram)
+    shrunk = polynomials.first() @ matrix.mul(polynomials.scale)
+    torch.bmm(shrunk, shrunk.mT, out=gram)
+    return polynomials.second(), shrunk
 
 
 # The same of degree 5 throughout, largest error 0.0494, with 0.02 of room for rounding in between.
@@ -198,13 +277,17 @@ def polar_direction(
         result = result.mT if tall else result
         result = result if right is None else multiply(result, right)
     else:
-        gram = unit.mT @ unit if tall else unit @ unit.mT
+        wide = unit.mT if tall else unit
+        gram = wide @ wide.mT
         size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
-        factor = polar_factor_of_gram(gram)
-        if tall:
-            result = unit @ (factor if right is None else factor @ right)
+        if wide.size(2) < NEARLY_SQUARE * wide.size(1):
+            factor, wide = polar_factor_of_square(wide, gram)
         else:
-            result = factor @ unit
+            factor = polar_factor_of_gram(gram)
+        if tall:
+            result = wide.mT @ (factor if right is None else factor @ right)
+        else:
+            result = factor @ wide
             result = result if right is None else result @ right
     norm = torch.linalg.matrix_norm(result, keepdim=True).clamp_min(tiny)
     return result.mul_(largest * size / norm)

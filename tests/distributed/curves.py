@@ -49,14 +49,14 @@ def same_batch(dtype, options):
         model = MODELS["gpt"]().to(dtype)
         if way:
             shard(model, way)
-        optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **BY_HEAD | options)
+        optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **options)
         train(model, optimizer, batches(8), None)
         models.append(model)
     pairs = zip(*(model.parameters() for model in models), strict=True)
     return max(float((p - whole(q)).detach().abs().max()) for p, q in pairs)
 
 
-def in_float32(name, steps):
+def in_float32(name, steps, options):
     """Differences of losses from one process that splits its batches alike: ours and AdamW's."""
     found = []
     for quotient in (True, False):
@@ -67,7 +67,7 @@ def in_float32(name, steps):
                 shard(model, way)
             optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
             if quotient:
-                optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **BY_HEAD)
+                optimizer = QuotientAdam(model, lr=5e-3, weight_decay=0.1, **options)
             parts = 1 if way else dist.get_world_size()
             runs.append(train(model, optimizer, batches(steps), way, parts))
         found.append(max(abs(a - b) for a, b in zip(*runs, strict=True)))

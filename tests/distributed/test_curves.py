@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from .curves import (
+    BY_HEAD,
     compared,
     factory,
     in_float32,
@@ -14,6 +15,8 @@ from .curves import (
     without_pooling,
 )
 
+# Of losses of more than four nats, as the first ones are, in float32.
+HALF_AN_ULP = 2.0**-22
 HEADS = {"gpt": 6, "llama": 6, "gpt2": 6, "lora": 12, "thin": 12}
 
 
@@ -150,11 +153,13 @@ def test_other_dtypes(two, dtype, options, least):
         assert deviation <= least
 
 
+@pytest.mark.parametrize("options", [{}, BY_HEAD])
 @pytest.mark.parametrize("name", SHORT)
-def test_float32_differs_no_more_than_adamw(two, name):
-    for own, adamw in two.run(in_float32, name, 10):
-        print(name, own, adamw)
-        assert own <= 10 * max(adamw, 1e-7)
+def test_float32_differs_no_more_than_adamw(two, name, options):
+    """By ten times as much. AdamW's are often the same, which float32 tells to half an ulp."""
+    for own, adamw in two.run(in_float32, name, 10, options):
+        print(name, options, own, adamw)
+        assert own <= 10 * max(adamw, HALF_AN_ULP)
 
 
 @pytest.mark.long

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from quotientopt.optim.polar import (
+    CENTRED,
+    COMPOSITION,
     orthogonalise,
     polar_direction,
     polar_factor_of_gram,
+    polar_factor_of_square,
     row_polar_factor,
 )
 
@@ -118,5 +121,41 @@ def test_the_composition_of_tiny_float32_matrices(matrix):
     assert torch.equal(polar_direction(2.0**-100 * matrix.float(), None), 2.0**-100 * expected)
 
 
-def test_the_composition_of_nothing_is_nothing():
-    assert torch.equal(polar_direction(ZERO, None), ZERO)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 4, 4), (2, 5, 2)])
+def test_the_composition_of_nothing_is_nothing(shape):
+    assert torch.equal(polar_direction(torch.zeros(shape), None), torch.zeros(shape))
+
+
+def test_both_ways_to_the_polar_factor_are_one():
+    """A Gram matrix that is carried along, and one that is made anew."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(3, 9, 11, generator=generator, dtype=torch.float64)
+    carried = polar_factor_of_gram(X @ X.mT) @ X
+    factor, shrunk = polar_factor_of_square(X, X @ X.mT)
+    ratio = factor @ shrunk / carried
+    assert (ratio / ratio[:, :1, :1] - 1).abs().max() < 1e-10
+    # Control: one of them alone is far from it.
+    assert (shrunk / carried / (shrunk / carried)[:, :1, :1] - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("shape", "bar"), [((4, 64, 64), 2e-5), ((4, 64, 256), 1e-5)])
+def test_float32_loses_little_in_the_composition(shape, bar):
+    """With coefficients of G, thousands of both signs, it lost ten times as much."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(shape, generator=generator)
+    exact = polar_direction(X.double(), None)
+    error = (polar_direction(X, None).double() - exact).norm() / exact.norm()
+    assert error < bar
+    # The control: the same polynomial of one matrix with eigenvalues everywhere up to one.
+    Q = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
+    gram = (Q * torch.linspace(0, 1, 64, dtype=torch.float64) @ Q.mT).float()
+    wide = gram.double()
+    naive, reference = (
+        sum(c * torch.linalg.matrix_power(G, k) for k, c in enumerate(COMPOSITION[0]))
+        for G in (gram, wide)
+    )
+    centred = sum(
+        c * torch.linalg.matrix_power(2 * gram - torch.eye(64), k) for k, c in enumerate(CENTRED)
+    )
+    errors = [(found.double() - reference).norm() for found in (centred, naive)]
+    assert errors[0] < errors[1] / 5
