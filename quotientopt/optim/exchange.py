@@ -74,7 +74,9 @@ class Parcels:
                 received, sent, expected, counts, group=self.group, async_op=True
             )
             self._under_way.append((work, sent, received, taken))
+        # What is under way lives until it has arrived, and no longer.
         self._sent.clear()
+        self._taken.clear()
 
     def finish(self) -> None:
         """Wait for the parcels, put them in their places, and do what was to be done; once."""

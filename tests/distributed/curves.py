@@ -1,5 +1,8 @@
 """Runs on several processes, next to the same on one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -94,6 +97,28 @@ def without_pooling(name):
         return compared(name, "fsdp", 4, {})["losses"]
     finally:
         ShardedPeers.pooled = pooled
+
+
+def left_behind(name):
+    """Tensors that a step received, and how many of them are alive after it."""
+    model = MODELS[name]()
+    shard(model, "fsdp")
+    optimizer = QuotientAdam(model, lr=5e-3, refresh_every=4)
+    taken, take = [], Parcels.take
+
+    def noted(own, source, region, tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            taken.append(weakref.ref(tensor))
+        take(own, source, region, tensor)
+
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(Parcels, "take", noted)
+        for tokens in batches(3):
+            loss_of(model, part_of(tokens, "fsdp")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    gc.collect()
+    return len(taken), sum(tensor() is not None for tensor in taken)
 
 
 def without_being_told(name):

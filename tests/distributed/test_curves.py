@@ -8,6 +8,7 @@ from .curves import (
     compared,
     factory,
     in_float32,
+    left_behind,
     same_batch,
     traffic,
     twins,
@@ -126,6 +127,14 @@ def test_exchanges_go_on_while_a_step_computes(two):
             else:
                 # The control: where frames are made the weights of all come first.
                 assert dressed[0] > arrived[kinds - 1]
+
+
+@pytest.mark.parametrize("name", ["gpt", "lora"])
+def test_a_step_leaves_nothing_behind(two, name):
+    """Gradients of whole matrices must not stay until the next step."""
+    for taken, alive in two.run(left_behind, name):
+        assert taken > 20
+        assert alive == 0
 
 
 def test_shards_without_rows(two):
