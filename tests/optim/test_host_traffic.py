@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quotientopt as qo
+from quotientopt.models import reference_model
 from tests.optim.training import batches, loss_of, small_model, train
 
 # A number read on the host, and a tensor made from numbers of the host.
@@ -49,3 +50,41 @@ def test_an_ordinary_step_has_no_traffic(name, capturable):
     train(model, optimizer, 5)
     # Control: the tenth makes frames, and looks.
     assert traffic_of_a_step(model, optimizer)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute: on an accelerator each of them is at least one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = [value.alias_info for value in func._schema.returns]
+        # A view returns what it was given without writing to it.
+        view = any(alias is not None and not alias.is_write for alias in returned)
+        self.count += not view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"second_moment": "factored", "head_frame": "svd"}])
+def test_launches_do_not_grow_with_layers(options, monkeypatch):
+    """268 of the four layers of the reference GPT are what version 0.1.0 took."""
+    monkeypatch.setattr("quotientopt.optim.buckets.CHUNK", 1 << 40)  # stacks whole, as elsewhere
+    counts = []
+    for layers in (2, 4):
+        model = reference_model("gpt", 0, layers=layers, width=64, vocabulary=48, context=16)
+        optimizer = qo.QuotientAdam(model, lr=1e-3, **options)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(model, next(iter(batches(1)))).backward()
+            with Launches() as launches:
+                optimizer.step()
+        counts.append(launches.count)
+    assert counts[0] == counts[1] <= 268
+    # The control: torch's Muon goes matrix by matrix.
+    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.")]
+    muon = torch.optim.Muon(matrices, lr=1e-3)
+    with Launches() as launches:
+        muon.step()
+    assert launches.count > 2 * counts[1]
