@@ -41,7 +41,7 @@ BATCH, STEPS, WARMUP, EVERY, REST_RATE = 12, 240, 20, 20, 4e-3
 SEEDS, TUNING_SEED = (0, 1, 2), 9
 RATES = {
     "ordinary parameters, AdamW": (4e-3, 8e-3, 1.6e-2),
-    "dressed representatives": (2e-3, 4e-3, 8e-3),
+    "dressed representatives": (4e-3, 8e-3, 1.6e-2),
     "invariant parameters (chart), AdamW": (4e-3, 8e-3, 1.6e-2),
     "projected flow (QuotientSGD)": (3e-3, 1e-2, 3e-2),
     "QuotientAdam": (4e-3, 8e-3, 1.6e-2),
