@@ -169,14 +169,11 @@ class ShardedPeers(Peers):
         self.device = device
         self.of_step: tuple[int, int] | None = None
         self.departures = Departures([])
-        self._arrivals: list[Parcels] = []
         self._brings: dict[int, Parcels] = {}
 
     def expect(self, arrivals: Mapping[int, Parcels]) -> None:
         """Take note of parcels under way, by ``id`` of the parameters that they bring."""
         self._brings = dict(arrivals)
-        # All processes wait in one order, also for what brings nothing here.
-        self._arrivals = list(dict.fromkeys(arrivals.values()))
 
     def arrived(self, parameters: Iterable[Tensor]) -> None:
         """Wait until the gradients of these parameters are there."""
@@ -186,7 +183,7 @@ class ShardedPeers(Peers):
 
     def settle(self) -> None:
         """Wait for everything under way."""
-        for parcels in self._arrivals:
+        for parcels in self._brings.values():
             parcels.finish()
 
     def stepped(self, parameters: Iterable[Tensor]) -> None:

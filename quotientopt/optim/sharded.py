@@ -365,8 +365,8 @@ class Sharded:
         """What brings updates, or new weights, back to the shards."""
         slices = Counter(id(slice_.parameter) for slice_ in self.inner._slices.framed)
         rounds = []
-        for kind in self.kinds:
-            stepped = [own for own in active if own.unit in kind]
+        for kind, units in zip(self.kinds, map(set, self.kinds), strict=True):
+            stepped = [own for own in active if own.unit in units]
             # What has no slice is stepped after those that have, whole units are moved at the end.
             waiting = {
                 id(own.local): -1 if kind[0].whole else slices.get(id(own.local), -1)
