@@ -58,7 +58,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu"
 RATES: dict[str, tuple[float, dict[str, float]]] = {
     "adamw": (1e-3, {"beta2": 0.95}),
     "muon": (2e-2, {"adamw_rate": 2e-3}),
-    "quotient-adam": (5e-4, {}),
+    "quotient-adam": (1e-3, {}),
     "soap-muon": (8e-3, {"adamw_rate": 2e-3}),
 }
 # Runs that tune a rate have this share of the steps of those that count.
@@ -364,7 +364,12 @@ class Trainer:
 def table(record: dict[str, Any]) -> str:
     """The last losses and the step times, as Markdown."""
     trained = [
-        (row["optimizer"], f"{row['rate']:g}", *(f"{x:.4g}" for x in row["curve"][-1]))
+        (
+            row["optimizer"],
+            f"{row['rate']:g}",
+            row["curve"][-1][0],
+            *(f"{x:.3f}" for x in row["curve"][-1][1:]),
+        )
         for part in ("tuning", "runs")
         for row in record.get("training", {}).get(part, [])
     ]
@@ -379,12 +384,13 @@ def table(record: dict[str, Any]) -> str:
         )
         for row in record.get("step times", [])
     ]
-    return "\n\n".join(
-        (
-            markdown_table(("optimizer", "rate", "steps", "seconds", "validation loss"), trained),
-            markdown_table(("shape", "optimizer", "precision", "ms", "launches", "waits"), timed),
-        )
+    parts = (
+        "# On a GPU",
+        markdown_table(("shape", "optimizer", "precision", "ms", "launches", "waits"), timed),
+        "Training: first the runs that tune a rate, last one for every optimizer.",
+        markdown_table(("optimizer", "rate", "steps", "seconds", "validation loss"), trained),
     )
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -425,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
             keep(f"error in {part}", f"{type(error).__name__}: {error}")
         if given.device == "cuda":
             torch.cuda.empty_cache()
+    write_atomically(given.out / "gpu.md", table(record))
     print(table(record))
     return int(failed)
 

@@ -122,10 +122,10 @@ class QuotientAdam(SymmetricOptimizer):
     update_scale : float
         Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F, and of its
         weight decay, ηsλ. Its singular values being nearly equal, its spectral norm is several
-        times smaller than that of AdamW's: with four, AdamW's learning rate is right
-        (``benchmarks/learning_rates.py``). Biases and LoRA pairs have Adam's size.
+        times smaller: with four AdamW's learning rate is right. Biases, LoRA pairs: Adam's size.
     embedding_scale : float
-        The same of embeddings in fixed frames, over the other matrices'.
+        The same of embeddings in fixed frames, over the other matrices'; 128/d of it, or an eighth,
+        on streams of width d > 128.
     precision : {"highest", "high", "fast"}
         Of rotations and polar steps in float32: as they are, in TF32 on CUDA devices, or of factors
         rounded to bfloat16. Twins part by the rounding. No switch of torch's changes the rest.

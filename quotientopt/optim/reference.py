@@ -214,7 +214,8 @@ class PlainQuotientAdam:
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
         rate = self.lr * self.scale if "Q" in s or "frame" in s else self.lr
-        rate = rate * self.embedding_scale if "Q" in s and s["embedding"] else rate
+        if "Q" in s and s["embedding"]:
+            rate *= self.embedding_scale * 128 / min(max(p.size(-1), 128), 1024)
         p.mul_(1 - rate * self.decay).sub_(rate * update.reshape(p.shape))
 
 

@@ -90,11 +90,28 @@ class Slice:
         if not self.takes_scale:
             return 1.0
         scale: float = group["update_scale"]
-        return scale * group["embedding_scale"] if self.embedding else scale
+        if not self.embedding:
+            return scale
+        return scale * group["embedding_scale"] * embedding_width_factor(self.shape[-1])
 
     def decay_scale(self, group: Mapping[str, Any]) -> float:
         """The same of its weight decay, which is one for a whole parameter."""
         return self.scale(group) if self.rest_of is None else self.rest_of.scale(group)
+
+
+# Of the stream, between which embeddings' updates shrink.
+EMBEDDING_WIDTHS = (128, 1024)
+
+
+def embedding_width_factor(width: int) -> float:
+    """128/d of a stream of width d: 1 up to d = 128, 1/8 from d = 1024 on.
+
+    A logit is a sum over d entries of the head, each of which Adam moves by the learning rate, and
+    the best rates of embeddings and head fall about so from d = 128 to d = 768, where those of the
+    polar updates stay (docs/learning_rate.md).
+    """
+    narrow, broad = EMBEDDING_WIDTHS
+    return narrow / min(max(width, narrow), broad)
 
 
 def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:

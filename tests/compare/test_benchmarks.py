@@ -416,13 +416,73 @@ def test_the_gpu_run_runs_in_small_without_one(script, tmp_path, capsys, monkeyp
     arguments = ["--device", "cpu", "--small", "--minutes", "0.6", "--out", str(tmp_path)]
     assert gpu.main(arguments) == 0
     record = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["optimizer"] for row in record["training"]} == set(gpu.RATES)
-    steps = {row["curve"][-1][0] for row in record["training"]}
+    runs, tuning = record["training"]["runs"], record["training"]["tuning"]
+    assert [row["optimizer"] for row in runs] == list(gpu.RATES)
+    steps = {row["curve"][-1][0] for row in runs}
     assert len(steps) == 1
-    assert all(row["curve"][-1][2] < 5.5 for row in record["training"])
+    assert all(row["curve"][-1][2] < 5.5 for row in runs)
+    for row in runs:
+        own = {r["rate"]: r["curve"][-1][2] for r in tuning if r["optimizer"] == row["optimizer"]}
+        assert len(own) >= 3
+        assert row["rate"] == min(own, key=own.get)
     assert all("step" in row for row in record["step times"])
+    precisions = [r["precision"] for r in record["step times"] if "precision" in r]
+    assert precisions == 2 * list(gpu.PRECISIONS)
     assert record["graph"] == {"skipped": "CUDA graphs need a CUDA device"}
     assert "quotient-adam" in capsys.readouterr().out
+
+
+def test_a_part_of_the_gpu_run_that_fails_leaves_the_others(script, tmp_path, capsys, monkeypatch):
+    gpu = script("gpu")
+
+    def fails(run):
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(gpu, "run_tests", lambda run: {"status": 0})
+    monkeypatch.setattr(gpu, "replay", fails)
+    monkeypatch.setattr(gpu, "train_all", lambda run, keep: keep({"runs": []}))
+    arguments = ["--device", "cpu", "--small", "--minutes", "0.3", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["error in graph"] == "RuntimeError: no graph today"
+    assert record["training"] == {"runs": []}
+    assert "no graph today" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(1.0, [1, 2, 0.5]), (2.0, [1, 2, 0.5, 4]), (0.25, [1, 2, 0.5, 0.25])]
+)
+def test_rates_of_the_gpu_run_climb_towards_the_lower_loss(script, best, tried):
+    losses = {}
+    found = []
+    for rate in script("gpu").climb(1.0, losses):
+        found.append(rate)
+        losses[rate] = abs(rate - best)
+    assert found == tried
+
+
+def test_rates_of_embeddings_are_measured_apart(script, tmp_path, monkeypatch):
+    rates = script("embedding_rates")
+    monkeypatch.setattr(rates, "SHAPES", ((256, 1, 3),))
+    monkeypatch.setattr(rates, "CONTROLS", ((256, 8e-3, 4e-3),))
+    monkeypatch.setattr(rates, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(rates, "RATIOS", (1.0, 0.25))
+    record = {"runs": dict(map(rates.run_trial, rates.trials()))}
+    assert len({r["loss"] for r in record["runs"].values()}) == 5
+    first, second, *_, control = record["runs"].values()
+    # Of a stream of width 256 half of what is asked for.
+    assert [r["settings"] for r in (first, second)] == [
+        {"embedding_scale": 2.0},
+        {"embedding_scale": 0.5},
+    ]
+    assert control["settings"] == {"adamw_rate": 4e-3}
+    (tmp_path / "embedding-rates.json").write_text(json.dumps(record))
+    monkeypatch.setattr("sys.argv", ["embedding_rates.py", "--report", "--out", str(tmp_path)])
+    assert rates.main() == 0
+    shown = (tmp_path / "embedding-rates.md").read_text()
+    assert f"| 256 | 0.001 | {first['loss']:.3f} | {second['loss']:.3f} |" in shown
+    assert f"AdamW's 0.004: {control['loss']:.3f}" in shown
+    assert (tmp_path / "embedding-rates.png").stat().st_size > 10_000
 
 
 def test_the_gpu_run_asks_for_a_gpu(script, capsys):

@@ -46,6 +46,60 @@ def test_cost_by_width():
         ]
 
 
+def test_cost_on_a_gpu():
+    record = json.loads((RESULTS / "gpu" / "gpu.json").read_text())
+    names = {
+        "AdamW (fused)": ("adamw", None),
+        "Muon (torch, bfloat16 products)": ("muon", None),
+        "SOAP-Muon (plain)": ("soap-muon", None),
+        "QuotientAdam": ("quotient-adam", "highest"),
+        'QuotientAdam, `precision="high"` (TF32)': ("quotient-adam", "high"),
+        'QuotientAdam, `precision="fast"` (bfloat16)': ("quotient-adam", "fast"),
+    }
+    text = page("docs/cost.md").split("## On a GPU")[1].split("## ")[0]
+    listed = [row for row in rows_of(text) if row[0] in names]
+    assert len(listed) == len(names)
+    found = {(r["shape"], r["optimizer"], r.get("precision")): r for r in record["step times"]}
+    for row in listed:
+        expected = []
+        for shape in ("gpt2-small", "llama-1b"):
+            own = found.get((shape, *names[row[0]]), {})
+            if "step" not in own:
+                expected += ["", "", ""]
+                continue
+            launches = str(own["on the device"]["launches"]) if "on the device" in own else ""
+            state = f"{own['state bytes'] / 4 / own['parameters']:.1f}"
+            expected += [f"{1e3 * own['step']['mean']:.1f}", launches, state]
+        assert row[1:] == expected, row
+    waits = [r["waits"] for r in record["step times"] if "waits" in r]
+    assert all(w["steps refused in error mode"] == 0 for w in waits)
+    assert record["graph"]["largest difference of weights"] == 0.0
+    assert record["tests"]["status"] == 0
+    seconds = record["training"]["seconds per step"]
+    sentence = " ".join(text.split())
+    assert (
+        f"{1e3 * seconds['adamw']:.0f} ms per iteration with AdamW, "
+        f"{1e3 * seconds['quotient-adam']:.0f} with QuotientAdam in TF32, "
+        f"{1e3 * seconds['muon']:.0f} with Muon and {1e3 * seconds['soap-muon']:.0f} with SOAP-Muon"
+    ) in sentence
+
+
+def test_rates_of_embeddings():
+    """The table of the page, and what it is said to show of the built-in rule."""
+    report = (RESULTS / "embedding-rates" / "embedding-rates.md").read_text()
+    table = rows_of(report)
+    text = page("docs/learning_rate.md").split("## Embeddings and head")[1]
+    assert [row for row in rows_of(text) if row[0] != "---"] == [r for r in table if r[0] != "---"]
+    assert re.findall(r"(?:ends at|and at) (\d\.\d+)", " ".join(text.split())) == re.findall(
+        r"AdamW's \S+: (\d\.\d+)", report
+    )
+    ratios = {"128": 2.0, "256": 1.0, "512": 0.5}
+    for width, rate, *losses in table[2:]:
+        if rate == "0.002":
+            rule = losses[(2.0, 1.0, 0.5, 0.25).index(ratios[width])]
+            assert rule == min(losses)
+
+
 def test_the_table_of_the_readme():
     """Losses, times and states; QuotientAdam's row like the others'."""
     names = {

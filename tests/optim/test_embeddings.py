@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import quotientopt as qo
+from quotientopt.optim.slices import embedding_width_factor
 from tests.optim.training import small_model, train, twin_of
 
 OPTIONS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -99,9 +100,13 @@ def test_adam_without_frames_sees_rotations():
     assert (curves[0] - curves[1]).abs().max() > 1e-4
 
 
-def test_the_update_is_adams_in_the_frame():
-    """Adam of the reference, on ∂Q, at its own scale and with Nesterov momentum."""
-    model = small_model("gpt")
+@pytest.mark.parametrize(("width", "factor"), [(32, 1), (128, 1), (192, 2 / 3)])
+def test_the_update_is_adams_in_the_frame(width, factor):
+    """Adam of the reference, on ∂Q, at its own scale and with Nesterov momentum.
+
+    The scale is 128/d of what is asked for between d = 128 and 1024.
+    """
+    model = small_model("gpt", layers=1, width=width)
     table = model.embedding.weight
     optimizer = qo.QuotientAdam(model, **OPTIONS, update_scale=3.0, embedding_scale=1.5)
     mean = square = 0.0
@@ -113,9 +118,14 @@ def test_the_update_is_adams_in_the_frame():
         mean, square = 0.9 * mean + 0.1 * z, 0.95 * square + 0.05 * z.square()
         ahead = 0.9 * mean / (1 - 0.9 ** (step + 1)) + 0.1 * z / (1 - 0.9**step)
         update = ahead / ((square / (1 - 0.95**step)).sqrt() + 1e-8) @ Q.mT
-        rate = OPTIONS["lr"] * 4.5
+        rate = OPTIONS["lr"] * 4.5 * factor
         expected = (1 - rate * OPTIONS["weight_decay"]) * before - rate * update
         assert (table - expected).abs().max() < 1e-13
+
+
+def test_embeddings_shrink_with_the_width_between_two():
+    factors = [embedding_width_factor(width) for width in (1, 128, 256, 768, 1024, 8192)]
+    assert factors == [1, 1, 1 / 2, 1 / 6, 1 / 8, 1 / 8]
 
 
 def test_state_moves_with_a_rotation():
