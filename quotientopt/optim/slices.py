@@ -107,8 +107,8 @@ def embedding_width_factor(width: int) -> float:
     """128/d of a stream of width d: 1 up to d = 128, 1/8 from d = 1024 on.
 
     A logit is a sum over d entries of the head, each of which Adam moves by the learning rate, and
-    the best rates of embeddings and head fall about so from d = 128 to d = 768, where those of the
-    polar updates stay (docs/learning_rate.md).
+    the best rates of embeddings and head fall about so from d = 128 to d = 512, where those of the
+    polar updates stay (docs/learning_rate.md); beyond, it is continued.
     """
     narrow, broad = EMBEDDING_WIDTHS
     return narrow / min(max(width, narrow), broad)
