@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import QUOTIENT_ADAM, command_of, markdown_table, note, png
+from experiment import QUOTIENT_ADAM, command_of, markdown_table, note, png, write_report
 
 from quotientopt.compare.data import load_task
 from quotientopt.compare.protocol import Protocol, Trial, describe_environment
@@ -138,9 +138,7 @@ def main() -> int:
                 record["runs"][key] = found
                 print(key, found["loss"], flush=True)
                 write_atomically(path, json.dumps(record, indent=1) + "\n")
-    for suffix, content in (("md", table(record)), ("png", plot(record))):
-        write_atomically(path.with_suffix(f".{suffix}"), content)
-    print(table(record))
+    write_report(path, record, table, plot)
     return 0
 
 

@@ -115,11 +115,18 @@ def run_experiment(
         "environment": describe_environment("cpu"),
         **measure(),
     }
-    name = Path(script).stem.replace("_", "-")
-    for suffix, content in (
-        ("json", json.dumps(record, indent=indent) + "\n"),
-        ("md", table(record)),
-        ("png", plot(record)),
-    ):
-        write_atomically(arguments.out / f"{name}.{suffix}", content)
+    path = arguments.out / f"{Path(script).stem.replace('_', '-')}.json"
+    write_atomically(path, json.dumps(record, indent=indent) + "\n")
+    write_report(path, record, table, plot)
+
+
+def write_report(
+    path: Path,
+    record: dict[str, Any],
+    table: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any]], bytes],
+) -> None:
+    """Table and picture of a record beside its JSON, the table also on the terminal."""
+    for suffix, content in (("md", table(record)), ("png", plot(record))):
+        write_atomically(path.with_suffix(f".{suffix}"), content)
     print(table(record))

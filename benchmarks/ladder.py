@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import command_of, markdown_table, note, png
+from experiment import command_of, markdown_table, note, png, write_report
 
 from quotientopt.compare.data import load_task
 from quotientopt.compare.optimizers import OPTIMIZERS
@@ -211,9 +211,7 @@ def main() -> int:
             for width in map(int, given.widths.split(",")):
                 rate = tuned(record, path, name, width, rate)
     write_atomically(path, json.dumps(record) + "\n")
-    for suffix, content in (("md", table(record)), ("png", plot(record))):
-        write_atomically(path.with_suffix(f".{suffix}"), content)
-    print(table(record))
+    write_report(path, record, table, plot)
     return 0
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair
 from quotientopt.groups import (
     GL,
     O,
@@ -29,7 +28,7 @@ from quotientopt.groups import (
 )
 from quotientopt.optim.checks import RankError
 from quotientopt.optim.gauge import seen_blocks
-from quotientopt.sections.factor import svd_element, triangular_element
+from quotientopt.sections.factor import balancing_pair, svd_element, triangular_element
 from quotientopt.sections.rotary import plane_element
 from quotientopt.symmetries import Block, HeadSymmetry
 
@@ -115,43 +114,6 @@ def _linear_dressing(kind: str, left_gram: Tensor, right_gram: Tensor) -> HeadDr
     left, left_contragredient = triangular_element(left_gram, right_gram, check=False)
     right, right_contragredient = triangular_element(right_gram, left_gram, check=False)
     return HeadDressing(left, left_contragredient, right, right_contragredient)
-
-
-def balancing_pair(left_gram: Tensor, right_gram: Tensor) -> Pair:
-    """An element g that makes both Grams equal, and its inverse transpose; any of them will do.
-
-    With S_A = L_A L_Aᵀ, S_B = L_B L_Bᵀ, the polar decomposition L_AᵀL_B = Q H and H = K Kᵀ it is
-    ``g = Kᵀ L_B⁻¹`` and ``g⁻ᵀ = Kᵀ Qᵀ L_A⁻¹``. What distinguishes elements, a rotation, is left to
-    eigenframes: so there is no need of singular vectors, of which devices make one matrix at a
-    time. A factor that is deficient gives NaN or a meaningless element.
-    """
-    A, B = (torch.linalg.cholesky_ex(gram).L for gram in (left_gram, right_gram))
-    product = A.mT @ B
-    Q = polar_factor_by_inverses(product)
-    H = Q.mT @ product
-    K = torch.linalg.cholesky_ex((H + H.mT) / 2).L
-    return (
-        torch.linalg.solve_triangular(B, K.mT, upper=False, left=False),
-        torch.linalg.solve_triangular(A, (Q @ K).mT, upper=False, left=False),
-    )
-
-
-# From a condition of 1e12, beyond which no frame is made, eleven are enough in float64.
-INVERSES = 12
-
-
-def polar_factor_by_inverses(matrix: Tensor) -> Tensor:
-    """Orthogonal Q of the polar decomposition of invertible ``(…, r, r)`` matrices.
-
-    Newton's iteration X ← (γX + X⁻ᵀ/γ)/2 with Higham's γ = (‖X⁻¹‖_F / ‖X‖_F)^{1/2}.
-    """
-    X = matrix
-    for _ in range(INVERSES):
-        Y = torch.linalg.inv_ex(X).inverse.mT
-        norms = [torch.linalg.matrix_norm(Z, keepdim=True) for Z in (X, Y)]
-        scale = (norms[1] / norms[0]).sqrt()
-        X = (scale * X + Y / scale) / 2
-    return X
 
 
 def _complex_dressing(

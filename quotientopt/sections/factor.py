@@ -35,6 +35,7 @@ from quotientopt._linalg import (
     compute_dtype,
     gram,
     locate_first,
+    polar_factor_by_inverses,
     wide,
 )
 from quotientopt.sections.convention import (
@@ -134,6 +135,25 @@ def balanced_element(SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
     SA, SB, dtype = _prepare(SA, SB)
     g, inverse = symmetric_polar(_balancing_factor(SA, SB, check))
     return g.to(dtype), inverse.to(dtype)
+
+
+def balancing_pair(left_gram: Tensor, right_gram: Tensor) -> Pair:
+    """An element g that makes both Grams equal, and its inverse transpose: one of many, batched.
+
+    With S_A = L_A L_Aᵀ, S_B = L_B L_Bᵀ, the polar decomposition L_AᵀL_B = Q H and H = K Kᵀ it is
+    ``g = Kᵀ L_B⁻¹`` and ``g⁻ᵀ = Kᵀ Qᵀ L_A⁻¹``. What distinguishes elements, a rotation, is left to
+    eigenframes: so there is no need of singular vectors, of which devices make one matrix at a
+    time. A factor that is deficient gives NaN or a meaningless element.
+    """
+    A, B = (torch.linalg.cholesky_ex(gram).L for gram in (left_gram, right_gram))
+    product = A.mT @ B
+    Q = polar_factor_by_inverses(product)
+    H = Q.mT @ product
+    K = torch.linalg.cholesky_ex((H + H.mT) / 2).L
+    return (
+        torch.linalg.solve_triangular(B, K.mT, upper=False, left=False),
+        torch.linalg.solve_triangular(A, (Q @ K).mT, upper=False, left=False),
+    )
 
 
 def orthonormal_element(SA: Tensor, SB: Tensor, *, check: bool = True) -> Pair:
