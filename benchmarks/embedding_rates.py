@@ -25,7 +25,7 @@ from quotientopt.compare.data import load_task
 from quotientopt.compare.protocol import Protocol, Trial, describe_environment
 from quotientopt.compare.record import write_atomically
 from quotientopt.compare.train import train
-from quotientopt.optim.slices import embedding_width_factor
+from quotientopt.optim.update import embedding_width_factor
 
 RESULTS = Path(__file__).parent / "results" / "embedding-rates"
 # Width, layers and steps.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quotientopt.optim import QuotientAdam
-from quotientopt.optim.slices import TRANSPORTED
+from quotientopt.optim.options import TRANSPORTED
 from quotientopt.symmetries import HeadSymmetry, NotUnderstoodError, SymmetryMap
 from quotientopt.symmetries.block import any_sharded, refuse_flattened, stand_ins
 from quotientopt.symmetries.exactness import Ownership, with_one_dtype, without_conflicts

@@ -124,7 +124,7 @@ class CheckResult:
             ends = [step for step in self.steps if self.window[0] <= step <= self.window[1]]
             start, step = self.errors[first], self.window[0]
             fitted = [start * (end / step) ** self.slope for end in ends]
-            ax.loglog(ends, fitted, linewidth=3, label=f"slope {self.slope:.2f}")
+            ax.loglog(ends, fitted, linewidth=3, label=f"slope {_two_places(self.slope)}")
             wanted = [start * (end / step) ** self.expected for end in self.steps]
             ax.loglog(self.steps, wanted, "--", label=f"slope {self.expected:g}")
         ax.set_xlabel("step")
@@ -229,17 +229,24 @@ def _judge_curve(
         return math.nan, None, "nothing measurable above rounding; use float64 or another point"
     if fit.slope < curve.expected - slope_tolerance:
         where = f"on steps {fit.window[0]:.0e} to {fit.window[1]:.0e}"
-        fault = f"slope {fit.slope:.2f} {where}, expected at least {curve.expected:g}"
+        fault = f"slope {_two_places(fit.slope)} {where}, expected at least {curve.expected:g}"
         return *fit[:2], f"{fault}: {blame}" if blame else fault
     if fit.spread > STRAIGHT:
-        return *fit[:2], f"the errors follow no straight line, slope {fit.slope:.2f} at best"
+        return *fit[
+            :2
+        ], f"the errors follow no straight line, slope {_two_places(fit.slope)} at best"
     return *fit[:2], ""
+
+
+def _two_places(slope: float) -> str:
+    """A slope for a message, without the sign that rounding leaves of a small negative one."""
+    return f"{round(slope, 2) + 0.0:.2f}"
 
 
 def _describe(slope: float, window: tuple[float, float] | None) -> str:
     if window is None:
         return "exact up to rounding"
-    return f"slope {slope:.2f} on steps {window[0]:.0e} to {window[1]:.0e}"
+    return f"slope {_two_places(slope)} on steps {window[0]:.0e} to {window[1]:.0e}"
 
 
 class SlopeFit(NamedTuple):

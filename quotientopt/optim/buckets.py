@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.frames import (
-    HeadFrames,
-    SharedResidualFrame,
+from quotientopt.optim.eigenframes import (
     embedding_frames,
     hidden_eigenframes,
+    residual_eigenframes,
+    rotate_,
 )
+from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
 from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_factor
 from quotientopt.optim.slices import Slice, stream_of
 from quotientopt.optim.update import (
     Product,
     add_and_round,
+    decay_scale_of,
     direction,
     ema_,
     gated,
     moments_,
-    next_eigenframe,
     products_at,
-    residual_eigenframe,
-    rotate_,
+    scale_of,
     two_sided,
 )
 
@@ -119,9 +119,8 @@ class Bucket:
     @property
     def orthogonalises(self) -> bool:
         """Whether the singular values of updates are made nearly equal."""
-        return (
-            bool(self.options["polar"]) and self.framed and not self.embedding and self.columns > 1
-        )
+        matrices = self.framed and not self.embedding and self.columns > 1
+        return bool(self.options["polar"]) and matrices
 
     @property
     def has_frames(self) -> bool:
@@ -166,13 +165,18 @@ class Bucket:
 
     def gradients(self) -> Tensor:
         """The gradients, stacked like :meth:`weights`."""
-        return self._stack(
-            [block.view(slice_.parameter.grad) for slice_ in self.slices for block in slice_.blocks]
-        )
+        views = []
+        for block in (block for slice_ in self.slices for block in slice_.blocks):
+            gradient = block.parameter.grad
+            if gradient is not None and gradient.stride() == block.layout:
+                offset = gradient.storage_offset() + block.offset
+                views.append(gradient.as_strided(block.size, block.stride, offset))
+            else:
+                views.append(block.view(gradient))
+        return self._stack(views)
 
     def _stack(self, views: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(list(views)).to(self.dtype)
-        return stacked.view(len(self.slices), *self.shape[1:])
+        return torch.stack(list(views)).to(self.dtype).view(self.shape)
 
     def of_heads(self, stack: Tensor) -> Tensor:
         """Entries of a stack kept by the head frames, one per slice, ``(L, 1, heads, r, r)``."""
@@ -249,11 +253,7 @@ class Bucket:
             return
         elif self.residual:
             covariance, old = self.state["residual_covariance"], self.state["residual_frame"]
-            frame = next_eigenframe(covariance, old) if any(self.oriented) else old
-            if weights_gram is not None and pooled_gram is not None:
-                first = residual_eigenframe(covariance, weights_gram, pooled_gram)
-                oriented = torch.tensor(self.oriented, device=self.device)[:, None, None]
-                frame = torch.where(oriented, frame, first)
+            frame = residual_eigenframes(covariance, old, weights_gram, pooled_gram, self.oriented)
             right = old.mT @ frame
             old.copy_(frame)
             self.oriented = [True] * len(self.slices)
@@ -382,8 +382,8 @@ class Bucket:
         if gate is not None:
             lr = gate * lr
         first = self.slices[0]
-        rate = lr * first.scale(group)
-        kept = 1 - lr * first.decay_scale(group) * weight_decay
+        rate = lr * scale_of(first, group)
+        kept = 1 - lr * decay_scale_of(first, group) * weight_decay
         blocks = len(self.slices[0].blocks)
         views = self.views()[rows.start * blocks : rows.stop * blocks]
         update = update.reshape(-1, blocks, *self.slices[0].shape[1:])

@@ -1,21 +1,32 @@
-"""What the optimizers refuse before a step: options, then gradients.
+"""What every step looks at before it computes, and what it refuses.
 
-Every refusal is one line that names the thing and the way out. Those of saved states are in
-:mod:`quotientopt.optim.saved`, those of group elements in :mod:`quotientopt.optim.slices`.
+In the order of a step: the switches it is free of (`full_precision`) and its closure; whether the
+plan still holds (`signature_of`), the options (`refuse_changed_options`), the gradients
+(`refuse_sparse`), the state (`refuse_replaced`) and the factors (`WatchedFactors`); then the norms
+of gradients, which on an accelerator nothing waits for (`NonfiniteGate`). Every refusal is one line
+that names the thing and the way out. Those of options are in :mod:`quotientopt.optim.options`, of
+saved states in :mod:`quotientopt.optim.saved`, of group elements in :mod:`quotientopt.optim.gauge`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.slices import TRANSPORTED
-from quotientopt.optim.update import PRECISIONS
+from quotientopt._linalg import wide_dtype
+from quotientopt.optim.options import (
+    PLANNED,
+    WHOLE,
+    refuse_bad_hyperparameters,
+    refuse_mixed_groups,
+)
+from quotientopt.optim.saved import refuse_unfit
+from quotientopt.symmetries import Block
 
 
 class StepRefusedError(ValueError):
@@ -30,188 +41,68 @@ class RankError(StepRefusedError):
     """A factor is not finite; of a low-rank pair also: both are zero."""
 
 
-# Of QuotientAdam's param groups, in the order of its arguments.
-OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "head_frame", "row_frame"),
-    *(
-        "hidden_frame",
-        "residual_frame",
-        "embedding_frame",
-        "refresh_every",
-        "max_grad_norm",
-        "nesterov",
-        "polar",
-        "second_moment",
-        "update_scale",
-        "embedding_scale",
-        "precision",
-    ),
-    *("lora_frame", "lora_polar", "master_weights", "stochastic_rounding", "maximize"),
-    *("foreach", "capturable"),
-)
-HEAD_FRAMES = ("balanced", "orthonormal", "svd")
-ROW_FRAMES = ("per_head", "per_matrix")
-HIDDEN_FRAMES = ("per_matrix",)
-RESIDUAL_FRAMES = ("per_matrix", "shared")
-SECOND_MOMENTS = ("full", "factored")
-EMBEDDING_FRAMES = ("fixed", "per_matrix")
-LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
-# Of QuotientSGD.
-PAIR_METRICS = ("preconditioned", "right-invariant")
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Arithmetic as the tensors' dtypes say, whatever the user's global switches are.
 
-
-def refuse_bad_hyperparameters(options: Mapping[str, Any]) -> None:
-    """Check the options of a param group.
-
-    Raises
-    ------
-    ValueError
-        Naming the option and what it may be.
+    Under autocast, with TF32 or bfloat16 products of float32 matrices, or with a narrow default
+    dtype, frames of badly conditioned factors would be rounding noise. The switches are put back.
     """
-    lr, betas, foreach = options["lr"], options["betas"], options["foreach"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
-    if isinstance(lr, Tensor) and foreach:
-        raise ValueError("a tensor lr needs foreach=False or foreach=None")
-    for name in ("lr", "eps", "weight_decay"):
-        value = options[name]
-        if not isinstance(value, int | float | Tensor) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number that is not negative, got {value!r}")
-    if (
-        not isinstance(betas, tuple | list)
-        or len(betas) != 2
-        or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
-    ):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for name, known in (
-        ("head_frame", HEAD_FRAMES),
-        ("hidden_frame", HIDDEN_FRAMES),
-        ("residual_frame", RESIDUAL_FRAMES),
-        ("lora_frame", LORA_FRAMES),
-    ):
-        if options[name] is not None and options[name] not in known:
-            choices = ", ".join(map(repr, known))
-            raise ValueError(f"{name} must be {choices} or None, got {options[name]!r}")
-    for name, known in (
-        ("row_frame", ROW_FRAMES),
-        ("embedding_frame", EMBEDDING_FRAMES),
-        ("second_moment", SECOND_MOMENTS),
-    ):
-        if options[name] not in known:
-            choices = " or ".join(map(repr, known))
-            raise ValueError(f"{name} must be {choices}, got {options[name]!r}")
-    if options["hidden_frame"] is not None and options["residual_frame"] is None:
-        raise ValueError("hidden_frame frames matrices on both sides and needs a residual_frame")
-    if options["polar"] != "step" and not isinstance(options["polar"], bool):
-        raise ValueError(f"polar must be True, 'step' or False, got {options['polar']!r}")
-    if options["precision"] not in PRECISIONS:
-        choices = " or ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision must be {choices}, got {options['precision']!r}")
-    for name in ("update_scale", "embedding_scale"):
-        scale = options[name]
-        if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-            raise ValueError(f"{name} must be a positive number, got {scale!r}")
-    every = options["refresh_every"]
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"refresh_every must be a positive integer, got {every!r}")
-    limit = options["max_grad_norm"]
-    if limit is not None and not (isinstance(limit, int | float) and limit > 0):
-        raise ValueError(f"max_grad_norm must be a positive number or None, got {limit!r}")
-    for name in (
-        "nesterov",
-        "lora_polar",
-        "master_weights",
-        "stochastic_rounding",
-        "maximize",
-        "capturable",
-    ):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
-    if options["master_weights"] and options["stochastic_rounding"]:
-        raise ValueError("choose master_weights or stochastic_rounding, not both")
-    if options["lora_polar"] and options["lora_frame"] != TRANSPORTED:
-        raise ValueError(
-            f"lora_polar needs lora_frame={TRANSPORTED!r}, got {options['lora_frame']!r}; in other "
-            "frames LoRA pairs follow polar"
+    precision, default = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_float32_matmul_precision("highest")
+        if default.itemsize < 4:
+            torch.set_default_dtype(torch.float32)
+        yield
+
+
+def loss_of(closure: Any) -> Any:
+    """What the closure of a step returns, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def gradients_of(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+    """Gradients of the parameters that have one."""
+    parameters = (p for group in param_groups for p in group["params"])
+    return {p: p.grad for p in parameters if p.grad is not None}
+
+
+def signature_of(
+    param_groups: Sequence[Mapping[str, Any]], options: Sequence[str] = PLANNED
+) -> tuple[Any, ...]:
+    """What an optimizer's plan depends on, which is made anew when this changes."""
+    return tuple(
+        (
+            *(group[option] for option in options),
+            *map(layout_of, group["params"]),
         )
-    if foreach is not None and not isinstance(foreach, bool):
-        raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
-    refuse_options_of_torch(options, "QuotientAdam")
-    if not options.get("decoupled_weight_decay", True):
-        raise ValueError("weight decay is always decoupled in QuotientAdam")
+        for group in param_groups
+    )
 
 
-def refuse_bad_options(options: Mapping[str, Any]) -> None:
-    """Check the options of a param group.
-
-    Raises
-    ------
-    ValueError
-        Naming the option and what it may be.
-    """
-    lr, foreach = options["lr"], options["foreach"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got {tuple(lr.shape)}")
-    for name, number in (("lr", int | float | Tensor), ("weight_decay", int | float)):
-        value = options[name]
-        if not isinstance(value, number) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number that is not negative, got {value!r}")
-    momentum = options["momentum"]
-    if not isinstance(momentum, int | float) or not 0 <= momentum < float("inf"):
-        raise ValueError(f"momentum must be a finite number that is not negative, got {momentum!r}")
-    if options["metric"] not in PAIR_METRICS:
-        choices = " or ".join(map(repr, PAIR_METRICS))
-        raise ValueError(f"metric must be {choices}, got {options['metric']!r}")
-    for name in ("nesterov", "maximize"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
-    if foreach is not None and not isinstance(foreach, bool):
-        raise ValueError(f"foreach must be True, False or None, got {foreach!r}")
-    if options["nesterov"] and momentum == 0:
-        raise ValueError("nesterov=True needs a momentum above zero")
-    if options.get("dampening", 0) != 0:
-        raise ValueError(f"dampening is not available, got {options['dampening']!r}; use 0")
-    refuse_options_of_torch(options, "QuotientSGD")
+def layout_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Which parameter it is, whether it is trained, and how it lies in memory."""
+    return (
+        id(parameter),
+        takes_part(parameter),
+        parameter.dtype,
+        parameter.device,
+        parameter.shape,
+        parameter.stride(),
+    )
 
 
-def refuse_options_of_torch(options: Mapping[str, Any], optimizer: str) -> None:
-    """Refuse options of torch's optimizers that a param group asks for in vain."""
-    for name in ("amsgrad", "fused", "differentiable"):
-        if options.get(name):
-            raise ValueError(f"{optimizer} has no {name}; leave it out")
-
-
-def refuse_options_of_whole_models(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse options that need all of a model in one process.
-
-    Raises
-    ------
-    ValueError
-        Naming the option.
-    """
-    for group in param_groups:
-        if group["residual_frame"] == "shared":
-            raise ValueError(
-                "residual_frame='shared' pools all matrices and is not there for sharded "
-                "parameters; use residual_frame='per_matrix'"
-            )
-        if group["capturable"]:
-            raise ValueError(
-                "capturable=True is not there for sharded parameters, whose steps wait for other "
-                "processes; leave it out"
-            )
-
-
-# Options of the whole optimizer, in every param group.
-WHOLE = ("max_grad_norm", "refresh_every", "capturable")
-
-
-def refuse_mixed_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse options that differ between groups but belong to the whole optimizer."""
-    for name in WHOLE:
-        values = {group[name] for group in param_groups}
-        if len(values) > 1:
-            raise ValueError(f"{name} is one for all param groups, got {sorted(values, key=str)}")
+def takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter is trained; a frozen one only serves as geometry."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def refuse_changed_options(
@@ -232,6 +123,87 @@ def refuse_changed_options(
     return options
 
 
+def refuse_replaced(
+    parameters: Iterable[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    wanted: Sequence[str],
+    name_of: Callable[[Tensor], str],
+) -> None:
+    """The same before a step, of what others have put into the state; values are not looked at.
+
+    A count that is a number becomes a tensor, as torch's optimizers need it.
+    """
+    moments = [key for key in wanted if key != "step"]
+    for parameter in parameters:
+        own = state.get(parameter)
+        if not own:
+            continue
+        step = own.get("step")
+        shapes = [getattr(own.get(key), "shape", None) for key in moments]
+        if isinstance(step, Tensor) and all(shape == parameter.shape for shape in shapes):
+            continue
+        refuse_unfit([parameter], state, wanted, name_of, kind="state's ")
+        own["step"] = torch.as_tensor(step, dtype=torch.float32)
+
+
+class WatchedFactors:
+    """Factors that frames were made from: did anyone but the optimizer write to them?
+
+    Torch counts most writes. Those through ``p.data`` in place and by NumPy are seen in a sample of
+    the values, where these are on the host; for others there is :meth:`ask`.
+
+    Parameters
+    ----------
+    blocks : iterable of Block
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        blocks = list(blocks)
+        self._factors = list({id(b.parameter): b.parameter for b in blocks}.values())
+        self._on_host = [b for b in blocks if b.parameter.device.type == "cpu"]
+        self._marks: list[tuple[int, int]] | None = None
+        self._asked = False
+        self._sample: Tensor | None = None
+        self._columns: list[Tensor] = []
+        self._pointers: list[int] = []
+
+    def ask(self) -> None:
+        """Take them for written to, until the next mark."""
+        self._asked = True
+
+    def mark(self, look: bool) -> None:
+        """Note that the factors are now as the optimizer knows them; with ``look``, a sample."""
+        self._marks, self._asked = marks_of(self._factors), False
+        self._sample = self._sampled(self._marks) if look and self._on_host else None
+
+    def were_written(self, look: bool) -> bool:
+        """Whether others wrote to a factor since the last mark, as far as can be told."""
+        if self._marks is None or self._asked:
+            return self._asked
+        marks = marks_of(self._factors)
+        if marks != self._marks:
+            return True
+        if not look or self._sample is None:
+            return False
+        return not torch.equal(self._sampled(marks), self._sample)
+
+    def _sampled(self, marks: list[tuple[int, int]]) -> Tensor:
+        """The first column of every factor: an entry of each channel."""
+        pointers = [pointer for pointer, _ in marks]
+        if pointers != self._pointers:
+            self._columns = [block.view().select(-1, 0) for block in self._on_host]
+            self._pointers = pointers
+        return torch.cat([column.reshape(-1) for column in self._columns])
+
+
+def marks_of(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Where parameters lie and how often torch has seen them written to; nothing waits for it.
+
+    Writes to ``p.data`` in place and by NumPy are not counted there.
+    """
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+
+
 def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
     """Refuse sparse gradients, as torch's AdamW does."""
     for parameter, gradient in gradients.items():
@@ -239,16 +211,6 @@ def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor]
             raise RuntimeError(
                 f"the gradient of {name_of(parameter)!r} is sparse; QuotientAdam needs dense "
                 "gradients (for an embedding: sparse=False)"
-            )
-
-
-def refuse_sparse_of_pairs(gradients: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse sparse gradients of parameters that belong to a symmetry."""
-    for name, gradient in gradients:
-        if gradient.layout != torch.strided:
-            raise RuntimeError(
-                f"the gradient of {name!r} is sparse, and the parameter belongs to a symmetry; "
-                "use dense gradients (for an embedding: sparse=False)"
             )
 
 
@@ -286,36 +248,6 @@ def refuse_nonfinite(
     )
 
 
-def largest_entries(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Largest modulus of each gradient, which is finite where all its entries are."""
-    values = [g._values() if g.is_sparse else g for g in gradients]
-    values = [value for value in values if value.numel()]
-    return list(torch._foreach_norm(values, float("inf"))) if values else []
-
-
-def refuse_nonfinite_entries(
-    gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]
-) -> None:
-    """Refuse gradients with NaN or infinite entries.
-
-    Raises
-    ------
-    GradientError
-        Naming the first parameter.
-    """
-    bad = [
-        name_of(parameter)
-        for parameter, gradient in gradients.items()
-        if not all(bool(largest.isfinite()) for largest in largest_entries([gradient]))
-    ]
-    if bad:
-        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise GradientError(
-            f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
-            "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
-        )
-
-
 # Of all gradients together where states are float32: beyond it squares and their sums overflow.
 LARGEST_NORM = 1e18
 
@@ -343,7 +275,7 @@ def kept_from_overflow(
     """
     if not norms:
         return norms, None
-    narrow = any(compute_dtype(tensor.dtype) != torch.float64 for tensor in tensors)
+    narrow = any(torch.finfo(tensor.dtype).bits < 64 for tensor in tensors)
     if limit is not None:
         return norms, min(limit, LARGEST_NORM) if narrow else limit
     if not narrow or bool(torch.linalg.vector_norm(torch.stack(norms)) <= LARGEST_NORM):
@@ -368,6 +300,22 @@ def norms_of(tensors: Iterable[Tensor], *, clipped: bool = False) -> list[Tensor
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), least)
     norms = torch._foreach_norm(tensors, 2, dtype)
     return [norm.to(tensors[0].device) for norm in norms]
+
+
+def clip_scale(norms: Sequence[Tensor], limit: float | None) -> Tensor | None:
+    """Factor that brings gradients down to a norm of ``limit``; None where there is no limit.
+
+    Parameters
+    ----------
+    norms : sequence of Tensor
+        Of the dressed gradients, one each.
+    limit : float, optional
+    """
+    if limit is None:
+        return None
+    total = torch.linalg.vector_norm(torch.stack(list(norms)))
+    # Not a number only where the step is refused, or gated with gradients of zero.
+    return (limit / (total + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
 
 
 class NonfiniteGate:

@@ -4,7 +4,7 @@ A field u sends a covector ∂ of one side to dressed coordinates ``u ∂``. Und
 ``u g^{-1}`` (left side) or ``u gᵀ`` (right side), so that ``u ∂`` is invariant and ``uᵀ · (function
 of u ∂)`` is a tangent vector (François & Ravera, arXiv 2602.18948). First the field of one pair
 from its Gram matrices, then :class:`DressedHeads`, those of many heads at once, of which some may
-be rank-deficient. What rotations are left, eigenframes fix: :mod:`quotientopt.optim.frames`.
+be rank-deficient. What rotations are left, eigenframes fix: :mod:`quotientopt.optim.eigenframes`.
 """
 
 from __future__ import annotations
@@ -217,15 +217,12 @@ class DressedHeads:
         self.kind = kind
         self.device = device
         self.group = self.symmetries[0].group
+        # Whether frames are turned to eigenvectors; singular vectors leave nothing to turn.
+        self.turns = kind != "svd" or holds_rotations_only(self.group)
         self.joint = joint and self.symmetries[0].rank > 1 and self.turns
         # In float64 the Grams of ill-conditioned float32 factors keep their small directions.
         self.precision = torch.finfo(self.symmetries[0].blocks[0].parameter.dtype).eps
         self.gram_dtype = dtype if device.type == "mps" else torch.float64
-
-    @property
-    def turns(self) -> bool:
-        """Whether frames are turned to eigenvectors; singular vectors leave nothing to turn."""
-        return self.kind != "svd" or holds_rotations_only(self.group)
 
     def grams(self, contragredient: Tensor | None = None) -> Tensor:
         """Gram matrices of all factors, shape ``(2S, heads, r, r)``; dressed ones where given how.

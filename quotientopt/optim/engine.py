@@ -16,13 +16,15 @@ from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
 from quotientopt.optim.buckets import Bucket, stack_slices
+from quotientopt.optim.checks import WatchedFactors
 from quotientopt.optim.dressing import FreshDressing
-from quotientopt.optim.frames import WatchedFactors, stack_heads
+from quotientopt.optim.eigenframes import rotate_
+from quotientopt.optim.frames import stack_heads
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
 from quotientopt.optim.low_rank_stack import Prepared
 from quotientopt.optim.slices import Slices
 from quotientopt.optim.state import State, adopt, filed
-from quotientopt.optim.update import rotate_
+from quotientopt.optim.update import ema_at_
 from quotientopt.symmetries.map import RESIDUAL
 
 # Covariances take every second gradient, which saves half of a product of the parameters' size;
@@ -121,6 +123,7 @@ class Engine:
         self.buckets, self.shared = stack_slices(slices.framed, frames, param_groups)
         blocks = (b for h in self.heads for s in h.symmetries for b in s.blocks)
         self._factors = WatchedFactors(blocks)
+        self._indices: dict[tuple[Any, ...], Tensor] = {}
         adopt(self.buckets, self.pairs, state)
         self._moments, self._steps_on_host = filed(self.buckets, self.pairs, state)
 
@@ -348,9 +351,26 @@ class Engine:
                 bucket.absorb(part, rows)
         for heads in self.heads:
             if id(heads) in samples:
-                heads.accumulate(torch.cat(samples[id(heads)]), places[id(heads)], beta, gate)
+                own, device = places[id(heads)], heads.frame.device
+                touched = sorted(set(own))
+                some = len(touched) < len(heads.covariance)
+                ema_at_(
+                    heads.covariance,
+                    torch.cat(samples[id(heads)]),
+                    self._index(own, device),
+                    self._index(touched, device) if some else None,
+                    beta,
+                    gate,
+                )
         for shared in self.shared.values():
             shared.accumulate(beta, gate)
+
+    def _index(self, places: Sequence[int], device: torch.device) -> Tensor:
+        """Places on the device, copied there once: a recorded step may copy nothing."""
+        key = (device, *places)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(places, device=device)
+        return self._indices[key]
 
     def _refresh(
         self,

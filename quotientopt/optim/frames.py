@@ -2,107 +2,38 @@
 
 A head frame is a dressing field turned into the eigenframe of the covariance of dressed gradients
 (Vyas et al., arXiv 2409.11321, eigenframes): :class:`HeadFrames`. One residual frame for the whole
-model is a :class:`SharedResidualFrame`; those of single matrices lie in their buckets. Frames fit
-the parameters they were made from: :class:`WatchedFactors` tells whether others wrote to those.
+model is a :class:`SharedResidualFrame`; those of single matrices lie in their buckets.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.groups import PlaneCommutant, RotaryCommutant, StructureGroup
 from quotientopt.optim.dressing import (
     DressedHeads,
     FreshDressing,
     block_diagonal,
     plane_partners,
 )
+from quotientopt.optim.eigenframes import (
+    ROW_TIES,
+    break_ties,
+    head_eigenframe,
+    next_eigenframe,
+    residual_eigenframe,
+)
 from quotientopt.optim.slices import Slice, frame_kind
-from quotientopt.optim.update import break_ties, ema_, next_eigenframe, residual_eigenframe
-from quotientopt.symmetries import Block, HeadSymmetry
-
-# Both frames of a matrix come from its first gradient, which they would make diagonal: Adam would
-# divide the other entries by their own rounding. A tenth of the weights keeps them away from zero.
-ROW_TIES = 100.0
+from quotientopt.optim.update import ema_
+from quotientopt.symmetries import HeadSymmetry
 
 # Of frames, when others wrote to a factor: the stretch beyond which they are made anew at once.
 STRAYED = 2.0
-
-
-def head_eigenframe(group: StructureGroup, covariance: Tensor, weights_gram: Tensor) -> Tensor:
-    """Rows are eigenvectors of the dressed gradient covariance, its ties broken by the weights.
-
-    They fix the rotation O that a section slices over.
-
-    Parameters
-    ----------
-    group : StructureGroup
-        For a RotaryCommutant the rotated planes stay as they are (the second moment is taken per
-        complex entry there), and only the rows that pass get eigenvectors. Planes that share a
-        frequency are turned to the complex eigenvectors of the hermitian part.
-    covariance, weights_gram : Tensor
-        Σ u∂ (u∂)ᵀ and the Gram of the dressed factor, symmetric, shape ``(…, r, r)``.
-    """
-    pooled = break_ties(covariance, weights_gram)
-    if isinstance(group, PlaneCommutant):
-        parts, block = group.parts(pooled)
-        parts = [torch.linalg.eigh(part).eigenvectors.mH for part in parts]
-        return group.element(parts, torch.linalg.eigh(block).eigenvectors.mT)
-    if not isinstance(group, RotaryCommutant):
-        return torch.linalg.eigh(pooled).eigenvectors.mT
-    frame = torch.eye(group.r, dtype=pooled.dtype, device=pooled.device)
-    frame = frame.repeat(*pooled.shape[:-2], 1, 1)
-    if len(group.pass_rows):
-        rows = torch.as_tensor(group.pass_rows, device=pooled.device)
-        passing = pooled[..., rows[:, None], rows]
-        frame[..., rows[:, None], rows] = torch.linalg.eigh(passing).eigenvectors.mT
-    return frame
-
-
-def hidden_eigenframes(
-    covariance: Tensor, frame: Tensor, norms: Tensor | None, new: Sequence[bool]
-) -> Tensor:
-    """Frames of hidden units, columns orthonormal, that follow the covariance of their gradients.
-
-    The first ones are eigenvectors of the covariance and a tenth of the units' squared norms, which
-    permutations of the units move along and rotations of the stream leave; later ones take one
-    step of orthogonal iteration.
-
-    Parameters
-    ----------
-    covariance, frame : Tensor
-        Of ∂∂ᵀ, and the frames before, ``(L, rows, rows)``.
-    norms : Tensor, optional
-        Squared norms of the units' weights, ``(L, rows)``; needed where a frame is new.
-    new : sequence of bool
-        Which of them have no frame yet.
-    """
-    turned = frame if all(new) else next_eigenframe(covariance, frame)
-    if norms is None:
-        return turned
-    ties = break_ties(covariance, norms.diag_embed(), times=ROW_TIES)
-    first = torch.linalg.eigh(ties).eigenvectors
-    return torch.where(
-        torch.tensor(new, device=frame.device)[:, None, None], first.flip(-1), turned
-    )
-
-
-def embedding_frames(
-    frame: Tensor, weights_gram: Tensor, pooled_gram: Tensor, oriented: Sequence[bool]
-) -> Tensor:
-    """Frames of embeddings, made once: eigenvectors of the weights' Gram where there is none.
-
-    Each token's gradient is sparse in time and tells no frame; Adam needs any coordinates that
-    rotate with the stream.
-    """
-    first = torch.linalg.eigh(break_ties(weights_gram, pooled_gram)).eigenvectors
-    return torch.where(torch.tensor(oriented, device=frame.device)[:, None, None], frame, first)
 
 
 class HeadFrames(DressedHeads):
@@ -136,7 +67,6 @@ class HeadFrames(DressedHeads):
     ) -> None:
         super().__init__(symmetries, kind, joint=joint, dtype=dtype, device=device)
         self._places = {id(symmetry): place for place, symmetry in enumerate(symmetries)}
-        self._indices: dict[tuple[int, ...], Tensor] = {}
         rank, heads = self.symmetries[0].rank, self.symmetries[0].heads
         if self.joint:
             rank, heads = rank * heads, 1
@@ -153,39 +83,6 @@ class HeadFrames(DressedHeads):
         """Entry of a slice's side in the stack."""
         place = self._places[id(slice_.symmetry)]
         return place + len(self.symmetries) if slice_.side == "right" else place
-
-    def accumulate(
-        self, samples: Tensor, places: Sequence[int], beta: float, gate: Tensor | None = None
-    ) -> None:
-        """Take Σ u∂ (u∂)ᵀ of this step into the covariance.
-
-        Parameters
-        ----------
-        samples : Tensor
-            Shape ``(K, heads, r, r)``, one per slice that has a gradient.
-        places : sequence of int
-            Entry of each slice; slices of one entry (weight and bias) are summed.
-        beta : float
-        gate : Tensor, optional
-            Zero where nothing may change.
-        """
-        total = torch.zeros_like(self.covariance)
-        total.index_add_(0, self._index(places), samples)
-        touched = sorted(set(places))
-        if len(touched) == len(total):
-            ema_(self.covariance, total, beta, gate)
-            return
-        index = self._index(touched)
-        part = self.covariance.index_select(0, index)
-        ema_(part, total.index_select(0, index), beta, gate)
-        self.covariance.index_copy_(0, index, part)
-
-    def _index(self, places: Sequence[int]) -> Tensor:
-        """Places on the device, copied there once: a recorded step may copy nothing."""
-        key = tuple(places)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(places, device=self.frame.device)
-        return self._indices[key]
 
     def strays(self, field: Tensor) -> Tensor:
         """Whether the frames in use fit the parameters no more, from a fresh ``field``.
@@ -374,61 +271,3 @@ class SharedResidualFrame:
         self.oriented = True
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)
-
-
-class WatchedFactors:
-    """Factors that frames were made from: did anyone but the optimizer write to them?
-
-    Torch counts most writes. Those through ``p.data`` in place and by NumPy are seen in a sample of
-    the values, where these are on the host; for others there is :meth:`ask`.
-
-    Parameters
-    ----------
-    blocks : iterable of Block
-    """
-
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        blocks = list(blocks)
-        self._factors = list({id(b.parameter): b.parameter for b in blocks}.values())
-        self._on_host = [b for b in blocks if b.parameter.device.type == "cpu"]
-        self._marks: list[tuple[int, int]] | None = None
-        self._asked = False
-        self._sample: Tensor | None = None
-        self._columns: list[Tensor] = []
-        self._pointers: list[int] = []
-
-    def ask(self) -> None:
-        """Take them for written to, until the next mark."""
-        self._asked = True
-
-    def mark(self, look: bool) -> None:
-        """Note that the factors are now as the optimizer knows them; with ``look``, a sample."""
-        self._marks, self._asked = marks_of(self._factors), False
-        self._sample = self._sampled(self._marks) if look and self._on_host else None
-
-    def were_written(self, look: bool) -> bool:
-        """Whether others wrote to a factor since the last mark, as far as can be told."""
-        if self._marks is None or self._asked:
-            return self._asked
-        marks = marks_of(self._factors)
-        if marks != self._marks:
-            return True
-        if not look or self._sample is None:
-            return False
-        return not torch.equal(self._sampled(marks), self._sample)
-
-    def _sampled(self, marks: list[tuple[int, int]]) -> Tensor:
-        """The first column of every factor: an entry of each channel."""
-        pointers = [pointer for pointer, _ in marks]
-        if pointers != self._pointers:
-            self._columns = [block.view().select(-1, 0) for block in self._on_host]
-            self._pointers = pointers
-        return torch.cat([column.reshape(-1) for column in self._columns])
-
-
-def marks_of(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Where parameters lie and how often torch has seen them written to; nothing waits for it.
-
-    Writes to ``p.data`` in place and by NumPy are not counted there.
-    """
-    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]

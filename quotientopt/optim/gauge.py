@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide
-from quotientopt.optim.slices import SIDES, Slices, takes_part
+from quotientopt.optim.checks import takes_part
+from quotientopt.optim.slices import SIDES, Slices
 from quotientopt.optim.update import keeps_wide, round_stochastically, working_copy
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION

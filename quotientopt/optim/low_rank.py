@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
-from quotientopt.optim.update import TIE_BREAK, trace_normalised
+from quotientopt.optim.eigenframes import TIE_BREAK, trace_normalised
 
 # A pivot over its diagonal entry is the squared sine of a row's angle to those above it. Grams of
 # float32 factors in float64 resolve sines of a millionth.
@@ -124,7 +124,7 @@ def eigenframe(covariance: Tensor, tie_break: Tensor) -> Tensor:
         EMA(zzᵀ), shape ``(N, r, r)``.
     tie_break : Tensor
         An invariant of the partner that turns with the frame, same shape, of order one. It decides
-        where the covariance slices directions undecided.
+        where the covariance leaves directions undecided.
     """
     pooled = trace_normalised(covariance).add_(tie_break, alpha=TIE_BREAK)
     return torch.linalg.eigh(pooled).eigenvectors.flip(-1).mT

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
-from quotientopt.optim.frames import marks_of
+from quotientopt.optim.checks import marks_of
 from quotientopt.optim.low_rank import Coefficients, adam_
 from quotientopt.optim.polar import row_polar_factor
 from quotientopt.optim.update import round_stochastically

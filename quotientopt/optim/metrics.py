@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from quotientopt._linalg import Pair, compute_dtype, wide, wide_dtype
 from quotientopt.groups import GL, O, PlaneCommutant, RotaryCommutant, StructureGroup
-from quotientopt.optim.checks import HEAD_FRAMES, PAIR_METRICS
+from quotientopt.optim.checks import full_precision
 from quotientopt.optim.dressing import head_dressing
 from quotientopt.optim.gauge import gradient_at_fixed_bias, seen_weights
+from quotientopt.optim.options import HEAD_FRAMES, PAIR_METRICS
 from quotientopt.optim.slices import find_slices
-from quotientopt.optim.symmetric_optimizer import full_precision
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,

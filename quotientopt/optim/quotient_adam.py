@@ -1,14 +1,15 @@
 """QuotientAdam: Adam on dressed fields.
 
 :mod:`quotientopt.optim.reference` has it in its plainest form, :mod:`quotientopt.optim.update` its
-formulas. A step here is prepared, refused or not, and taken: over all framed parameters by the
-:mod:`~quotientopt.optim.engine`, on stacks by its :mod:`~quotientopt.optim.buckets`, in their
-:mod:`~quotientopt.optim.frames`, with the formulas of ``update`` and ``polar``.
+formulas. A step here is prepared, refused or not (:mod:`~quotientopt.optim.checks`), and taken:
+over all framed parameters by the :mod:`~quotientopt.optim.engine`, on stacks by its
+:mod:`~quotientopt.optim.buckets`, with the formulas of ``update`` and ``polar``, in
+:mod:`~quotientopt.optim.frames` that are made every tenth time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,15 +17,19 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from quotientopt.optim.checks import (
-    OPTIONS,
     NonfiniteGate,
+    clip_scale,
+    full_precision,
+    gradients_of,
     kept_from_overflow,
+    loss_of,
     norms_of,
-    refuse_bad_hyperparameters,
     refuse_changed_options,
-    refuse_mixed_groups,
     refuse_nonfinite,
+    refuse_replaced,
     refuse_sparse,
+    signature_of,
+    takes_part,
 )
 from quotientopt.optim.engine import Engine, Peers, PreparedStep
 from quotientopt.optim.gauge import (
@@ -36,11 +41,11 @@ from quotientopt.optim.gauge import (
     refuse_unmovable,
     refuse_untaken_translations,
 )
-from quotientopt.optim.saved import refuse_replaced
-from quotientopt.optim.slices import Slices, find_slices, planned_groups, signature_of, takes_part
+from quotientopt.optim.options import OPTIONS, refuse_bad_hyperparameters, refuse_mixed_groups
+from quotientopt.optim.slices import Slices, find_slices, planned_groups
 from quotientopt.optim.state import KEYS, PLAIN_KEYS, follow_version, refuse_framed_state, settle
-from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
-from quotientopt.optim.update import adamw_step, clip_scale
+from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer
+from quotientopt.optim.update import adamw_step
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 
@@ -84,18 +89,16 @@ class QuotientAdam(SymmetricOptimizer):
     example_inputs : Tensor, tuple, list or mapping, optional
         A batch, from which what no class tells is found (:func:`quotientopt.find_symmetries`).
     hidden_units : bool
-        Dress the scales of hidden units as well (``symmetries.hidden_units``: gated and ReLU
-        layers), so that the trajectory does not see them. Meant for ``polar=True``; the other
-        settings treat every unit by itself.
+        Dress the scales of hidden units as well (``symmetries.hidden_units``: gated, ReLU layers),
+        which the trajectory then does not see. Meant for ``polar=True``; else units are apart.
     head_frame : {"balanced", "orthonormal", "svd"} or None
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
         of the dressed covariance. ``"orthonormal"``: orthonormal coordinates of the partner,
         likewise turned. ``"svd"``: the singular vectors of AᵀB alone. Under a group of rotations
         all three are eigenframes.
     row_frame : {"per_matrix", "per_head"}
-        What the eigenframe of a head frame turns: the rows of all heads of a matrix together, which
-        frames the matrix on both sides as SOAP does and follows the covariance by orthogonal
-        iteration; or each head's rows by themselves, by eigen-decompositions of r × r matrices.
+        What an eigenframe turns: the rows of all heads of a matrix together, framed on both sides
+        then as by SOAP, by orthogonal iteration; or each head's, by r × r eigen-decompositions.
     hidden_frame : {"per_matrix"} or None
         Of the hidden units of MLPs, the other axis of the stream's matrices without heads:
         eigenframes that follow their gradients' covariance, as SOAP has them, at the cost of the
@@ -117,8 +120,7 @@ class QuotientAdam(SymmetricOptimizer):
     polar : bool or "step"
         True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
         of a matrix together, by polynomials that end within 7.5 %. "step": one polynomial, head by
-        head, as in version 0.1.0. Both commute with rotations, so that nothing is lost of the
-        equivariance. False: Adam's direction as it is.
+        head, as in version 0.1.0. Both commute with rotations. False: Adam's direction as it is.
     update_scale : float
         Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F, and of its
         weight decay, ηsλ. Its singular values being nearly equal, its spectral norm is several
@@ -144,9 +146,8 @@ class QuotientAdam(SymmetricOptimizer):
     stochastic_rounding : bool
         Round narrower parameters to one of their two neighbours at odds that keep the mean.
     capturable : bool
-        Make steps alike, so that they can be recorded as a CUDA graph: counts are kept on the
-        device, covariances take every gradient, frames are made in steps taken directly and by
-        :meth:`refresh_frames`.
+        Make steps alike, to be recorded as a CUDA graph: counts are on the device, covariances take
+        every gradient, frames are made in steps taken directly and by :meth:`refresh_frames`.
 
     Raises
     ------
@@ -162,10 +163,6 @@ class QuotientAdam(SymmetricOptimizer):
 
     Sources: François & Ravera, arXiv 2602.18948 (dressing fields); Kingma & Ba 2015; Loshchilov &
     Hutter 2019; Vyas et al., arXiv 2409.11321 (Adam in an eigenbasis).
-
-    Examples
-    --------
-    >>> optimizer = QuotientAdam(model, lr=1e-2, weight_decay=0.1)      # doctest: +SKIP
     """
 
     _torch_name = "torch.optim.AdamW"
@@ -225,7 +222,7 @@ class QuotientAdam(SymmetricOptimizer):
         """Cut the parameters into slices; state is allocated at the next step."""
         refuse_mixed_groups(self.param_groups)
         self._refuse_replaced()
-        if any_sharded(p for group in self.param_groups for p in group["params"]):
+        if any_sharded(self._parameters()):
             # Only here: torch.distributed is not there on every platform.
             from quotientopt.optim.sharded import planned
 
@@ -237,10 +234,12 @@ class QuotientAdam(SymmetricOptimizer):
 
     def _current_sharded(self) -> Sharded | None:
         """The step of sharded parameters as they are now; None for whole ones."""
-        parameters = (p for group in self.param_groups for p in group["params"])
-        if any_sharded(parameters) and self._signature != signature_of(self.param_groups):
+        if self._signature != signature_of(self.param_groups) and any_sharded(self._parameters()):
             self._plan()
         return self._sharded
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
@@ -286,15 +285,16 @@ class QuotientAdam(SymmetricOptimizer):
         if sharded is not None:
             with full_precision():
                 sharded.step()
-        elif self._gradients():
+        elif gradients_of(self.param_groups):
             with full_precision():
                 if self._signature != signature_of(self.param_groups):
                     self._plan()  # Which output biases are trained may have changed.
-                held = begin(self._absorbed)
+                held = begin(self._absorbed) if self._absorbed else []
                 try:
-                    self._step(self._gradients(), held)
+                    self._step(gradients_of(self.param_groups), held)
                 finally:
-                    put_back(held)
+                    if held:
+                        put_back(held)
         return loss
 
     def _step(self, gradients: dict[Tensor, Tensor], held: Sequence[Held]) -> None:
@@ -338,7 +338,8 @@ class QuotientAdam(SymmetricOptimizer):
         prepared.engine.take(prepared, scale, gate)
         for group, own in zip(self.param_groups, self._slices.plain, strict=True):
             adamw_step(group, [p for p in own if p.grad is not None], self.state, scale, gate)
-        finish(held, self._absorbed, gate, self.state)
+        if held:
+            finish(held, self._absorbed, gate, self.state)
         prepared.engine.mark(prepared.look)
         self._asked = False
 

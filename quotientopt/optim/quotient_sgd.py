@@ -16,12 +16,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.sgd import sgd
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.checks import (
-    largest_entries,
-    refuse_bad_options,
-    refuse_nonfinite_entries,
-    refuse_sparse_of_pairs,
-)
+from quotientopt.optim.checks import full_precision, gradients_of, loss_of, signature_of, takes_part
 from quotientopt.optim.gauge import (
     Held,
     absorbed_biases,
@@ -32,9 +27,16 @@ from quotientopt.optim.gauge import (
     refuse_untaken_translations,
 )
 from quotientopt.optim.metrics import refuse_unknown_geometry
-from quotientopt.optim.sgd_pairs import SymmetricPair, batches
-from quotientopt.optim.slices import Slice, find_slices, layout_of, takes_part
-from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer, full_precision, loss_of
+from quotientopt.optim.options import refuse_bad_options
+from quotientopt.optim.sgd_pairs import (
+    SymmetricPair,
+    batches,
+    largest_entries,
+    refuse_nonfinite_entries,
+    refuse_sparse_of_pairs,
+)
+from quotientopt.optim.slices import Slice, find_slices
+from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 from quotientopt.symmetries.map import RESIDUAL
@@ -199,13 +201,7 @@ class QuotientSGD(SymmetricOptimizer):
 
     def _current_signature(self) -> tuple[Any, ...]:
         """What the plan depends on; it is made anew when this changes."""
-        return tuple(
-            (
-                group["metric"],
-                *map(layout_of, group["params"]),
-            )
-            for group in self.param_groups
-        )
+        return signature_of(self.param_groups, ("metric",))
 
     @_disable_dynamo
     @torch.no_grad()
@@ -228,14 +224,14 @@ class QuotientSGD(SymmetricOptimizer):
             (names the symmetry); parameters and state stay as they were.
         """
         loss = loss_of(closure)
-        gradients = self._gradients()
+        gradients = gradients_of(self.param_groups)
         if gradients:
             with full_precision():
                 if self._signature != self._current_signature():
                     self._plan()
                 held = begin(self._absorbed, coupled=True)
                 try:
-                    self._step(self._gradients(), held)
+                    self._step(gradients_of(self.param_groups), held)
                 finally:
                     put_back(held)
         return loss

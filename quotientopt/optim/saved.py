@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt.optim.checks import refuse_options_of_torch
+from quotientopt.optim.options import refuse_options_of_torch
 
 # Of a saved param group, in the order of its "params": as torch calls them, and whether there was
 # state. They are not kept in an optimizer's own param groups.
@@ -400,26 +400,3 @@ def refuse_unfit(
                     f"the {kind}{key!r} of {name_of(parameter)!r} has shape {tuple(shape)}, "
                     f"expected {tuple(parameter.shape)}: it is the state of another parameter"
                 )
-
-
-def refuse_replaced(
-    parameters: Iterable[Tensor],
-    state: Mapping[Tensor, dict[str, Any]],
-    wanted: Sequence[str],
-    name_of: Callable[[Tensor], str],
-) -> None:
-    """The same before a step, of what others have put into the state; values are not looked at.
-
-    A count that is a number becomes a tensor, as torch's optimizers need it.
-    """
-    moments = [key for key in wanted if key != "step"]
-    for parameter in parameters:
-        own = state.get(parameter)
-        if not own:
-            continue
-        step = own.get("step")
-        shapes = [getattr(own.get(key), "shape", None) for key in moments]
-        if isinstance(step, Tensor) and all(shape == parameter.shape for shape in shapes):
-            continue
-        refuse_unfit([parameter], state, wanted, name_of, kind="state's ")
-        own["step"] = torch.as_tensor(step, dtype=torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -349,3 +349,43 @@ class PairBatch:
         """Whether :meth:`refuse` would raise, as tensors."""
         finite = torch.stack([direction.isfinite().all() for direction in self.directions])
         return [~self.geometry.finite.all(), ~finite.all()]
+
+
+def refuse_sparse_of_pairs(gradients: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse sparse gradients of parameters that belong to a symmetry."""
+    for name, gradient in gradients:
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {name!r} is sparse, and the parameter belongs to a symmetry; "
+                "use dense gradients (for an embedding: sparse=False)"
+            )
+
+
+def largest_entries(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Largest modulus of each gradient, which is finite where all its entries are."""
+    values = [g._values() if g.is_sparse else g for g in gradients]
+    values = [value for value in values if value.numel()]
+    return list(torch._foreach_norm(values, float("inf"))) if values else []
+
+
+def refuse_nonfinite_entries(
+    gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]
+) -> None:
+    """Refuse gradients with NaN or infinite entries.
+
+    Raises
+    ------
+    GradientError
+        Naming the first parameter.
+    """
+    bad = [
+        name_of(parameter)
+        for parameter, gradient in gradients.items()
+        if not all(bool(largest.isfinite()) for largest in largest_entries([gradient]))
+    ]
+    if bad:
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise GradientError(
+            f"the gradient of {bad[0]!r}{others} has NaN or infinite entries; nothing was updated. "
+            "Skip this batch, lower the learning rate, or scale the loss with a GradScaler"
+        )

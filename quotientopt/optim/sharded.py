@@ -41,9 +41,10 @@ from quotientopt.optim.checks import (
     LARGEST_NORM,
     GradientError,
     StepRefusedError,
+    clip_scale,
+    gradients_of,
     norms_of,
     refuse_nonfinite,
-    refuse_options_of_whole_models,
 )
 from quotientopt.optim.engine import PreparedStep
 from quotientopt.optim.exchange import (
@@ -55,6 +56,7 @@ from quotientopt.optim.exchange import (
     written_to,
 )
 from quotientopt.optim.gauge import begin, put_back
+from quotientopt.optim.options import refuse_options_of_whole_models
 from quotientopt.optim.ownership import (
     Placed,
     Region,
@@ -66,7 +68,7 @@ from quotientopt.optim.ownership import (
     local_part,
 )
 from quotientopt.optim.sharded_state import collect, load, packed, restore, show
-from quotientopt.optim.update import clip_scale
+from quotientopt.optim.update import decay_scale_of
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.block import empty_like_whole
 
@@ -101,9 +103,8 @@ class Sharded:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.device = local_part(parameters[0]).device
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(
-            gathered, [Region.of(p) for p in (*parameters, *extra)], group=self.group
-        )
+        regions = [Region.of(p) for p in (*parameters, *extra)]
+        dist.all_gather_object(gathered, regions, group=self.group)
         if len({len(found) for found in gathered}) != 1:
             raise ValueError("the processes have optimizers over different numbers of parameters")
         placed = [
@@ -306,7 +307,7 @@ class Sharded:
 
     def _prepare(self) -> tuple[PreparedStep | None, Exception | None]:
         try:
-            return self.inner._prepare(self.inner._gradients()), None
+            return self.inner._prepare(gradients_of(self.inner.param_groups)), None
         except Exception as problem:
             # Told to the others, who would wait for this process in the next collective.
             return None, problem
@@ -337,7 +338,7 @@ class Sharded:
             self._refuse(problem)
         if not square < float("inf"):
             try:
-                refuse_nonfinite(norms, self.inner._gradients(), self.inner._name)
+                refuse_nonfinite(norms, gradients_of(self.inner.param_groups), self.inner._name)
             except GradientError as found:
                 problem = found
             self._refuse(problem)
@@ -393,7 +394,7 @@ class Sharded:
                 parcels.then(copied(shard, part))
             else:
                 group = groups[id(own.parameter)]
-                scale = 1.0 if own.framed is None else own.framed.decay_scale(group)
+                scale = 1.0 if own.framed is None else decay_scale_of(own.framed, group)
                 kept = 1 - group["lr"] * scale * group["weight_decay"]
                 parcels.then(decayed_and_added(shard, part, kept))
         parcels.start()

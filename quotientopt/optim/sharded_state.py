@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from quotientopt.optim.checks import full_precision
 from quotientopt.optim.ownership import Placed, local_part
 from quotientopt.optim.saved import arranged, with_names
-from quotientopt.optim.symmetric_optimizer import full_precision
 
 if TYPE_CHECKING:
     from quotientopt.optim.sharded import Sharded

@@ -1,6 +1,7 @@
 """Slices: the pieces of a model's parameters that are updated in frames of their own.
 
-:func:`find_slices` cuts them; :func:`signature_of` tells when that has to be done again.
+:func:`find_slices` cuts them; :func:`quotientopt.optim.checks.signature_of` tells when that has to
+be done again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
+from quotientopt.optim.checks import takes_part
+from quotientopt.optim.options import TRANSPORTED
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.pairs import is_lora_pair
 
@@ -23,9 +26,6 @@ SIDES = ("left", "right")
 
 # A name in a list of modules: what is before the first number.
 NUMBERED = re.compile(r"((?:[^.]+\.)*?)\d+\.")
-
-# Coordinates of LoRA pairs that follow the factors.
-TRANSPORTED = "transported"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Slice:
     embedding: bool = False
     rest_of: Slice | None = None
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """``(M, heads, r, n)``."""
         return (len(self.blocks), *self.blocks[0].size)
@@ -84,34 +84,6 @@ class Slice:
         """Whether its rows, hidden units, get a frame of their own, as its columns do."""
         own = self.residual and self.symmetry is None and not self.embedding
         return own and group["hidden_frame"] is not None
-
-    def scale(self, group: Mapping[str, Any]) -> float:
-        """Size of its updates over that of Adam's under the options of its param group."""
-        if not self.takes_scale:
-            return 1.0
-        scale: float = group["update_scale"]
-        if not self.embedding:
-            return scale
-        return scale * group["embedding_scale"] * embedding_width_factor(self.shape[-1])
-
-    def decay_scale(self, group: Mapping[str, Any]) -> float:
-        """The same of its weight decay, which is one for a whole parameter."""
-        return self.scale(group) if self.rest_of is None else self.rest_of.scale(group)
-
-
-# Of the stream, between which embeddings' updates shrink.
-EMBEDDING_WIDTHS = (128, 1024)
-
-
-def embedding_width_factor(width: int) -> float:
-    """128/d of a stream of width d: 1 up to d = 128, 1/8 from d = 1024 on.
-
-    A logit is a sum over d entries of the head, each of which Adam moves by the learning rate, and
-    the best rates of embeddings and head fall about so from d = 128 to d = 512, where those of the
-    polar updates stay (docs/learning_rate.md); beyond, it is continued.
-    """
-    narrow, broad = EMBEDDING_WIDTHS
-    return narrow / min(max(width, narrow), broad)
 
 
 def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:
@@ -350,26 +322,6 @@ def _with_suffixes(slices: Sequence[Slice]) -> list[Slice]:
     return [replace(slice_, suffix=f".{i}") for i, slice_ in enumerate(slices)]
 
 
-# Options on which slices, buckets and the tensors of the state depend.
-PLANNED = (
-    "head_frame",
-    "row_frame",
-    "hidden_frame",
-    "residual_frame",
-    "embedding_frame",
-    "second_moment",
-    "lora_frame",
-    "foreach",
-    "master_weights",
-    "capturable",
-)
-
-
-def takes_part(parameter: Tensor) -> bool:
-    """Whether a parameter is trained; a frozen one only serves as geometry."""
-    return parameter.requires_grad or parameter.grad is not None
-
-
 def planned_groups(
     param_groups: Sequence[Mapping[str, Any]], also: Container[Tensor] = ()
 ) -> list[dict[str, Any]]:
@@ -378,26 +330,3 @@ def planned_groups(
         {**group, "params": [p for p in group["params"] if takes_part(p) or p in also]}
         for group in param_groups
     ]
-
-
-def signature_of(param_groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    """What slices and buckets depend on; they are made anew when it changes."""
-    return tuple(
-        (
-            *(group[option] for option in PLANNED),
-            *map(layout_of, group["params"]),
-        )
-        for group in param_groups
-    )
-
-
-def layout_of(parameter: Tensor) -> tuple[Any, ...]:
-    """Which parameter it is, whether it is trained, and how it lies in memory."""
-    return (
-        id(parameter),
-        takes_part(parameter),
-        parameter.dtype,
-        parameter.device,
-        parameter.shape,
-        parameter.stride(),
-    )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quotientopt.optim.checks import full_precision
 from quotientopt.optim.saved import (
     NAMES,
     arranged,
@@ -23,26 +22,6 @@ from quotientopt.optim.saved import (
 from quotientopt.optim.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
 from quotientopt.symmetries.block import is_sharded, refuse_flattened
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Arithmetic as the tensors' dtypes say, whatever the user's global switches are.
-
-    Under autocast, with TF32 or bfloat16 products of float32 matrices, or with a narrow default
-    dtype, frames of badly conditioned factors would be rounding noise. The switches are put back.
-    """
-    precision, default = torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    with contextlib.ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        stack.callback(torch.set_default_dtype, default)
-        torch.set_float32_matmul_precision("highest")
-        if default.itemsize < 4:
-            torch.set_default_dtype(torch.float32)
-        yield
 
 
 class SymmetricOptimizer(Optimizer):
@@ -229,11 +208,6 @@ class SymmetricOptimizer(Optimizer):
     def _name(self, parameter: Tensor) -> str:
         return parameter_name(parameter, self._names, self.param_groups)
 
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """Gradients of the parameters that have one."""
-        parameters = (p for group in self.param_groups for p in group["params"])
-        return {p: p.grad for p in parameters if p.grad is not None}
-
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups, as of torch's optimizers.
 
@@ -338,14 +312,6 @@ class SymmetricOptimizer(Optimizer):
             self._places = []
             self._names = {id(parameter): name for parameter, name in named}
             self._plan()
-
-
-def loss_of(closure: Any) -> Any:
-    """What the closure of a step returns, with gradients on; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def refuse_foreign_symmetries(

@@ -5,9 +5,10 @@
     D = m̂ / (√v̂ + ε)
     W ← (1 − ηλ) W − η uᵀ p(D) Qᵀ          η: the learning rate times `update_scale`
 
-The letters are those of docs/quotient_adam.md. In this order: products, covariances and frames,
-clipping, Adam, rounding; at the end torch's AdamW for parameters without frames. The polar factor p
-has its own module, :mod:`quotientopt.optim.polar`; the plain form, one matrix at a time, is
+The letters are those of docs/quotient_adam.md. In this order: products, covariances,
+Adam, sizes, rounding; at the end torch's AdamW for parameters without frames. The polar factor p
+has its own module, :mod:`quotientopt.optim.polar`, frames :mod:`quotientopt.optim.eigenframes`;
+the plain form, one matrix at a time, is
 :mod:`quotientopt.optim.reference`.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from torch.optim.adamw import adamw
 
 from quotientopt._linalg import compute_dtype
 
+if TYPE_CHECKING:
+    from quotientopt.optim.slices import Slice
+
 Product = Callable[[Tensor, Tensor], Tensor]
 PRECISIONS = ("highest", "high", "fast")
-TIE_BREAK = 1e-3
 
 
 def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
@@ -92,105 +95,36 @@ def ema_(average: Tensor, new: Tensor, beta: float, gate: Tensor | None = None) 
     average.lerp_(new, weight[..., None, None])
 
 
-def trace_normalised(matrix: Tensor) -> Tensor:
-    """``matrix`` over its trace, so that eigen-decompositions see numbers of order one."""
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return matrix / trace.clamp_min(torch.finfo(matrix.dtype).tiny)
-
-
-def break_ties(covariance: Tensor, *weights_grams: Tensor, times: float = 1.0) -> Tensor:
-    """Trace-normalised covariance of dressed gradients, plus a little of the dressed weights'.
-
-    The covariance is singular early on and where fewer gradients than directions were seen; there
-    its eigenvectors would be rounding noise. Grams of weights break the ties by something that
-    transforms the same way; together they must have full rank.
-    """
-    broken = trace_normalised(covariance)
-    for gram in weights_grams:
-        broken = broken.add_(trace_normalised(gram), alpha=times * TIE_BREAK)
-    return broken
-
-
-# Relative to the mean eigenvalue.
-SHIFT = 1e-3
-
-
-def residual_eigenframe(covariance: Tensor, weights_gram: Tensor, pooled_gram: Tensor) -> Tensor:
-    """Columns are eigenvectors of a residual-axis covariance, its ties broken by the weights.
+def ema_at_(
+    average: Tensor,
+    samples: Tensor,
+    places: Tensor,
+    touched: Tensor | None,
+    beta: float,
+    gate: Tensor | None = None,
+) -> None:
+    """:func:`ema_` of some entries of a stack; samples of one entry (weight and bias) are summed.
 
     Parameters
     ----------
-    covariance, weights_gram : Tensor
-        Σ (u∂)ᵀ(u∂) and WᵀW of the dressed weights, symmetric, shape ``(…, d, d)``.
-    pooled_gram : Tensor
-        WᵀW summed over all matrices of the stream, ``(d, d)``: a matrix with few rows slices
-        directions free that only the others tell apart.
+    average : Tensor
+        Shape ``(E, …)``.
+    samples : Tensor
+        Shape ``(K, …)``.
+    places : Tensor
+        The entry of each sample, ``(K,)``.
+    touched : Tensor, optional
+        The entries that have samples; None for all.
+    beta, gate
+        As there.
     """
-    return torch.linalg.eigh(break_ties(covariance, weights_gram, pooled_gram)).eigenvectors
-
-
-def next_eigenframe(covariance: Tensor, frame: Tensor) -> Tensor:
-    """One step of orthogonal iteration, Q ← orthonormalise((R + δ) Q), largest Rayleigh first.
-
-    The shift δ, a thousandth of the mean eigenvalue, slices directions without gradients as they
-    are. Rotations of the axis go through: from O R Oᵀ and O Q comes O times the same. (Vyas et al.,
-    arXiv 2409.11321, use the same iteration.)
-
-    Parameters
-    ----------
-    covariance, frame : Tensor
-        R and orthogonal Q, shape ``(…, d, d)``.
-    """
-    covariance = trace_normalised(covariance)
-    image = covariance @ frame
-    rayleigh = (frame * image).sum(-2, keepdim=True)
-    order = rayleigh.argsort(dim=-1, descending=True, stable=True).expand_as(frame)
-    image = image.add_(frame, alpha=SHIFT / frame.size(-1))
-    return orthonormalise(image.gather(-1, order))
-
-
-def orthonormalise(matrix: Tensor) -> Tensor:
-    """Q of the QR decomposition with positive diagonal, of invertible ``(…, d, d)`` matrices.
-
-    On accelerators by Cholesky's decomposition of the Gram matrix in float64, which is batched
-    there as Householder's reflections are not; one that fails gives NaN, as does a NaN.
-    """
-    if matrix.device.type == "cpu":
-        Q, R = torch.linalg.qr(matrix)
-        return Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
-    return orthonormalise_by_cholesky(matrix)
-
-
-def orthonormalise_by_cholesky(matrix: Tensor) -> Tensor:
-    """The same as :func:`orthonormalise`, by Cholesky's decomposition."""
-    wide = matrix if matrix.device.type == "mps" else matrix.double()
-    wide = wide / torch.linalg.vector_norm(wide, dim=-2, keepdim=True)
-    factor = torch.linalg.cholesky_ex(wide.mT @ wide).L
-    return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.to(matrix.dtype)
-
-
-def rotate_(frame: Tensor, covariance: Tensor | None, rotation: Tensor) -> None:
-    """Move a residual frame and covariance along with ``W ↦ W Oᵀ``: Q ↦ O Q, R ↦ O R Oᵀ."""
-    rotation = rotation.to(frame)
-    frame.copy_(rotation @ frame)
-    if covariance is not None:
-        covariance.copy_(rotation @ covariance @ rotation.mT)
-
-
-def clip_scale(norms: Sequence[Tensor], limit: float | None) -> Tensor | None:
-    """Factor that brings gradients down to a norm of ``limit``; None where there is no limit.
-
-    Parameters
-    ----------
-    norms : sequence of Tensor
-        Of the dressed gradients, one each.
-    limit : float, optional
-    """
-    if limit is None:
-        return None
-    total = torch.linalg.vector_norm(torch.stack(list(norms)))
-    # Not a number only where the step is refused, or gated with gradients of zero.
-    return (limit / (total + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
+    total = torch.zeros_like(average).index_add_(0, places, samples)
+    if touched is None:
+        ema_(average, total, beta, gate)
+        return
+    part = average.index_select(0, touched)
+    ema_(part, total.index_select(0, touched), beta, gate)
+    average.index_copy_(0, touched, part)
 
 
 def moments_(
@@ -284,6 +218,36 @@ def direction(
     else:
         mean = exp_avg * scale
     return mean.div_(exp_avg_sq.sqrt().add_(eps * root))
+
+
+# Of the stream, between which embeddings' updates shrink.
+EMBEDDING_WIDTHS = (128, 1024)
+
+
+def embedding_width_factor(width: int) -> float:
+    """128/d of a stream of width d: 1 up to d = 128, 1/8 from d = 1024 on.
+
+    A logit is a sum over d entries of the head, each of which Adam moves by the learning rate, and
+    the best rates of embeddings and head fall about so from d = 128 to d = 512, where those of the
+    polar updates stay (docs/learning_rate.md); beyond, it is continued.
+    """
+    narrow, broad = EMBEDDING_WIDTHS
+    return narrow / min(max(width, narrow), broad)
+
+
+def scale_of(slice_: Slice, group: Mapping[str, Any]) -> float:
+    """s, the size of a slice's updates over that of Adam's, under the options of its group."""
+    if not slice_.takes_scale:
+        return 1.0
+    scale: float = group["update_scale"]
+    if not slice_.embedding:
+        return scale
+    return scale * group["embedding_scale"] * embedding_width_factor(slice_.shape[-1])
+
+
+def decay_scale_of(slice_: Slice, group: Mapping[str, Any]) -> float:
+    """The same of its weight decay, which is one for a whole parameter."""
+    return scale_of(slice_ if slice_.rest_of is None else slice_.rest_of, group)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:

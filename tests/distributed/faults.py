@@ -142,7 +142,7 @@ def found_before_sharding():
     return None
 
 
-def added_group(tensor_rate):
+def added_group(tensor_rate, row_frame):
     """A group that is added after some steps, and rates that a scheduler changes."""
     runs = []
     for way in (None, "fsdp"):
@@ -153,7 +153,9 @@ def added_group(tensor_rate):
         symmetries = find_symmetries(model)
         later = list(model.blocks[2].parameters())
         first = [p for p in model.parameters() if not any(p is own for own in later)]
-        optimizer = QuotientAdam(first, lr=rate, weight_decay=0.1, symmetries=symmetries)
+        optimizer = QuotientAdam(
+            first, lr=rate, weight_decay=0.1, symmetries=symmetries, row_frame=row_frame
+        )
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
         losses = []
         for i, tokens in enumerate(batches(6)):

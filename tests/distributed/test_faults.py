@@ -62,9 +62,12 @@ def test_symmetries_that_were_found_before_sharding(two):
         assert "belong to another model" in message
 
 
+# The first gradient of a group makes both of its frames, and in frames of all heads some entries of
+# it are near Adam's ε: they amplify rounding (to 1.3e-10 on one processor, 3e-12 on another).
+@pytest.mark.parametrize(("row_frame", "bound"), [("per_head", 1e-10), ("per_matrix", 1e-9)])
 @pytest.mark.parametrize("tensor_rate", [False, True])
-def test_a_group_that_is_added_later(two, tensor_rate):
-    assert max(two.run(added_group, tensor_rate)) < 1e-10
+def test_a_group_that_is_added_later(two, tensor_rate, row_frame, bound):
+    assert max(two.run(added_group, tensor_rate, row_frame)) < bound
 
 
 def test_the_example_of_the_document(two):

@@ -201,7 +201,7 @@ def test_slices_of_larger_tensors(make):
         models.append(model)
     assert not models[1].blocks[0].attention.query.weight.is_contiguous()
     for p, q in zip(*(m.parameters() for m in models), strict=True):
-        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+        assert (p - q).norm() < 1e-10 * p.norm()
 
 
 def test_complex_parameters_beside_real_ones(make):

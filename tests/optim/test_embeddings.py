@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import quotientopt as qo
-from quotientopt.optim.slices import embedding_width_factor
+from quotientopt.optim.update import embedding_width_factor
 from tests.optim.training import small_model, train, twin_of
 
 OPTIONS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.optim.frames import hidden_eigenframes
+from quotientopt.optim.eigenframes import hidden_eigenframes
 from tests.optim.test_oracle import SETTINGS, oracle_losses
 from tests.optim.test_twins import adamw, deviation, folded_llama
 from tests.optim.training import small_model, train, twin_of

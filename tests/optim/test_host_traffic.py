@@ -1,6 +1,8 @@
 """Between fresh frames a step reads nothing from the device and copies nothing to it."""
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +90,36 @@ def test_launches_do_not_grow_with_layers(options, monkeypatch):
     with Launches() as launches:
         muon.step()
     assert launches.count > 2 * counts[1]
+
+
+def files_of_a_step(model, optimizer):
+    """The package's files that a step calls into."""
+    optimizer.zero_grad()
+    loss_of(model, next(iter(batches(1)))).backward()
+    root, files = Path(qo.__file__).parent, set()
+
+    def note(frame, event, argument):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(root):
+            files.add(file.relative_to(root).as_posix())
+
+    sys.setprofile(note)
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def test_an_ordinary_step_passes_through_six_files():
+    """What a reader has to open to follow one from top to bottom."""
+    model = small_model(dtype=torch.float32)
+    optimizer = qo.QuotientAdam(model, lr=1e-3)
+    train(model, optimizer, 2)
+    names = ("quotient_adam", "checks", "engine", "buckets", "update", "polar")
+    # The third step takes no covariances, the fourth does.
+    for _ in range(2):
+        assert files_of_a_step(model, optimizer) == {f"optim/{name}.py" for name in names}
+    train(model, optimizer, 5)
+    # Control: the tenth makes frames.
+    assert len(files_of_a_step(model, optimizer)) > 10

@@ -8,12 +8,12 @@ import torch
 
 import quotientopt as qo
 from quotientopt.optim.dressing import smallest_ratio
-from quotientopt.optim.update import (
+from quotientopt.optim.eigenframes import (
     next_eigenframe,
     orthonormalise,
     orthonormalise_by_cholesky,
-    round_stochastically,
 )
+from quotientopt.optim.update import round_stochastically
 from tests.optim.training import (
     batches,
     loss_of,

@@ -8,8 +8,8 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.groups import O
-from quotientopt.optim.checks import PAIR_METRICS
 from quotientopt.optim.metrics import measure
+from quotientopt.optim.options import PAIR_METRICS
 from quotientopt.optim.quotient_sgd import QuotientSGD
 from quotientopt.optim.sgd_pairs import horizontal_component
 from tests.optim.test_sgd_geometry import CASES, invariant_function, pair

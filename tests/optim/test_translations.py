@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quotientopt as qo
-from quotientopt.optim.checks import PAIR_METRICS
+from quotientopt.optim.options import PAIR_METRICS
 from quotientopt.optim.quotient_sgd import QuotientSGD
 
 STEPS = 30

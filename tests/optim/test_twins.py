@@ -116,7 +116,7 @@ def test_twins_with_fewer_tokens_than_rows(name, monkeypatch):
 
     monkeypatch.setattr("tests.optim.training.batches", few)
     assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) < 1e-8
-    monkeypatch.setattr("quotientopt.optim.update.TIE_BREAK", 0.0)
+    monkeypatch.setattr("quotientopt.optim.eigenframes.TIE_BREAK", 0.0)
     assert deviation(model, twin, lambda m: quotient_adam(m, residual_frame=None)) > 1e-5
 
 
@@ -266,10 +266,12 @@ def test_masters_of_output_biases_take_the_compensation(dtype):
         master = optimizer.state[bias]["master"]
         assert torch.equal(master.to(dtype), bias)
         outputs.append(
-            master + attention.c_proj.weight.float().mT @ attention.c_attn.bias[32:].float()
+            master.double()
+            + attention.c_proj.weight.double().mT @ attention.c_attn.bias[32:].double()
         )
     moved = torch.stack(outputs).diff(dim=0).abs().max()
-    assert 0 < moved < 1.2e-5
+    # About the rate in every step; a rounding of the bias itself would be 5e-4 at least.
+    assert 0 < moved < 2e-5
 
 
 def test_clipping_is_invariant():
