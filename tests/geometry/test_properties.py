@@ -39,16 +39,18 @@ def tangents(M, source, count):
 
 
 def conditioned_point(M, source):
-    """A point whose factors have moderate condition numbers: a random one plus orthonormal rows."""
+    """A point with moderate condition numbers: a random one, all singular values larger by 3.
+
+    (Its polar factor is added. Orthonormal rows of a QR decomposition, whose signs are the
+    library's own, make some of them smaller on one processor and larger on another.)
+    """
     x = M.random_point(generator=source, dtype=torch.float64)
 
-    def improve(X, rows):
-        Q = torch.linalg.qr(X.mT if rows else X).Q
-        return X + 3 * (Q.mT if rows else Q)
+    def improve(X):
+        U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+        return X + 3 * (U @ Vh)
 
-    if isinstance(x, tuple):
-        return tuple(improve(X, rows=True) for X in x)
-    return improve(x, rows=False)
+    return tuple(improve(X) for X in x) if isinstance(x, tuple) else improve(x)
 
 
 @examples
