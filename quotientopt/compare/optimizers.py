@@ -278,6 +278,12 @@ OPTIMIZERS: dict[str, Entry] = {
         ),
         Entry("quotient-adam", _quotient_adam(), QUOTIENT_RATES, EMBEDDING_SCALES),
         Entry(
+            "quotient-adam-leading",
+            _quotient_adam(hidden_frame="leading"),
+            QUOTIENT_RATES,
+            EMBEDDING_SCALES,
+        ),
+        Entry(
             "quotient-adam-hidden",
             _quotient_adam(hidden_frame="per_matrix"),
             QUOTIENT_RATES,

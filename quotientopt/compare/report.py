@@ -303,8 +303,9 @@ COLORS = {
     "soap-muon": "#56B4E9",
     "quotient-adam-0.1": "#E69F00",
     "geoopt-adam": "#CC79A7",
-    # Two of Tol's, which go with them.
+    # Three of Tol's, which go with them.
     "quotient-adam-hidden": "#882255",
+    "quotient-adam-leading": "#AA4499",
     "quotient-adam-small": "#999933",
 }
 STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {

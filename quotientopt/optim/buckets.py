@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype
 from quotientopt.optim.eigenframes import (
     embedding_frames,
     hidden_eigenframes,
@@ -17,6 +16,7 @@ from quotientopt.optim.eigenframes import (
     rotate_,
 )
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
+from quotientopt.optim.leading import along_and_rest, begin_, turn_
 from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_factor
 from quotientopt.optim.slices import Slice, stream_of
 from quotientopt.optim.update import (
@@ -45,7 +45,10 @@ class Bucket:
     and ``(L, M, 1, 1, n)``; the residual covariance R = EMA(Σ (u∂)ᵀ(u∂)) and its frame Q have
     shape ``(L, n, n)`` and go to ``O R Oᵀ`` and ``O Q`` under an orthogonal ``W ↦ W Oᵀ``. With
     ``hidden_frame``, slices without head frames have the like of their rows,
-    ``hidden_covariance`` and ``hidden_frame``, ``(L, rows, rows)``.
+    ``hidden_covariance`` and ``hidden_frame``, ``(L, rows, rows)``; or of k ``leading`` directions
+    E alone, ``hidden_frame`` and ``hidden_image``, EMA(∂∂ᵀE), ``(L, rows, k)``, and moments along
+    them, ``hidden_exp_avg`` and ``hidden_exp_avg_sq``, ``(L, 1, 1, k, n)``, beside which the
+    others hold what is orthogonal to E.
 
     Parameters
     ----------
@@ -97,9 +100,14 @@ class Bucket:
             if not self.embedding:
                 self.state["residual_covariance"] = self._zeros(len(slices), shape[-1], shape[-1])
             self.state["residual_frame"] = self._zeros(len(slices), shape[-1], shape[-1])
-        if slices[0].has_hidden_frame(options):
-            for key in ("hidden_covariance", "hidden_frame"):
-                self.state[key] = self._zeros(len(slices), self.rows, self.rows)
+        directions = slices[0].hidden_directions(options)
+        self.leading = 0 < directions < self.rows
+        if directions:
+            for key in ("hidden_frame", "hidden_image" if self.leading else "hidden_covariance"):
+                self.state[key] = self._zeros(len(slices), self.rows, directions)
+        if self.leading:
+            for key in ("hidden_exp_avg", "hidden_exp_avg_sq"):
+                self.state[key] = self._zeros(len(slices), 1, 1, directions, self.columns)
         self.device_steps: Tensor | None = None
         if options["capturable"]:
             self.device_steps = torch.zeros(len(slices), device=self.device)
@@ -204,7 +212,10 @@ class Bucket:
         if not self.residual or self.embedding:
             return
         rows = dressed.flatten(1, -2)
-        if "hidden_covariance" in self.state:
+        if self.leading:
+            image = rows @ (rows.mT @ self.state["hidden_frame"])
+            ema_(self.state["hidden_image"], image, beta, gate)
+        elif "hidden_covariance" in self.state:
             ema_(self.state["hidden_covariance"], rows @ rows.mT, beta, gate)
         gram = rows.mT @ rows
         if self.shared is not None:
@@ -236,7 +247,9 @@ class Bucket:
             breaking ties of the first residual frames; None where all slices are oriented.
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
-        if "hidden_frame" in self.state:
+        if self.leading:
+            turn_(self.state)
+        elif "hidden_frame" in self.state:
             old, new = self.state["hidden_frame"], [step == 0 for step in self.steps]
             norms = self.weights().flatten(1, -2).square().sum(-1) if any(new) else None
             hidden = hidden_eigenframes(self.state["hidden_covariance"], old, norms, new)
@@ -271,6 +284,9 @@ class Bucket:
         """
         mean = self.state["exp_avg"]
         mean.copy_(two_sided(left, mean, right))
+        if self.leading:
+            inside = self.state["hidden_exp_avg"]
+            inside.copy_(two_sided(None, inside, right))
         left = None if left is None else left.square()
         right = None if right is None else right.square()
         if self.factored:
@@ -280,6 +296,9 @@ class Bucket:
         else:
             square = self.state["exp_avg_sq"]
             square.copy_(two_sided(left, square, right))
+        if self.leading:
+            inside = self.state["hidden_exp_avg_sq"]
+            inside.copy_(two_sided(None, inside, right))
 
     def rotate_(self, rotation: Tensor) -> None:
         """Move frames and covariances along with ``W ↦ W Oᵀ``."""
@@ -302,10 +321,14 @@ class Bucket:
         gate : Tensor, optional
             One, or zero for a step that may change nothing; ``dressed`` is then zero.
         """
+        if self.leading and 0 in self.steps:
+            new = torch.tensor([step == 0 for step in self.steps], device=self.device)
+            begin_(self.state, dressed.flatten(1, -2), self.weights().flatten(1, -2), new)
         self.steps = [step + 1 for step in self.steps]
         if self.device_steps is not None:
             self.device_steps.add_(1 if gate is None else gate)
-        frames, hidden = self.residual_frames(), self.state.get("hidden_frame")
+        frames = self.residual_frames()
+        hidden = None if self.leading else self.state.get("hidden_frame")
         heads = None if self.heads is None else self.of_heads(self.heads.frame).mT
         if hidden is not None:
             heads = hidden[:, None, None]
@@ -315,7 +338,12 @@ class Bucket:
                 left = None if heads is None else heads[rows]
                 into = None if hidden is None else hidden[rows, None].mT
                 framed = two_sided(into, dressed[rows], frame, multiply)
-                update = self._direction(rows, framed, group, gate)
+                if self.leading:
+                    adam = partial(self._direction, rows, group=group, gate=gate)
+                    own = self.state["hidden_frame"][rows, None, None]
+                    update = along_and_rest(own, framed, adam, multiply)
+                else:
+                    update = self._direction(rows, framed, group=group, gate=gate)
                 update = self._turn_back(update, left, frame, multiply)
                 self._add_to_parameters(rows, update, group, gate)
 
@@ -326,9 +354,15 @@ class Bucket:
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _direction(
-        self, rows: slice, framed: Tensor, group: Mapping[str, Any], gate: Tensor | None
+        self,
+        rows: slice,
+        framed: Tensor,
+        part: str = "",
+        *,
+        group: Mapping[str, Any],
+        gate: Tensor | None,
     ) -> Tensor:
-        """Update both moments and return Adam's direction in the frame."""
+        """Update both moments and return Adam's direction in the frame, of a part of the state."""
         steps = self.steps[rows]
         step: int | Tensor = steps[0]
         if self.device_steps is not None:
@@ -336,8 +370,9 @@ class Bucket:
         elif len(set(steps)) > 1:
             step = torch.tensor(steps, dtype=self.dtype, device=self.device)
             step = step[:, None, None, None, None]
-        mean = self.state["exp_avg"][rows]
-        keys = ("exp_avg_sq_rows", "exp_avg_sq_columns") if self.factored else ("exp_avg_sq",)
+        mean = self.state[f"{part}exp_avg"][rows]
+        whole = not self.factored or part
+        keys = [f"{part}exp_avg_sq"] if whole else ["exp_avg_sq_rows", "exp_avg_sq_columns"]
         squares = [self.state[key][rows] for key in keys]
         partner = None if self.heads is None else self.heads.partner
         square = moments_(
@@ -401,50 +436,3 @@ class Bucket:
             torch._foreach_sub_(views, updates)
         else:
             torch._foreach_add_(views, updates, alpha=-rate)
-
-
-def stack_slices(
-    slices: Sequence[Slice],
-    frames: Mapping[int, HeadFrames],
-    param_groups: Sequence[Mapping[str, Any]],
-) -> tuple[list[Bucket], dict[tuple[Any, ...], SharedResidualFrame]]:
-    """Slices that are alike together, each by itself where ``foreach`` is False.
-
-    Parameters
-    ----------
-    slices : sequence of Slice
-    frames : mapping
-        Head frames by ``id`` of their slices.
-    param_groups : sequence of mapping
-
-    Returns
-    -------
-    list of Bucket
-    dict of tuple to SharedResidualFrame
-        By their stream.
-    """
-    shared: dict[tuple[Any, ...], SharedResidualFrame] = {}
-    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
-    # Left sides first: the slices of a bucket then lie in the order of their frames.
-    for slice_ in sorted(slices, key=lambda slice_: slice_.side):
-        key = (
-            slice_.group_index,
-            id(frames.get(id(slice_))),
-            slice_.shape,
-            slice_.residual,
-            (slice_.takes_scale, slice_.embedding, slice_.rest_of is None),
-            slice_.parameter.dtype,
-            slice_.parameter.device,
-            len(grouped) if param_groups[slice_.group_index]["foreach"] is False else None,
-        )
-        grouped[key].append(slice_)
-    buckets = []
-    for members in grouped.values():
-        first, options = members[0], param_groups[members[0].group_index]
-        own = None
-        if first.residual and not first.embedding and options["residual_frame"] == "shared":
-            stream = stream_of(first)
-            own = shared.setdefault(stream, SharedResidualFrame(*stream))
-        dtype = compute_dtype(first.parameter.dtype)
-        buckets.append(Bucket(members, frames.get(id(first)), own, dtype, options))
-    return buckets, shared

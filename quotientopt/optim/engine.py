@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
-from quotientopt.optim.buckets import Bucket, stack_slices
+from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.checks import WatchedFactors
 from quotientopt.optim.dressing import FreshDressing
 from quotientopt.optim.eigenframes import rotate_
-from quotientopt.optim.frames import stack_heads
 from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
 from quotientopt.optim.low_rank_stack import Prepared
 from quotientopt.optim.slices import Slices
+from quotientopt.optim.stacking import stack_heads, stack_slices
 from quotientopt.optim.state import State, adopt, filed
 from quotientopt.optim.update import ema_at_
 from quotientopt.symmetries.map import RESIDUAL

@@ -7,14 +7,11 @@ model is a :class:`SharedResidualFrame`; those of single matrices lie in their b
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import compute_dtype
 from quotientopt.optim.dressing import (
     DressedHeads,
     FreshDressing,
@@ -28,7 +25,7 @@ from quotientopt.optim.eigenframes import (
     next_eigenframe,
     residual_eigenframe,
 )
-from quotientopt.optim.slices import Slice, frame_kind
+from quotientopt.optim.slices import Slice
 from quotientopt.optim.update import ema_
 from quotientopt.symmetries import HeadSymmetry
 
@@ -200,40 +197,6 @@ class HeadFrames(DressedHeads):
                 inverse, transpose = block_diagonal(inverse), block_diagonal(transpose)
             left.copy_(left.to(g.dtype) @ inverse)
             right.copy_(right.to(g.dtype) @ transpose)
-
-
-def stack_heads(
-    slices: Sequence[Slice], param_groups: Sequence[Mapping[str, Any]]
-) -> tuple[list[HeadFrames], dict[int, HeadFrames]]:
-    """Frames of all heads of one kind, group, shape, dtype and device together.
-
-    Returns
-    -------
-    list of HeadFrames
-    dict of int to HeadFrames
-        The same by ``id`` of their slices.
-    """
-    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
-    for slice_ in slices:
-        if slice_.symmetry is not None:
-            options = param_groups[slice_.group_index]
-            kind, joint = frame_kind(options, slice_.symmetry), options["row_frame"] == "per_matrix"
-            key = (kind or "", joint, slice_.symmetry.group, slice_.symmetry.heads)
-            grouped[*key, slice_.parameter.dtype, slice_.parameter.device].append(slice_)
-    stacks: list[HeadFrames] = []
-    frames: dict[int, HeadFrames] = {}
-    for (kind, joint, *_), members in grouped.items():
-        parameter = members[0].parameter
-        heads = HeadFrames(
-            list(dict.fromkeys(slice_.symmetry for slice_ in members if slice_.symmetry)),
-            kind,
-            joint=joint,
-            dtype=compute_dtype(parameter.dtype),
-            device=parameter.device,
-        )
-        stacks.append(heads)
-        frames |= {id(slice_): heads for slice_ in members}
-    return stacks, frames
 
 
 class SharedResidualFrame:

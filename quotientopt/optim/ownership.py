@@ -331,6 +331,7 @@ def _state_size(slice_: Slice, options: Mapping[str, Any]) -> int:
     if slice_.symmetry is not None:
         joint = options["row_frame"] == "per_matrix"
         count += 2 * (heads * rank) ** 2 if joint else 2 * heads * rank**2
-    elif slice_.has_hidden_frame(options):
-        count += 2 * rank**2
+    elif directions := slice_.hidden_directions(options):
+        count += 2 * rank * directions
+        count += 2 * directions * columns if directions < rank else 0
     return count

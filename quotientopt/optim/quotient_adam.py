@@ -99,10 +99,10 @@ class QuotientAdam(SymmetricOptimizer):
     row_frame : {"per_matrix", "per_head"}
         What an eigenframe turns: the rows of all heads of a matrix together, framed on both sides
         then as by SOAP, by orthogonal iteration; or each head's, by r × r eigen-decompositions.
-    hidden_frame : {"per_matrix"} or None
-        Of the hidden units of MLPs, the other axis of the stream's matrices without heads:
-        eigenframes that follow their gradients' covariance, as SOAP has them, at the cost of the
-        rest of a step. No symmetry asks for them.
+    hidden_frame : {"leading", "per_matrix"} or None
+        Of the hidden units of MLPs, the other axis of the stream's matrices without heads: frames
+        of d/2 leading directions of their gradients' covariance, or eigenframes of all, as SOAP has
+        them, at the cost of the rest of a step. No symmetry asks for them.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     embedding_frame : {"fixed", "per_matrix"}
@@ -182,7 +182,7 @@ class QuotientAdam(SymmetricOptimizer):
         hidden_units: bool = False,
         head_frame: Literal["balanced", "orthonormal", "svd"] | None = "balanced",
         row_frame: Literal["per_matrix", "per_head"] = "per_matrix",
-        hidden_frame: Literal["per_matrix"] | None = None,
+        hidden_frame: Literal["leading", "per_matrix"] | None = None,
         residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
         embedding_frame: Literal["fixed", "per_matrix"] = "fixed",
         refresh_every: int = 10,

@@ -45,8 +45,9 @@ class PlainQuotientAdam:
     and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. Of
     ``embeddings``, matrices ``(rows, d)`` too, the frame stays as it was first made, from the
     weights, and Adam's direction as it is. ``hidden`` frames the rows of ``matrices`` as well (with
-    ``row_frame="per_matrix"``), ``factored`` keeps means of rows and columns of the second moment.
-    The options are those of :class:`quotientopt.QuotientAdam`.
+    ``row_frame="per_matrix"``), all of their directions or the leading ones; ``factored`` keeps
+    means of rows and columns of the second moment. The options are those of
+    :class:`quotientopt.QuotientAdam`.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class PlainQuotientAdam:
         row_frame: str = "per_head",
         update_scale: float = 4.0,
         embedding_scale: float = 2.0,
-        hidden: bool = False,
+        hidden: str | None = None,
         factored: bool = False,
     ) -> None:
         self.scale, self.embedding_scale, self.factored = update_scale, embedding_scale, factored
@@ -79,10 +80,12 @@ class PlainQuotientAdam:
         ]
         for s in self.state[len(self.params) - len(embeddings) :]:
             s["embedding"] = True
-        if hidden:
-            for matrix, s in zip(matrices, self.state[2 * len(pairs) :], strict=False):
+        for matrix, s in zip(matrices, self.state[2 * len(pairs) :], strict=False):
+            if hidden == "per_matrix":
                 # No group acts on the rows; they are turned like those of heads.
                 s["section"] = torch.eye(len(matrix), dtype=matrix.dtype)[None]
+            elif hidden == "leading" and len(matrix) > matrix.size(-1):
+                s["directions"] = matrix.size(-1) // 2
 
     @torch.no_grad()
     def step(self) -> None:
@@ -101,6 +104,8 @@ class PlainQuotientAdam:
                 dressed = s["section"] @ rows
             rows = dressed.reshape(-1, p.size(-1))
             s["R"] = self._average(s.get("R"), rows.T @ rows)
+            if "directions" in s:
+                self._lead(p, s, fresh)
             if fresh:
                 self._turn(p, s, pooled)
             self._update(p, s)
@@ -158,8 +163,8 @@ class PlainQuotientAdam:
                 s["Q"] = torch.linalg.eigh(broken)[1]
                 return
             Q = self._iterate(s["R"], s["Q"])
-            key = "columns" if self.factored else "v"
-            s[key] = s[key] @ (s["Q"].T @ Q).square()
+            for key in ("columns" if self.factored else "v", *(["along"] if "E" in s else [])):
+                s[key] = s[key] @ (s["Q"].T @ Q).square()
             s["Q"] = Q
 
     def _turn_rows(self, p: Tensor, s: State) -> None:
@@ -181,12 +186,31 @@ class PlainQuotientAdam:
             s[key] = (turn.mT @ change).square() @ s[key]
         s["frame"] = turn.mT @ section
 
-    @staticmethod
-    def _iterate(covariance: Tensor, frame: Tensor) -> Tensor:
+    def _lead(self, p: Any, s: State, fresh: bool) -> None:
+        """The frame E of the leading directions of a matrix's rows, and its image C E."""
+        if "E" not in s:
+            both = p.grad / p.grad.norm() + 0.1 * p / p.norm()
+            s["E"] = torch.linalg.svd(both)[0][:, : s["directions"]]
+            s["along"] = torch.zeros(s["directions"], p.size(-1), dtype=p.dtype)
+            return
+        E = s["E"]
+        s["image"] = self._average(s.get("image"), p.grad @ (p.grad.T @ E))
+        if fresh:
+            s["E"] = self._towards(s["image"] / (E * s["image"]).sum(), E)
+            R = s["E"].T @ E
+            rest = s["columns"] if self.factored else s["v"].mean(0, keepdim=True)
+            lost = 1 - R.square().sum(-1, keepdim=True)
+            s["along"] = R.square() @ s["along"] + lost * rest
+            s["image"] = s["image"] @ R.T
+
+    def _iterate(self, covariance: Tensor, frame: Tensor) -> Tensor:
         """One step of orthogonal iteration, largest Rayleigh quotient first."""
-        image = covariance @ frame / covariance.trace()
+        return self._towards(covariance @ frame / covariance.trace(), frame)
+
+    @staticmethod
+    def _towards(image: Tensor, frame: Tensor) -> Tensor:
         order = (frame * image).sum(0).argsort(descending=True)
-        Q, upper = torch.linalg.qr((image + 1e-3 / len(frame) * frame)[:, order])
+        Q, upper = torch.linalg.qr((image + 1e-3 / frame.size(-1) * frame)[:, order])
         return Q * upper.diagonal().sign()
 
     def _update(self, p: Any, s: State) -> None:
@@ -197,7 +221,12 @@ class PlainQuotientAdam:
         (b1, b2), t = self.betas, self.t
         gradient = self._rows(p.grad) if "frame" in s else p.grad
         s["m"] = b1 * s["m"] + (1 - b1) * gradient
-        square = into(gradient).square()
+        E = s.get("E", gradient.new_zeros(p.size(0), 0))
+
+        def rest(x: Tensor) -> Tensor:
+            return x - E @ (E.T @ x) if "E" in s else x
+
+        square = rest(into(gradient)).square()
         if self.factored:
             s["rows"] = b2 * s["rows"] + (1 - b2) * square.mean(-1, keepdim=True)
             means = square.mean(tuple(range(square.ndim - 1)), keepdim=True)
@@ -208,7 +237,11 @@ class PlainQuotientAdam:
         m = into(s["m"]) / (1 - b1**t)
         if self.nesterov:
             m = b1 * into(s["m"]) / (1 - b1 ** (t + 1)) + (1 - b1) * into(gradient) / (1 - b1**t)
-        update = m / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
+        update = rest(m) / ((s["v"] / (1 - b2**t)).sqrt() + 1e-8)
+        if "E" in s:
+            s["along"] = b2 * s["along"] + (1 - b2) * (E.T @ into(gradient)).square()
+            along = E.T @ m / ((s["along"] / (1 - b2**t)).sqrt() + 1e-8)
+            update = update + E @ along
         if not s["embedding"]:
             update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update

@@ -24,6 +24,9 @@ from quotientopt.symmetries.pairs import is_lora_pair
 
 SIDES = ("left", "right")
 
+# Columns of a matrix over the leading directions of its hidden units.
+LEADING = 2
+
 # A name in a list of modules: what is before the first number.
 NUMBERED = re.compile(r"((?:[^.]+\.)*?)\d+\.")
 
@@ -80,10 +83,17 @@ class Slice:
         lora = self.symmetry is not None and is_lora_pair(self.symmetry)
         return framed and not lora and self.shape[-1] > 1
 
-    def has_hidden_frame(self, group: Mapping[str, Any]) -> bool:
-        """Whether its rows, hidden units, get a frame of their own, as its columns do."""
-        own = self.residual and self.symmetry is None and not self.embedding
-        return own and group["hidden_frame"] is not None
+    def hidden_directions(self, group: Mapping[str, Any]) -> int:
+        """How many directions of its rows, hidden units, get a frame: all, the leading ones, or 0.
+
+        The leading ones are half as many as the columns, of matrices with more rows than columns.
+        """
+        rows, columns = self.shape[0] * self.shape[1] * self.shape[2], self.shape[3]
+        if not self.residual or self.symmetry is not None or self.embedding:
+            return 0
+        if group["hidden_frame"] == "leading":
+            return columns // LEADING if rows > columns else 0
+        return 0 if group["hidden_frame"] is None else rows
 
 
 def stream_of(slice_: Slice) -> tuple[int, torch.dtype, torch.device]:

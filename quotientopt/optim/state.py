@@ -4,8 +4,10 @@ Of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, sh
 n)`` (M > 1 for grouped queries; a matrix without head frame has ``(1, 1, rows, d)``, one whose
 heads share a frame ``(M, 1, heads r, n)``); ``head_frame``, ``head_covariance`` of shape ``(heads,
 r, r)``, or ``(1, heads r, heads r)``; ``residual_frame``, ``residual_covariance`` of shape ``(d,
-d)``; ``hidden_frame``, ``hidden_covariance`` of shape ``(rows, rows)``. Where several blocks share
-a fused parameter, keys end in ``.0``, ``.1``, …. A factor of a LoRA pair has ``exp_avg`` and
+d)``; ``hidden_frame``, ``hidden_covariance`` of shape ``(rows, rows)``, or of k leading directions
+``hidden_frame``, ``hidden_image`` of shape ``(rows, k)`` and the moments along them,
+``hidden_exp_avg``, ``hidden_exp_avg_sq`` of shape ``(1, 1, k, d)``. Where several blocks share a
+fused parameter, keys end in ``.0``, ``.1``, …. A factor of a LoRA pair has ``exp_avg`` and
 ``exp_avg_sq`` of shape ``(r, n)``, ``head_frame`` and ``head_covariance`` of shape ``(r, r)`` and
 ``partner_coordinates``, of the shape ``(r, m)`` of its partner, which do not change with the gauge
 either.
@@ -49,6 +51,9 @@ KEYS = (
     "head_covariance",
     "hidden_frame",
     "hidden_covariance",
+    "hidden_image",
+    "hidden_exp_avg",
+    "hidden_exp_avg_sq",
     "residual_frame",
     "residual_covariance",
     "partner_coordinates",
@@ -143,6 +148,7 @@ FRAME_KEYS = (
     "head_covariance",
     "hidden_frame",
     "hidden_covariance",
+    "hidden_image",
     "residual_frame",
     "residual_covariance",
     "partner_coordinates",
@@ -179,8 +185,10 @@ def refuse_singular_frames(
 
 def _problem_of_frame(key: str, saved: Tensor) -> str | None:
     matrix = torch.as_tensor(saved).detach()
-    if not matrix.numel() or matrix.ndim < 2 or matrix.size(-1) != matrix.size(-2):
+    if not matrix.numel() or matrix.ndim < 2 or matrix.size(-1) > matrix.size(-2):
         return None  # refused by its shape
+    if key != "hidden_frame" and matrix.size(-1) != matrix.size(-2):
+        return None
     matrix = wide(matrix)
     if key in ("residual_frame", "hidden_frame"):
         # Zero before there is one, else orthogonal.

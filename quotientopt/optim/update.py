@@ -85,11 +85,14 @@ def two_sided(
 def ema_(average: Tensor, new: Tensor, beta: float, gate: Tensor | None = None) -> None:
     """Exponential moving average in place that starts at its first non-zero sample.
 
-    ``average`` holds symmetric positive matrices; one that is zero has seen no gradient yet. With
-    a ``gate`` of zero nothing changes.
+    ``average`` holds symmetric positive matrices, or images of frames under them; one that is zero
+    has seen no gradient yet. With a ``gate`` of zero nothing changes.
     """
-    trace = average.diagonal(dim1=-2, dim2=-1).sum(-1)
-    weight = torch.where(trace == 0, 1.0, 1 - beta).to(average.dtype)
+    if average.size(-1) == average.size(-2):
+        size = average.diagonal(dim1=-2, dim2=-1).sum(-1)
+    else:
+        size = torch.linalg.matrix_norm(average)
+    weight = torch.where(size == 0, 1.0, 1 - beta).to(average.dtype)
     if gate is not None:
         weight = weight * gate.to(weight)
     average.lerp_(new, weight[..., None, None])

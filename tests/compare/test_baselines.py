@@ -526,6 +526,7 @@ NAMES = (
     "adamuon",
     "compositional-muon",
     "dressed-muon",
+    "quotient-adam-leading",
     "quotient-adam-hidden",
     "quotient-adam-small",
     "quotient-adam-stream-only",
