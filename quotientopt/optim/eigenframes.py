@@ -63,10 +63,11 @@ def next_eigenframe(covariance: Tensor, frame: Tensor) -> Tensor:
 
 
 def orthonormalise(matrix: Tensor) -> Tensor:
-    """Q of the QR decomposition with positive diagonal, of invertible ``(…, d, d)`` matrices.
+    """Q of the QR decomposition with positive diagonal, of ``(…, n, d)`` matrices of full rank.
 
-    On accelerators by Cholesky's decomposition of the Gram matrix in float64, which is batched
-    there as Householder's reflections are not; one that fails gives NaN, as does a NaN.
+    Columns of zeros stay zero. On accelerators by Cholesky's decomposition of the Gram matrix in
+    float64, which is batched there as Householder's reflections are not; one that fails gives NaN,
+    as does a NaN.
     """
     if matrix.device.type == "cpu":
         Q, R = torch.linalg.qr(matrix)
@@ -77,8 +78,11 @@ def orthonormalise(matrix: Tensor) -> Tensor:
 def orthonormalise_by_cholesky(matrix: Tensor) -> Tensor:
     """The same as :func:`orthonormalise`, by Cholesky's decomposition."""
     wide = matrix if matrix.device.type == "mps" else matrix.double()
-    wide = wide / torch.linalg.vector_norm(wide, dim=-2, keepdim=True)
-    factor = torch.linalg.cholesky_ex(wide.mT @ wide).L
+    norms = torch.linalg.vector_norm(wide, dim=-2, keepdim=True)
+    wide = wide / torch.where(norms == 0, 1, norms)
+    gram = wide.mT @ wide
+    gram.diagonal(dim1=-2, dim2=-1).add_((norms == 0).to(gram)[..., 0, :])
+    factor = torch.linalg.cholesky_ex(gram).L
     return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.to(matrix.dtype)
 
 

@@ -50,9 +50,8 @@ def first_leading_frame(gradient: Tensor, weights: Tensor, directions: int) -> T
     both = gradient + LEADING_TIES * weights
     values, vectors = torch.linalg.eigh(both.mT @ both)
     least = vectors.size(-1) * torch.finfo(values.dtype).eps * values[..., -1:]
-    sound = (values > least)[..., None, -directions:].flip(-1)
-    frame = orthonormalise(both @ vectors[..., -directions:].flip(-1))
-    return torch.where(sound, frame, 0)
+    leading = torch.where((values > least)[..., None, :], both @ vectors, 0)
+    return orthonormalise(leading[..., -directions:].flip(-1))
 
 
 def next_leading_frame(image: Tensor, frame: Tensor) -> Tensor:
@@ -68,8 +67,7 @@ def next_leading_frame(image: Tensor, frame: Tensor) -> Tensor:
     order = rayleigh.argsort(dim=-1, descending=True, stable=True).expand_as(frame)
     turned = image / total.clamp_min(torch.finfo(image.dtype).tiny)
     turned = turned.add(frame, alpha=SHIFT / frame.size(-1)).gather(-1, order)
-    empty = (turned == 0).all(-2, keepdim=True)
-    return torch.where((total <= 0) | empty, frame, orthonormalise(turned))
+    return torch.where(total <= 0, frame, orthonormalise(turned))
 
 
 def begin_(

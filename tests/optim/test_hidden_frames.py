@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.optim.eigenframes import hidden_eigenframes
+from quotientopt.optim.eigenframes import hidden_eigenframes, orthonormalise_by_cholesky
 from quotientopt.optim.leading import first_leading_frame, next_leading_frame
 from tests.optim.test_oracle import SETTINGS, oracle_losses
 from tests.optim.test_twins import adamw, deviation, folded_llama
@@ -103,6 +103,12 @@ def test_leading_frames_follow_the_largest_covariance(batch):
     poor = first_leading_frame(rank_two, torch.zeros_like(weights), directions)
     assert (poor[..., 2] == 0).all()
     assert (poor[..., :2] != 0).any()
+    turned = next_leading_frame(rank_two @ (rank_two.mT @ poor), poor)
+    assert (turned[..., 2] == 0).all()
+    for own in (poor, turned):
+        assert (own.mT @ own - torch.tensor([1.0, 1.0, 0.0]).diag()).abs().max() < 1e-12
+        # As on an accelerator.
+        assert (orthonormalise_by_cholesky(3 * own) - own).abs().max() < 1e-12
     assert torch.equal(next_leading_frame(torch.zeros_like(frame), frame), frame)
 
 
