@@ -308,7 +308,7 @@ COLORS = {
     "quotient-adam-leading": "#AA4499",
     "quotient-adam-small": "#999933",
 }
-STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
+STYLES: dict[str, str | tuple[int, tuple[int, ...]]] = {
     "adamw": "-",
     "quotient-adam": "-",
     "soap": "--",
@@ -316,8 +316,10 @@ STYLES: dict[str, str | tuple[int, tuple[int, int]]] = {
     "soap-muon": "--",
     "quotient-adam-0.1": "-.",
     "geoopt-adam": (0, (1, 1)),
+    "quotient-adam-leading": (0, (3, 1, 1, 1)),
 }
 FEW = 8
+LONG = 60  # characters of a label
 PANELS = ((0, "steps"), (1, "training seconds (without evaluations)"))
 
 
@@ -346,8 +348,11 @@ def plot(record: Record, path: Path) -> None:
     kind = MODEL_DEFAULTS[protocol.model].kind
     panels[0].set_ylabel(f"validation loss (nats per {kind.unit})")
     panels[0].set_ylim(*_limits(rows))
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    # Labels with three settings leave room for two in a line.
+    columns = 3 if max(map(len, labels)) <= LONG else 2
+    place: Any = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles, labels, fontsize=8, frameon=False, **place)
     title = f"{protocol.model} on {Path(protocol.data).name}, each at its best setting"
     if any(row.seeds > 1 for row in rows):
         title += "; lines: means over seeds, bands: their range"

@@ -109,6 +109,26 @@ def test_plot_is_written(record, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["compare.png"]
 
 
+@pytest.mark.parametrize("settings", [{}, {"embedding_scale": 0.5, "weight_decay": 0.03}])
+def test_the_legend_fits(record, make_run, tmp_path, monkeypatch, settings):
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    found = []
+    draw = FigureCanvasAgg.print_png
+    monkeypatch.setattr(
+        FigureCanvasAgg, "print_png", lambda self, *a: (found.append(self.figure), draw(self, *a))
+    )
+    for name in ("quotient-adam", "quotient-adam-leading", "quotient-adam-hidden", "soap-muon"):
+        record.runs.append(make_run(name, 2e-3, (4.0, 3.0, 2.0), **settings))
+    plot(record, tmp_path / "compare.png")
+    (figure,) = found
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
 def test_record_is_written_atomically(record, tmp_path, monkeypatch):
     record.save(tmp_path)
     before = (tmp_path / "compare.json").read_text()
