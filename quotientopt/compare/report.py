@@ -319,7 +319,7 @@ STYLES: dict[str, str | tuple[int, tuple[int, ...]]] = {
     "quotient-adam-leading": (0, (3, 1, 1, 1)),
 }
 FEW = 8
-LONG = 60  # characters of a label
+LONG = 50  # characters of a label
 PANELS = ((0, "steps"), (1, "training seconds (without evaluations)"))
 
 

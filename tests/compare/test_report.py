@@ -109,7 +109,9 @@ def test_plot_is_written(record, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["compare.png"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"embedding_scale": 0.5, "weight_decay": 0.03}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"embedding_scale": 2.0}, {"embedding_scale": 0.5, "weight_decay": 0.03}]
+)
 def test_the_legend_fits(record, make_run, tmp_path, monkeypatch, settings):
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
