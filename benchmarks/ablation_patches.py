@@ -248,10 +248,10 @@ def fixed_update_size(size_of: Callable[[Slice], float]) -> Patch:
     turn_back, direction = Bucket._turn_back, Bucket._direction
     slices: Sequence[Slice] = ()
 
-    def remembered(bucket: Bucket, rows: slice, *arguments: Any) -> Tensor:
+    def remembered(bucket: Bucket, rows: slice, *arguments: Any, **options: Any) -> Tensor:
         nonlocal slices
         slices = bucket.slices[rows]
-        return direction(bucket, rows, *arguments)
+        return direction(bucket, rows, *arguments, **options)
 
     def scaled(
         bucket: Bucket,
