@@ -172,7 +172,11 @@ class Bucket:
         return self._stack([block.view() for slice_ in self.slices for block in slice_.blocks])
 
     def gradients(self) -> Tensor:
-        """The gradients, stacked like :meth:`weights`."""
+        """The gradients, stacked like :meth:`weights`.
+
+        As :meth:`Block.view` reads them; whether parameters still fit their blocks is looked at
+        where slices are found, anew after every change.
+        """
         views = []
         for block in (block for slice_ in self.slices for block in slice_.blocks):
             gradient = block.parameter.grad

@@ -243,3 +243,35 @@ def test_gradient_descent_needs_no_word():
     other.parameters_changed()
     losses = train(model, optimizer, 8, 3) - train(twin, other, 8, 3)
     assert losses.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor[:16].clone(), r"query.weight' has shape \(16, 32\) now, less than"),
+        (lambda tensor: tensor.mT.contiguous().mT, "memory layout of parameter .*query.weight"),
+    ],
+)
+def test_parameters_that_do_not_fit_their_blocks_are_refused(change, message):
+    """Before anything is stepped, also where the gradient has the layout of the block."""
+    model = small_model("gpt", dtype=torch.float32)
+    optimizer = qo.QuotientAdam(model, lr=1e-3)
+    train(model, optimizer, 2)
+    loss_of(model, next(iter(batches(1)))).backward()
+    weight = model.blocks[0].attention.query.weight
+    before, given = weight.data, weight.grad
+    weight.data = change(weight.data)
+    if weight.shape != given.shape:
+        weight.grad = given[:16].clone()
+    weights = [p.detach().clone() for p in model.parameters()]
+    moments = [own["exp_avg"].clone() for own in optimizer.state.values()]
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), weights, strict=True))
+    kept = [own["exp_avg"] for own in optimizer.state.values()]
+    assert all(map(torch.equal, kept, moments))
+    # The control: as it was, it is stepped.
+    weight.data, weight.grad = before, None
+    weight.grad = given
+    optimizer.step()
+    assert not all(map(torch.equal, [own["exp_avg"] for own in optimizer.state.values()], moments))
