@@ -94,14 +94,16 @@ def decomposed_residual_frames() -> Patch:
 @contextmanager
 def unrotated_second_moment() -> Patch:
     """Leave v as it is when the frames change; only m moves along."""
-    transport = Bucket.transport_
+    transport = bucket_module.transport_
 
-    def without_square(bucket: Bucket, left: Tensor | None, right: Tensor | None) -> None:
-        kept = bucket.state["exp_avg_sq"].clone()
-        transport(bucket, left, right)
-        bucket.state["exp_avg_sq"].copy_(kept)
+    def without_square(
+        state: Mapping[str, Tensor], left: Tensor | None, right: Tensor | None
+    ) -> None:
+        kept = state["exp_avg_sq"].clone()
+        transport(state, left, right)
+        state["exp_avg_sq"].copy_(kept)
 
-    with mock.patch.object(Bucket, "transport_", without_square):
+    with mock.patch.object(bucket_module, "transport_", without_square):
         yield
 
 

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 import quotientopt as qo
 from quotientopt.compare.data import load_corpus
 from quotientopt.models import reference_model
-from quotientopt.optim.quotient_sgd import QuotientSGD
+from quotientopt.optim.sgd.quotient_sgd import QuotientSGD
 
 RESULTS = Path(__file__).parent / "results" / "badly-scaled"
 SEEDS = (0, 1, 2)

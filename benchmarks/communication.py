@@ -1,8 +1,8 @@
 """Bytes that a training step of a sharded model sends, on paper: with AdamW and QuotientAdam.
 
 Of the shapes of a Llama of 7 billion parameters, dealt to 8 and to 64 processes as
-:mod:`quotientopt.optim.ownership` deals them. Nothing is run; the formula for QuotientAdam is the
-one that ``tests/distributed/test_curves.py`` counts in a small run.
+:mod:`quotientopt.optim.sharded.ownership` deals them. Nothing is run; the formula for QuotientAdam
+is the one that ``tests/distributed/test_curves.py`` counts in a small run.
 
     python benchmarks/communication.py
 """
@@ -10,7 +10,7 @@ one that ``tests/distributed/test_curves.py`` counts in a small run.
 import json
 from pathlib import Path
 
-from quotientopt.optim.ownership import dealt
+from quotientopt.optim.sharded.ownership import dealt
 
 LAYERS, WIDTH, HIDDEN, WORDS, HEADS, RANK = 32, 4096, 11008, 32000, 32, 128
 REFRESH_EVERY = 10

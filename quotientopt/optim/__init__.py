@@ -1,9 +1,9 @@
 """Optimizers on quotients of a model's symmetries."""
 
 from quotientopt.optim.checks import GradientError, RankError, StepRefusedError
-from quotientopt.optim.metrics import invariant_grad_norm
+from quotientopt.optim.invariant_norm import invariant_grad_norm
 from quotientopt.optim.quotient_adam import QuotientAdam
-from quotientopt.optim.quotient_sgd import QuotientSGD
+from quotientopt.optim.sgd.quotient_sgd import QuotientSGD
 
 __all__ = [
     "GradientError",

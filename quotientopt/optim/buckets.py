@@ -15,10 +15,10 @@ from quotientopt.optim.eigenframes import (
     residual_eigenframes,
     rotate_,
 )
-from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
+from quotientopt.optim.frames import HeadFrames, SharedResidualFrame, transport_
 from quotientopt.optim.leading import along_and_rest, begin_, turn_
 from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_factor
-from quotientopt.optim.slices import Slice, stream_of
+from quotientopt.optim.slices import Slice, state_sizes, stream_of
 from quotientopt.optim.update import (
     Product,
     add_and_round,
@@ -79,8 +79,7 @@ class Bucket:
         self.options = options
         self.device = slices[0].parameter.device
         self.group_index = slices[0].group_index
-        self.residual = slices[0].residual
-        self.embedding = slices[0].embedding
+        self.residual, self.embedding = slices[0].residual, slices[0].embedding
         self.stream = stream_of(slices[0])
         self.steps = [0] * len(slices)
         shape = (len(slices), *slices[0].shape)
@@ -88,26 +87,16 @@ class Bucket:
             shape = (*shape[:2], 1, shape[2] * shape[3], shape[4])
         self.shape = shape
         self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
-        self.state = {"exp_avg": self._zeros(*shape)}
         matrices = self.framed and min(self.rows, self.columns) > 1
         self.factored = options["second_moment"] == "factored" and matrices
-        if self.factored:
-            self.state["exp_avg_sq_rows"] = self._zeros(*shape[:-1], 1)
-            self.state["exp_avg_sq_columns"] = self._zeros(*shape[:2], 1, 1, self.columns)
-        else:
-            self.state["exp_avg_sq"] = self._zeros(*shape)
-        if self.residual and shared is None:
-            if not self.embedding:
-                self.state["residual_covariance"] = self._zeros(len(slices), shape[-1], shape[-1])
-            self.state["residual_frame"] = self._zeros(len(slices), shape[-1], shape[-1])
         directions = slices[0].hidden_directions(options)
         self.leading = 0 < directions < self.rows
-        if directions:
-            for key in ("hidden_frame", "hidden_image" if self.leading else "hidden_covariance"):
-                self.state[key] = self._zeros(len(slices), self.rows, directions)
-        if self.leading:
-            for key in ("hidden_exp_avg", "hidden_exp_avg_sq"):
-                self.state[key] = self._zeros(len(slices), 1, 1, directions, self.columns)
+        own_frames = self.residual and shared is None
+        sizes = state_sizes(
+            shape, directions, factored=self.factored, framed=own_frames, fixed=self.embedding
+        )
+        zeros = partial(torch.zeros, dtype=dtype, device=self.device)
+        self.state = {key: zeros(size) for key, size in sizes.items()}
         self.device_steps: Tensor | None = None
         if options["capturable"]:
             self.device_steps = torch.zeros(len(slices), device=self.device)
@@ -134,9 +123,6 @@ class Bucket:
     def has_frames(self) -> bool:
         """Whether every slice has a residual frame to go on from."""
         return all(self.oriented) if self.shared is None else self.shared.oriented
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def subset(self, rows: Sequence[int]) -> Bucket:
         """A bucket of some of the slices, with copies of their state (see :meth:`absorb`)."""
@@ -274,35 +260,7 @@ class Bucket:
             right = old.mT @ frame
             old.copy_(frame)
             self.oriented = [True] * len(self.slices)
-        self.transport_(left, right)
-
-    def transport_(self, left: Tensor | None, right: Tensor | None) -> None:
-        """Carry the moments to other frames, m ← R m S and v ← (R∘R) v (S∘S).
-
-        Parameters
-        ----------
-        left : Tensor, optional
-            R = u_new u_old⁻¹, ``(L, heads, r, r)``.
-        right : Tensor, optional
-            S = Q_oldᵀ Q_new, ``(L, n, n)``.
-        """
-        mean = self.state["exp_avg"]
-        mean.copy_(two_sided(left, mean, right))
-        if self.leading:
-            inside = self.state["hidden_exp_avg"]
-            inside.copy_(two_sided(None, inside, right))
-        left = None if left is None else left.square()
-        right = None if right is None else right.square()
-        if self.factored:
-            rows, columns = (self.state[f"exp_avg_sq_{axis}"] for axis in ("rows", "columns"))
-            rows.copy_(two_sided(left, rows, None))
-            columns.copy_(two_sided(None, columns, right))
-        else:
-            square = self.state["exp_avg_sq"]
-            square.copy_(two_sided(left, square, right))
-        if self.leading:
-            inside = self.state["hidden_exp_avg_sq"]
-            inside.copy_(two_sided(None, inside, right))
+        transport_(self.state, left, right)
 
     def rotate_(self, rotation: Tensor) -> None:
         """Move frames and covariances along with ``W ↦ W Oᵀ``."""

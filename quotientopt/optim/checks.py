@@ -204,6 +204,32 @@ def marks_of(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
     return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
+def is_recorded(capturable: bool, is_new: Callable[[], bool]) -> bool:
+    """Whether this step is recorded as a CUDA graph, which cannot hold eigen-decompositions.
+
+    Parameters
+    ----------
+    capturable : bool
+        The option.
+    is_new : callable
+        Tells whether anything has no frame yet.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be recorded.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        return False
+    if not capturable:
+        raise RuntimeError("make QuotientAdam capturable=True to record a CUDA graph of steps")
+    if is_new():
+        raise RuntimeError(
+            "take a step before recording a CUDA graph: the first one makes the frames"
+        )
+    return True
+
+
 def refuse_sparse(gradients: Mapping[Tensor, Tensor], name_of: Callable[[Tensor], str]) -> None:
     """Refuse sparse gradients, as torch's AdamW does."""
     for parameter, gradient in gradients.items():

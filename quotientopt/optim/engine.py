@@ -16,16 +16,15 @@ from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
 from quotientopt.optim.buckets import Bucket
-from quotientopt.optim.checks import WatchedFactors
+from quotientopt.optim.checks import WatchedFactors, is_recorded
 from quotientopt.optim.dressing import FreshDressing
-from quotientopt.optim.eigenframes import rotate_
-from quotientopt.optim.low_rank_pairs import LowRankPairs, stack_pairs
-from quotientopt.optim.low_rank_stack import Prepared
+from quotientopt.optim.frames import HeadFrames
+from quotientopt.optim.low_rank.pairs import LowRankPairs
+from quotientopt.optim.low_rank.stack import Prepared
 from quotientopt.optim.slices import Slices
-from quotientopt.optim.stacking import stack_heads, stack_slices
+from quotientopt.optim.stacking import stack_heads, stack_pairs, stack_slices
 from quotientopt.optim.state import State, adopt, filed
 from quotientopt.optim.update import ema_at_
-from quotientopt.symmetries.map import RESIDUAL
 
 # Covariances take every second gradient, which saves half of a product of the parameters' size;
 # with this decay they remember about twenty steps.
@@ -38,7 +37,7 @@ Dressings = Mapping[int, FreshDressing]
 class Peers:
     """What a step has to know of slices that other processes step: here there are none.
 
-    :class:`quotientopt.optim.exchange.ShardedPeers` asks them.
+    :class:`quotientopt.optim.sharded.exchange.ShardedPeers` asks them.
 
     Attributes
     ----------
@@ -122,8 +121,8 @@ class Engine:
         self.heads, frames = stack_heads(slices.framed, param_groups)
         self.buckets, self.shared = stack_slices(slices.framed, frames, param_groups)
         blocks = (b for h in self.heads for s in h.symmetries for b in s.blocks)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._factors = WatchedFactors(blocks)
-        self._indices: dict[tuple[Any, ...], Tensor] = {}
         adopt(self.buckets, self.pairs, state)
         self._moments, self._steps_on_host = filed(self.buckets, self.pairs, state)
 
@@ -145,12 +144,7 @@ class Engine:
                 found.append((bucket, rows))
         return found
 
-    def prepare(
-        self,
-        before: Callable[[], None],
-        *,
-        look: bool,
-    ) -> PreparedStep:
+    def prepare(self, before: Callable[[], None], *, look: bool) -> PreparedStep:
         """Frames that are due and dressed gradients; changes nothing.
 
         Parameters
@@ -162,7 +156,8 @@ class Engine:
         """
         active = self.active()
         extent = self.extent(active)
-        capturing = self.is_recorded(active)
+        capturable = self.param_groups[0]["capturable"]
+        capturing = is_recorded(capturable, lambda: self.is_new(active))
         dressings = None
         if extent is not None and not capturing:
             dressings = self.due_dressings(active, extent, before, look=look)
@@ -216,7 +211,7 @@ class Engine:
             As in :meth:`prepare`.
         """
         due = self.refresh_due(extent)
-        if not due and not self._was_written(look):
+        if not due and not (self.peers.have_weights and self._factors.were_written(look)):
             return None
         before()
         dressings = self.fresh_dressings()
@@ -234,32 +229,11 @@ class Engine:
         """Note that the factors are now as the optimizer knows them."""
         self._factors.mark(look and self.peers.have_weights)
 
-    def _was_written(self, look: bool) -> bool:
-        return self.peers.have_weights and self._factors.were_written(look)
-
     def is_new(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
         """Whether a slice has no frame yet."""
         framed = (bucket.steps[i] for bucket, rows in active for i in rows)
         of_pairs = (max(pairs.steps) for pairs in self.pairs)
         return any(steps == 0 for steps in (*framed, *of_pairs))
-
-    def is_recorded(self, active: Sequence[tuple[Bucket, list[int]]]) -> bool:
-        """Whether this step is recorded as a CUDA graph, which cannot hold eigen-decompositions.
-
-        Raises
-        ------
-        RuntimeError
-            If it cannot be recorded.
-        """
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            return False
-        if not self.param_groups[0]["capturable"]:
-            raise RuntimeError("make QuotientAdam capturable=True to record a CUDA graph of steps")
-        if self.is_new(active):
-            raise RuntimeError(
-                "take a step before recording a CUDA graph: the first one makes the frames"
-            )
-        return True
 
     def fresh_dressings(self) -> Dressings:
         """Dressing fields of all heads, by ``id`` of their frames; changes nothing."""
@@ -351,25 +325,25 @@ class Engine:
                 bucket.absorb(part, rows)
         for heads in self.heads:
             if id(heads) in samples:
-                own, device = places[id(heads)], heads.frame.device
+                own = places[id(heads)]
                 touched = sorted(set(own))
                 some = len(touched) < len(heads.covariance)
                 ema_at_(
                     heads.covariance,
                     torch.cat(samples[id(heads)]),
-                    self._index(own, device),
-                    self._index(touched, device) if some else None,
+                    self._index(own, heads),
+                    self._index(touched, heads) if some else None,
                     beta,
                     gate,
                 )
         for shared in self.shared.values():
             shared.accumulate(beta, gate)
 
-    def _index(self, places: Sequence[int], device: torch.device) -> Tensor:
+    def _index(self, places: Sequence[int], heads: HeadFrames) -> Tensor:
         """Places on the device, copied there once: a recorded step may copy nothing."""
-        key = (device, *places)
+        key = (id(heads), *places)
         if key not in self._indices:
-            self._indices[key] = torch.tensor(places, device=device)
+            self._indices[key] = torch.tensor(places, device=heads.frame.device)
         return self._indices[key]
 
     def _refresh(
@@ -423,20 +397,3 @@ class Engine:
                 pooled[bucket.stream] = pooled.get(bucket.stream, torch.zeros_like(total)) + total
         pooled = self.peers.pooled(pooled, wanted)
         return grams, {stream: gram.to(stream[1]) for stream, gram in pooled.items()}
-
-    def move_(self, element: Mapping[str, Tensor]) -> None:
-        """Move the state along with parameters on which ``element`` acts.
-
-        Dressed quantities stay; head frames go to ``u g^{-1}`` (left) and ``u gᵀ`` (right),
-        residual frames to ``O Q`` and their covariances to ``O R Oᵀ``.
-        """
-        for heads in self.heads:
-            heads.move_(element)
-        for pairs in self.pairs:
-            pairs.move_(element)
-        rotation = element.get(RESIDUAL)
-        if rotation is not None:
-            for bucket in self.buckets:
-                bucket.rotate_(rotation)
-            for shared in self.shared.values():
-                rotate_(shared.frame, shared.covariance, rotation)

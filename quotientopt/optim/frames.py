@@ -26,7 +26,7 @@ from quotientopt.optim.eigenframes import (
     residual_eigenframe,
 )
 from quotientopt.optim.slices import Slice
-from quotientopt.optim.update import ema_
+from quotientopt.optim.update import ema_, two_sided
 from quotientopt.symmetries import HeadSymmetry
 
 # Of frames, when others wrote to a factor: the stretch beyond which they are made anew at once.
@@ -234,3 +234,31 @@ class SharedResidualFrame:
         self.oriented = True
         self.change = self.frame.mT @ frame
         self.frame.copy_(frame)
+
+
+def transport_(state: Mapping[str, Tensor], left: Tensor | None, right: Tensor | None) -> None:
+    """Carry moments to other frames, m ← R m S and v ← (R∘R) v (S∘S).
+
+    A factored v has means of rows ρ ← (R∘R) ρ and of columns γ ← γ (S∘S). Moments along leading
+    directions of hidden units turn with those, in :func:`quotientopt.optim.leading.turn_`.
+
+    Parameters
+    ----------
+    state : mapping
+        Of a bucket, written to.
+    left : Tensor, optional
+        R = u_new u_old⁻¹, ``(L, heads, r, r)``.
+    right : Tensor, optional
+        S = Q_oldᵀ Q_new, ``(L, n, n)``.
+    """
+    squares = [None if turn is None else turn.square() for turn in (left, right)]
+    laws: dict[str, tuple[Tensor | None, Tensor | None]] = {
+        "exp_avg": (left, right),
+        "hidden_exp_avg": (None, right),
+        "exp_avg_sq": (squares[0], squares[1]),
+        "exp_avg_sq_rows": (squares[0], None),
+        "exp_avg_sq_columns": (None, squares[1]),
+        "hidden_exp_avg_sq": (None, squares[1]),
+    }
+    for key in laws.keys() & state.keys():
+        state[key].copy_(two_sided(laws[key][0], state[key], laws[key][1]))

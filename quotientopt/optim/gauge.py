@@ -15,23 +15,27 @@ Grams leave translated biases out (:func:`seen_blocks`); the bias of keys, which
 needs nothing else: its gradient vanishes.
 
 **Elements.** What moves the parameters may move the state along only where it has a law of
-transformation; the refusals are at the end.
+transformation: :func:`move_`; the refusals are at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide
 from quotientopt.optim.checks import takes_part
+from quotientopt.optim.eigenframes import rotate_
 from quotientopt.optim.slices import SIDES, Slices
 from quotientopt.optim.update import keeps_wide, round_stochastically, working_copy
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
+
+if TYPE_CHECKING:
+    from quotientopt.optim.engine import Engine
 
 
 class Held(NamedTuple):
@@ -189,6 +193,24 @@ def _put_out(symmetry: HeadSymmetry) -> Tensor:
     b = wide(bias.view()).squeeze(-1)
     outputs = [torch.einsum("hrd,hr->d", wide(left), b) for left in symmetry.left]
     return torch.stack(outputs).sum(0)
+
+
+def move_(engine: Engine, element: Mapping[str, Tensor]) -> None:
+    """Move QuotientAdam's state along with parameters on which ``element`` acts.
+
+    Dressed quantities stay; head frames go to ``u g^{-1}`` (left) and ``u gᵀ`` (right), residual
+    frames to ``O Q`` and their covariances to ``O R Oᵀ``.
+    """
+    for heads in engine.heads:
+        heads.move_(element)
+    for pairs in engine.pairs:
+        pairs.move_(element)
+    rotation = element.get(RESIDUAL)
+    if rotation is not None:
+        for bucket in engine.buckets:
+            bucket.rotate_(rotation)
+        for shared in engine.shared.values():
+            rotate_(shared.frame, shared.covariance, rotation)
 
 
 def refuse_unmovable(

@@ -9,7 +9,7 @@ over all framed parameters by the :mod:`~quotientopt.optim.engine`, on stacks by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ from quotientopt.optim.gauge import (
     absorbed_biases,
     begin,
     finish,
+    move_,
     put_back,
     refuse_unmovable,
     refuse_untaken_translations,
@@ -50,7 +51,7 @@ from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 
 if TYPE_CHECKING:
-    from quotientopt.optim.sharded import Sharded
+    from quotientopt.optim.sharded.step import Sharded
 
 
 class QuotientAdam(SymmetricOptimizer):
@@ -67,11 +68,11 @@ class QuotientAdam(SymmetricOptimizer):
 
     p(D) the polar factor of D at the size of D and s = ``update_scale``.
 
-    Head frames u = O g₀ come from a section g₀ of the pair and the eigenvectors O of the dressed
-    gradient covariance; residual frames Q from the eigenvectors of the covariance of dressed
-    gradients along the residual axis. Frames are made afresh every ``refresh_every`` steps and
-    the moments move with them. The trajectory is then exactly equivariant: from x and from g·x
-    the losses are the same, moments included. Parameters without a symmetry get torch's AdamW.
+    Head frames u = O g₀ come from a section g₀ of the pair and the eigenvectors O of the covariance
+    of dressed gradients, residual frames Q from those along the residual axis. Frames are made
+    afresh every ``refresh_every`` steps and the moments move with them. The trajectory is then
+    exactly equivariant: from x and from g·x the losses are the same, moments included. Parameters
+    without a symmetry get torch's AdamW.
 
     Parameters
     ----------
@@ -93,9 +94,8 @@ class QuotientAdam(SymmetricOptimizer):
         which the trajectory then does not see. Meant for ``polar=True``; else units are apart.
     head_frame : {"balanced", "orthonormal", "svd"} or None
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
-        of the dressed covariance. ``"orthonormal"``: orthonormal coordinates of the partner,
-        likewise turned. ``"svd"``: the singular vectors of AᵀB alone. Under a group of rotations
-        all three are eigenframes.
+        of the dressed covariance; ``"orthonormal"``: orthonormal coordinates of the partner,
+        likewise turned; ``"svd"``: singular vectors of AᵀB. For groups of rotations: eigenframes.
     row_frame : {"per_matrix", "per_head"}
         What an eigenframe turns: the rows of all heads of a matrix together, framed on both sides
         then as by SOAP, by orthogonal iteration; or each head's, by r × r eigen-decompositions.
@@ -106,9 +106,8 @@ class QuotientAdam(SymmetricOptimizer):
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     embedding_frame : {"fixed", "per_matrix"}
-        Of embeddings, positions and head: the stream's matrices outside the numbered layers that
-        hold the heads. ``"fixed"``: Adam's direction as it is, in coordinates of the stream that
-        are made once, from the weights; ``"per_matrix"``: as the other matrices.
+        Of embeddings, positions, head, all outside the numbered layers. ``"fixed"``: coordinates of
+        the stream made once, from the weights, and no polar step; or as the other matrices.
     refresh_every : int
         Steps between fresh frames.
     max_grad_norm : float, optional
@@ -152,9 +151,8 @@ class QuotientAdam(SymmetricOptimizer):
     Raises
     ------
     ValueError
-        For an option unknown or out of range, a pair split over param groups, a parameter covered
-        partly by symmetries; in :meth:`step` for a factor that is not finite (of a LoRA pair: for
-        two that are zero) and gradients that are not. Parameters and state stay as they were.
+        For an unknown option, a pair split over param groups, a parameter covered in part; in
+        :meth:`step` for gradients and factors that are not finite. Nothing has changed then.
 
     Notes
     -----
@@ -224,7 +222,7 @@ class QuotientAdam(SymmetricOptimizer):
         self._refuse_replaced()
         if any_sharded(self._parameters()):
             # Only here: torch.distributed is not there on every platform.
-            from quotientopt.optim.sharded import planned
+            from quotientopt.optim.sharded.step import planned
 
             self._sharded, self._absorbed = planned(self, self._sharded), []
         else:
@@ -237,9 +235,6 @@ class QuotientAdam(SymmetricOptimizer):
         if self._signature != signature_of(self.param_groups) and any_sharded(self._parameters()):
             self._plan()
         return self._sharded
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
@@ -276,9 +271,8 @@ class QuotientAdam(SymmetricOptimizer):
         ------
         ValueError
             For NaN or infinite gradients (names the parameter) and for factors that are not finite;
-            parameters and state stay as they were. On an accelerator nothing waits for the device
-            to find NaN: such a step changes nothing, and the error comes with the next fresh
-            frames.
+            nothing has changed then. On an accelerator nothing waits for the device to find NaN:
+            such a step changes nothing, and the error comes with the next fresh frames.
         """
         loss = loss_of(closure)
         sharded = self._current_sharded()
@@ -364,27 +358,7 @@ class QuotientAdam(SymmetricOptimizer):
             self._nonfinite.refuse_earlier()
             engine.refresh(engine.fresh_dressings())
 
-    @torch.no_grad()
-    @full_precision()
-    def move_state_(self, element: Mapping[str, Tensor]) -> None:
-        """Move the state by a group element that acts on the parameters.
-
-        After ``symmetries.act_(element)`` and ``optimizer.move_state_(element)`` training goes on
-        as if nothing had happened.
-
-        Parameters
-        ----------
-        element : mapping of str to Tensor
-            As from :meth:`SymmetryMap.random_element`: symmetry name to ``(heads, r, r)``,
-            ``"residual"`` to ``(d, d)``.
-
-        Raises
-        ------
-        ValueError
-            If the element moves parameters whose state is that of plain Adam, which has no law of
-            transformation, or translates biases of values whose output bias is not trained.
-            Nothing is changed then.
-        """
+    def _move_state_(self, element: Mapping[str, Tensor]) -> None:
         self.symmetries.refuse_sharded()
         # Frozen parameters may have state too, which must not be left behind.
         slices = self._find_slices(also=self.state)
@@ -393,35 +367,10 @@ class QuotientAdam(SymmetricOptimizer):
         refuse_untaken_translations(element, self.symmetries, absorbed)
         if self.state and all(takes_part(parameter) for parameter in self.state):
             # In place, as recorded CUDA graphs need it.
-            self._current_engine().move_(element)
+            move_(self._current_engine(), element)
         elif self.state:
-            self._engine_of(slices).move_(element)
+            move_(self._engine_of(slices), element)
             self._engine = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; of sharded parameters every tensor is a DTensor.
-
-        torch.distributed.checkpoint saves and loads it on any number of processes, all of which
-        have to call this and :meth:`load_state_dict`.
-        """
-        sharded = self._current_sharded()
-        return super().state_dict() if sharded is None else sharded.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state; training then continues bit for bit.
-
-        Parameters
-        ----------
-        state_dict : dict
-            From :meth:`state_dict`; of sharded parameters its tensors may be sharded in any way. If
-            it does not fit (``ValueError``), the optimizer is as it was.
-        """
-        sharded = self._current_sharded()
-        if sharded is None:
-            super().load_state_dict(state_dict)
-            return
-        sharded.load_state_dict(state_dict)
-        self._signature = signature_of(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._sharded is not None:

@@ -212,9 +212,7 @@ def bare_names(names: Names) -> Names:
     split = [[_parts(name) for name in own] for own in names]
     every = list(chain.from_iterable(split))
     shared = 0
-    while every and all(
-        len(parts) > shared + 1 and parts[shared] == every[0][shared] for parts in every
-    ):
+    while every and all(p[shared + 1 :] and p[shared] == every[0][shared] for p in every):
         shared += 1
     return [[".".join(parts[shared:]) or None for parts in own] for own in split]
 

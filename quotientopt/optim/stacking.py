@@ -1,4 +1,4 @@
-"""What is alike is stacked: frames of heads of one kind, and slices of one shape in buckets."""
+"""What is alike is stacked: frames of heads of one kind, slices of one shape, low-rank pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
+from quotientopt.optim.low_rank.pairs import LowRankPairs
 from quotientopt.optim.slices import Slice, frame_kind, stream_of
 
 
@@ -91,3 +92,24 @@ def stack_slices(
         dtype = compute_dtype(first.parameter.dtype)
         buckets.append(Bucket(members, frames.get(id(first)), own, dtype, options))
     return buckets, shared
+
+
+def stack_pairs(
+    slices: Sequence[Slice], param_groups: Sequence[Mapping[str, Any]]
+) -> list[LowRankPairs]:
+    """Pairs of equal rank, param group, dtype and device together; each by itself on request."""
+    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
+    for slice_ in slices:
+        parameter, options = slice_.parameter, param_groups[slice_.group_index]
+        symmetry = slice_.symmetry
+        key = (
+            slice_.group_index,
+            slice_.shape[2],
+            parameter.dtype,
+            parameter.device,
+            id(symmetry) if options["foreach"] is False else None,
+        )
+        grouped[key].append(slice_)
+    return [
+        LowRankPairs(members, param_groups[members[0].group_index]) for members in grouped.values()
+    ]

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide
 from quotientopt.optim.buckets import Bucket
-from quotientopt.optim.low_rank_pairs import LowRankPairs
+from quotientopt.optim.frames import transport_
+from quotientopt.optim.low_rank.pairs import LowRankPairs
 from quotientopt.optim.saved import problem_of, refuse_unfit
 from quotientopt.optim.slices import Slice, Slices
 from quotientopt.optim.update import keeps_wide
@@ -375,5 +376,5 @@ def _carry_moments(bucket: Bucket, row: int, own: Mapping[str, Any]) -> None:
         if saved is not None and bool(saved.any()) and not torch.equal(saved.to(frames), frames[0]):
             right = saved.to(frames).mT[None] @ frames
     if left is not None or right is not None:
-        part.transport_(left, right)
+        transport_(part.state, left, right)
         bucket.absorb(part, [row])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -105,7 +106,7 @@ class SymmetricOptimizer(Optimizer):
         self._held: dict[int, str] = {}
         self._places: list[list[Tensor]] = []
         super().__init__(model_or_params, defaults)
-        refuse_flattened(None, (p for group in self.param_groups for p in group["params"]))
+        refuse_flattened(None, self._parameters())
         refuse_foreign_symmetries(self.param_groups, symmetries)
         self._plan()
 
@@ -127,7 +128,7 @@ class SymmetricOptimizer(Optimizer):
         Its partner would be stepped along a geometry that is not the model's any more.
         """
         self._follow_sharding()
-        own = {id(p): p for group in self.param_groups for p in group["params"]}
+        own = {id(p): p for p in self._parameters()}
         refuse_flattened(None, own.values())
         for key, name in self._held.items():
             if key not in own:
@@ -195,6 +196,35 @@ class SymmetricOptimizer(Optimizer):
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
             self._names.setdefault(id(parameter), name)
 
+    @torch.no_grad()
+    @full_precision()
+    def move_state_(self, element: Mapping[str, Tensor]) -> None:
+        """Move the state by a group element that acts on the parameters.
+
+        After ``symmetries.act_(element)`` and ``optimizer.move_state_(element)`` training goes on
+        as if nothing had happened.
+
+        Parameters
+        ----------
+        element : mapping of str to Tensor
+            As from :meth:`SymmetryMap.random_element`: symmetry name to ``(heads, r, r)``,
+            ``"residual"`` to ``(d, d)``.
+
+        Raises
+        ------
+        ValueError
+            If the element does not act on these symmetries, moves parameters whose state has no
+            law of transformation (that of plain Adam), or translates biases of values whose output
+            bias is not trained. Nothing is changed then.
+        """
+        self._move_state_(element)
+
+    def _move_state_(self, element: Mapping[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
     def parameters_changed(self) -> None:
         """Tell that parameters were written to in a way that torch does not count.
 
@@ -215,9 +245,19 @@ class SymmetricOptimizer(Optimizer):
         -------
         dict
             Tensors and plain values. Groups have ``param_names`` where all names are known, and
-            ``has_state``, from which :meth:`load_state_dict` sees what was lost.
+            ``has_state``, from which :meth:`load_state_dict` sees what was lost. Of sharded
+            parameters every tensor is a DTensor: torch.distributed.checkpoint saves and loads it
+            on any number of processes, all of which have to call this and load.
         """
+        sharded = self._current_sharded()
+        if sharded is not None:
+            found: dict[str, Any] = sharded.state_dict()
+            return found
         return with_names(super().state_dict(), self._names_of_groups())
+
+    def _current_sharded(self) -> Any:
+        """What steps parameters that are sharded, and has their state; None for whole ones."""
+        return None
 
     def _names_of_groups(self) -> list[list[str | None]]:
         """Names of the parameters of every group, as far as they are known."""
@@ -236,7 +276,8 @@ class SymmetricOptimizer(Optimizer):
         state_dict : dict
             From :meth:`state_dict` of an optimizer over parameters of the same names and shapes,
             in any order; in the same order where names are not known on both sides. Its options
-            replace those given at construction, as in torch.
+            replace those given at construction, as in torch. For sharded parameters its tensors
+            may be sharded in any way.
 
         Raises
         ------
@@ -249,6 +290,10 @@ class SymmetricOptimizer(Optimizer):
                 f"this is not the state of a {type(self).__name__}: it is a "
                 f"{type(state_dict).__name__}, not the mapping that state_dict() returns"
             )
+        sharded = self._current_sharded()
+        if sharded is not None:
+            sharded.load_state_dict(state_dict)
+            return
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -292,12 +337,7 @@ class SymmetricOptimizer(Optimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        named = [
-            (p, self._names[id(p)])
-            for group in self.param_groups
-            for p in group["params"]
-            if id(p) in self._names
-        ]
+        named = [(p, self._names[id(p)]) for p in self._parameters() if id(p) in self._names]
         return super().__getstate__() | {"symmetries": self.symmetries, "_named": named}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 A DTensor (``fully_shard``, ``parallelize_module``) has a global shape and strides but only a part
 of its values. Where heads lie depends on shapes alone, so that symmetries are found on stand-ins of
 the same shapes, and then name the sharded parameters. Whoever needs values asks their owner, see
-:mod:`quotientopt.optim.sharded`. Wrappers that flatten parameters leave no blocks and are refused.
+:mod:`quotientopt.optim.sharded.step`. Wrappers that flatten parameters leave no blocks and are
+refused.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.optim.buckets import Bucket
-from quotientopt.optim.exchange import Parcels, ShardedPeers
+from quotientopt.optim.sharded.exchange import Parcels, ShardedPeers
 from quotientopt.peft import create_quotient_optimizer
 from quotientopt.symmetries.map import RESIDUAL
 

@@ -80,7 +80,7 @@ def test_another_gauge_of_the_heads_is_seen_at_once(write, options):
 def test_control_of_writes_to_heads(monkeypatch):
     model, optimizer = trained_heads({})
     twin, other = twins(train, model, optimizer)
-    monkeypatch.setattr("quotientopt.optim.engine.Engine._was_written", lambda *_: False)
+    monkeypatch.setattr("quotientopt.optim.checks.WatchedFactors.were_written", lambda *_: False)
     regauge_(twin, through_data)
     assert (train(twin, other, 8, 3) - train(model, optimizer, 8, 3)).max() > 1.0
 

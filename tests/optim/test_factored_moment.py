@@ -8,6 +8,7 @@ import torch
 
 import quotientopt as qo
 from quotientopt.compare.train import state_bytes
+from quotientopt.optim.frames import transport_
 from quotientopt.optim.update import moments_
 from tests.optim.test_oracle import SETTINGS, oracle_losses
 from tests.optim.test_twins import adamw, deviation, folded_llama
@@ -76,7 +77,7 @@ def test_the_law_of_the_factors_is_that_of_their_product(row_frame):
         def law(left, right, before=before):
             return left.square()[:, None] @ before @ right.square()[:, None, None]
 
-        bucket.transport_(left, right)
+        transport_(bucket.state, left, right)
         after = whole_of(bucket)
         assert (after - law(left, right)).abs().max() < 1e-12 * after.abs().max()
         # The controls: a missing transpose on either side, and what is left as it was.

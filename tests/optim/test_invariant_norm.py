@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quotientopt as qo
-from quotientopt.optim.metrics import invariant_grad_norm
-from quotientopt.optim.quotient_sgd import QuotientSGD
+from quotientopt.optim.invariant_norm import invariant_grad_norm
+from quotientopt.optim.sgd.quotient_sgd import QuotientSGD
 from tests.optim.training import batches, loss_of, random_gains_, small_model, train, twin_of
 
 PAIR_METRICS = ["preconditioned", "right-invariant", "balanced", "orthonormal", "svd"]

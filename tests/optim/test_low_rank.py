@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.optim import low_rank
-from quotientopt.optim.low_rank_stack import Schedule, interval_of
+from quotientopt.optim.low_rank import coordinates
+from quotientopt.optim.low_rank.schedule import Schedule, interval_of
 from quotientopt.symmetries import ResidualStream
 from tests.optim.low_rank_cases import SHAPES, Adapted, loss_of, symmetries_of, train
 
@@ -813,7 +813,7 @@ def only_regular(self, own, other, made, framed):
 
 
 def test_control_of_the_bound_under_a_warm_up(monkeypatch):
-    monkeypatch.setattr(low_rank, "MOST_GROWTH", 1e30)
+    monkeypatch.setattr(coordinates, "MOST_GROWTH", 1e30)
     model = Adapted()
     optimizer = quotient_adam(model, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-8, 1.0, 10)

@@ -11,7 +11,7 @@ from torch import nn
 import quotientopt as qo
 from quotientopt.groups import StructureGroup
 from quotientopt.optim import GradientError, RankError
-from quotientopt.optim.quotient_sgd import QuotientSGD
+from quotientopt.optim.sgd.quotient_sgd import QuotientSGD
 from tests.optim.training import batches, loss_of, small_model, train
 
 

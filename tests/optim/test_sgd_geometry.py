@@ -5,9 +5,9 @@ import torch
 
 import quotientopt as qo
 from quotientopt.groups import GL, O, RotaryCommutant
-from quotientopt.optim.metrics import dressed_gradient, measure
 from quotientopt.optim.options import PAIR_METRICS
-from quotientopt.optim.sgd_pairs import horizontal_component, riemannian_gradient
+from quotientopt.optim.sgd.metrics import dressed_gradient, measure
+from quotientopt.optim.sgd.pairs import horizontal_component, riemannian_gradient
 
 R, N, M = 6, 9, 11
 GROUPS = [

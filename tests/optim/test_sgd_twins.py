@@ -8,10 +8,10 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.groups import O
-from quotientopt.optim.metrics import measure
 from quotientopt.optim.options import PAIR_METRICS
-from quotientopt.optim.quotient_sgd import QuotientSGD
-from quotientopt.optim.sgd_pairs import horizontal_component
+from quotientopt.optim.sgd.metrics import measure
+from quotientopt.optim.sgd.pairs import horizontal_component
+from quotientopt.optim.sgd.quotient_sgd import QuotientSGD
 from tests.optim.test_sgd_geometry import CASES, invariant_function, pair
 from tests.optim.training import (
     batches,

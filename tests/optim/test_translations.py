@@ -8,7 +8,7 @@ from torch import nn
 
 import quotientopt as qo
 from quotientopt.optim.options import PAIR_METRICS
-from quotientopt.optim.quotient_sgd import QuotientSGD
+from quotientopt.optim.sgd.quotient_sgd import QuotientSGD
 
 STEPS = 30
 SIZE, WIDTH = 100.0, 16

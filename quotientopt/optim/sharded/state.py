@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from quotientopt.optim.checks import full_precision
-from quotientopt.optim.ownership import Placed, local_part
 from quotientopt.optim.saved import arranged, with_names
+from quotientopt.optim.sharded.ownership import Placed, local_part
 
 if TYPE_CHECKING:
-    from quotientopt.optim.sharded import Sharded
+    from quotientopt.optim.sharded.step import Sharded
 
 # State tensors of no more elements than this are the same on all processes, not sharded.
 SMALL = 2

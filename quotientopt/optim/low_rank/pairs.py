@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide_dtype
 from quotientopt.optim.checks import RankError
-from quotientopt.optim.low_rank import (
+from quotientopt.optim.low_rank.coordinates import (
     carry_covariance_,
     coefficients,
     eigenframe,
@@ -20,16 +19,15 @@ from quotientopt.optim.low_rank import (
     restraint,
     spanning_coordinates,
 )
-from quotientopt.optim.low_rank_stack import (
-    Due,
+from quotientopt.optim.low_rank.schedule import Due, Schedule
+from quotientopt.optim.low_rank.stack import (
     FactorStack,
     Prepared,
     Remade,
-    Schedule,
-    is_transposed,
+    factors_of,
+    partners_of,
 )
-from quotientopt.optim.slices import SIDES, Slice
-from quotientopt.symmetries import HeadSymmetry
+from quotientopt.optim.slices import Slice
 
 COVARIANCE_BETA = 0.95
 # Of orthonormal coordinates, when others wrote to a factor: the change, against their own size,
@@ -68,28 +66,16 @@ class LowRankPairs:
         self.options = options
         self.group_index = slices[0].group_index
         symmetries = list(dict.fromkeys(slice_.symmetry for slice_ in slices if slice_.symmetry))
-        factors = sorted(
-            (
-                (symmetry, side, blocks[0])
-                for symmetry in symmetries
-                for side, blocks in zip(
-                    SIDES, (symmetry.left_blocks, symmetry.right_blocks), strict=True
-                )
-            ),
-            key=lambda factor: (factor[2].size[2], not is_transposed(factor[2])),
-        )
-        self.symmetries: list[HeadSymmetry] = [symmetry for symmetry, _, _ in factors]
+        factors = factors_of(symmetries)
+        self.symmetries = [symmetry for symmetry, _, _ in factors]
         self.sides = [side for _, side, _ in factors]
         self.blocks = [block for _, _, block in factors]
-        place = {(id(s), side): i for i, (s, side, _) in enumerate(factors)}
-        other = dict(zip(SIDES, reversed(SIDES), strict=True))
-        partners = [place[id(s), other[side]] for s, side, _ in factors]
+        self._partners = partners = partners_of(factors)
         own = {(id(slice_.symmetry), slice_.side): slice_ for slice_ in slices}
         self.own_slices = [own.get((id(s), side)) for s, side, _ in factors]
         parameter = self.blocks[0].parameter
         self.device, self.dtype = parameter.device, compute_dtype(parameter.dtype)
         self.rank = symmetries[0].rank
-        self._partners = partners
         self.partner = torch.tensor(partners, device=self.device)
         keeps_master = options["master_weights"] and parameter.dtype != self.dtype
         self.stacks: list[FactorStack] = []
@@ -170,9 +156,7 @@ class LowRankPairs:
         RankError
             If both factors of a pair are zero and never were trained, or one is not finite.
         """
-        gradients = [
-            None if slice_ is None else slice_.parameter.grad for slice_ in self.own_slices
-        ]
+        gradients = [None if own is None else own.parameter.grad for own in self.own_slices]
         given = [gradient is not None for gradient in gradients]
         if not any(given):
             return None
@@ -181,12 +165,9 @@ class LowRankPairs:
         on_host = self.device.type == "cpu"
         frame, framed, remade = self.frame, self._framed, None
         self.schedule.refresh_every = self.options["refresh_every"]
-        self._look = look and self.device.type == "cpu"
-        if (
-            self._look
-            and self._sample is not None
-            and not torch.equal(self._sampled(weights), self._sample)
-        ):
+        self._look = look and on_host
+        seen, before = self._sampled(weights), self._sample
+        if seen is not None and before is not None and not torch.equal(seen, before):
             self.schedule.ask()
         due = self.schedule.due(given, None if capturing else lambda own: self._moved(own, weights))
         if capturing or any(due.made):
@@ -205,8 +186,10 @@ class LowRankPairs:
         whole = on_host and all(counted) and (remade is None or all(due.made))
         return Prepared(weights, remade, given, active, counted, dressed, whole)
 
-    def _sampled(self, weights: Sequence[Tensor]) -> Tensor:
-        """The first column of every factor, as it is stored."""
+    def _sampled(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The first column of every factor, as it is stored; None where nobody looks."""
+        if not self._look:
+            return None
         if self.blocks[0].parameter.dtype == self.dtype:
             return torch.cat([own[:, :, 0].flatten() for own in weights])
         return torch.cat([column for stack in self.stacks for column in stack.columns()])
@@ -219,11 +202,8 @@ class LowRankPairs:
         """
         of_partner = self.frame.index_select(0, self.partner)
         squares = [
-            (frame @ own - stack.coordinates).square().sum((-2, -1))
-            for stack, own, frame in (
-                (stack, own, of_partner[stack.rows])
-                for stack, own in zip(self.stacks, weights, strict=True)
-            )
+            (of_partner[stack.rows] @ own - stack.coordinates).square().sum((-2, -1))
+            for stack, own in zip(self.stacks, weights, strict=True)
         ]
         near = torch.cat(squares) <= STRAYED**2 * self.rank
         near = near & self._framed.index_select(0, self.partner)
@@ -328,19 +308,12 @@ class LowRankPairs:
         restrained = restraint(self.frame, partner, self._columns_of_partner, lr)
         own = own._replace(scale=own.scale * restrained)
         for stack, factors, z in zip(self.stacks, prepared.weights, dressed, strict=True):
-            rows = stack.rows
+            rows, given = stack.rows, prepared.given[stack.rows]
             stack.update_(
-                factors,
-                z,
-                self.frame[rows],
-                own.of(rows),
-                changes[rows],
-                prepared.given[rows],
-                lr,
-                group,
+                factors, z, self.frame[rows], own.of(rows), changes[rows], given, lr, group
             )
         self.schedule.mark()
-        self._sample = self._sampled(prepared.weights) if self._look else None
+        self._sample = self._sampled(prepared.weights)
 
     def _carry(
         self, prepared: Prepared, remade: Remade, mask: Tensor, gate: Tensor | None
@@ -422,24 +395,3 @@ class LowRankPairs:
                 moved = symmetry.group.inverse(g) if side == "left" else g.mT
                 self.frame[j].copy_(self.frame[j].to(g.dtype) @ moved)
         self.schedule.mark()
-
-
-def stack_pairs(
-    slices: Sequence[Slice], param_groups: Sequence[Mapping[str, Any]]
-) -> list[LowRankPairs]:
-    """Pairs of equal rank, param group, dtype and device together; each by itself on request."""
-    grouped: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
-    for slice_ in slices:
-        parameter, options = slice_.parameter, param_groups[slice_.group_index]
-        symmetry = slice_.symmetry
-        key = (
-            slice_.group_index,
-            slice_.shape[2],
-            parameter.dtype,
-            parameter.device,
-            id(symmetry) if options["foreach"] is False else None,
-        )
-        grouped[key].append(slice_)
-    return [
-        LowRankPairs(members, param_groups[members[0].group_index]) for members in grouped.values()
-    ]

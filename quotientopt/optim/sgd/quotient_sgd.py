@@ -1,19 +1,18 @@
 """QuotientSGD: Riemannian gradient descent with transported momentum.
 
-Pairs are stepped in stacks by :mod:`quotientopt.optim.sgd_pairs`, in the metrics of
-:mod:`quotientopt.optim.metrics`; what no symmetry covers steps as torch's SGD does, at the end
-here.
+Pairs are stepped in stacks by :mod:`quotientopt.optim.sgd.pairs`, in the metrics of
+:mod:`quotientopt.optim.sgd.metrics`; what no symmetry covers steps as torch's SGD does,
+:mod:`quotientopt.optim.sgd.plain`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim.sgd import sgd
 
 from quotientopt._linalg import compute_dtype
 from quotientopt.optim.checks import full_precision, gradients_of, loss_of, signature_of, takes_part
@@ -26,23 +25,22 @@ from quotientopt.optim.gauge import (
     refuse_foreign_element,
     refuse_untaken_translations,
 )
-from quotientopt.optim.metrics import refuse_unknown_geometry
 from quotientopt.optim.options import refuse_bad_options
-from quotientopt.optim.sgd_pairs import (
+from quotientopt.optim.sgd.metrics import refuse_unknown_geometry
+from quotientopt.optim.sgd.pairs import (
     SymmetricPair,
     batches,
     largest_entries,
     refuse_nonfinite_entries,
     refuse_sparse_of_pairs,
 )
+from quotientopt.optim.sgd.plain import BUFFER, sgd_step, sgd_step_of_block
 from quotientopt.optim.slices import Slice, find_slices
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer
-from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
+from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded
 from quotientopt.symmetries.map import RESIDUAL
 from quotientopt.symmetries.pairs import refuse_scattered
-
-BUFFER = "momentum_buffer"
 
 
 class QuotientSGD(SymmetricOptimizer):
@@ -288,26 +286,7 @@ class QuotientSGD(SymmetricOptimizer):
         self.state[parameter][BUFFER] = buffer
         return buffer
 
-    @torch.no_grad()
-    @full_precision()
-    def move_state_(self, element: Mapping[str, Tensor]) -> None:
-        """Move the momentum by a group element that acts on the parameters.
-
-        After ``symmetries.act_(element)`` and ``optimizer.move_state_(element)`` training goes on
-        as if nothing had happened.
-
-        Parameters
-        ----------
-        element : mapping of str to Tensor
-            As from :meth:`SymmetryMap.random_element`: symmetry name to ``(heads, r, r)``,
-            ``"residual"`` to ``(d, d)``.
-
-        Raises
-        ------
-        ValueError
-            If the element does not act on these symmetries, or translates biases of values whose
-            output bias is not trained. Nothing is changed then.
-        """
+    def _move_state_(self, element: Mapping[str, Tensor]) -> None:
         refuse_foreign_element(element, self.symmetries)
         absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         refuse_untaken_translations(element, self.symmetries, absorbed)
@@ -373,67 +352,3 @@ def refuse_foreign_buffer(name: str, parameter: Tensor, state: Mapping[str, Any]
                 f"expected {tuple(parameter.shape)}: it is not the state of a QuotientSGD on this "
                 "model"
             )
-
-
-def sgd_step(
-    group: Mapping[str, Any],
-    parameters: Sequence[Tensor],
-    state: MutableMapping[Tensor, dict[str, Any]],
-) -> None:
-    """One step of torch's SGD on ``parameters``, all of which have a gradient.
-
-    Parameters
-    ----------
-    group : dict
-        Hyperparameters.
-    parameters : sequence of Tensor
-    state : mapping
-        The optimizer's state; momenta are made as torch makes them where missing.
-    """
-    if not parameters:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    buffers: list[Tensor | None] = []
-    if group["momentum"] != 0:
-        buffers = [state[p].get(BUFFER) for p in parameters]
-    sgd(
-        list(parameters),
-        gradients,
-        buffers,
-        has_sparse_grad=any(gradient.is_sparse for gradient in gradients),
-        foreach=group["foreach"],
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        lr=group["lr"],
-        dampening=0,
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
-    )
-    if group["momentum"] != 0:
-        for parameter, buffer in zip(parameters, buffers, strict=True):
-            state[parameter][BUFFER] = buffer
-
-
-def sgd_step_of_block(
-    group: Mapping[str, Any], uncovered: Block, buffers: Callable[[Tensor], Tensor]
-) -> None:
-    """The same on what the symmetries of a fused parameter leave uncovered.
-
-    Parameters
-    ----------
-    group : dict
-        Hyperparameters.
-    rest : Block
-        Of a parameter that has a gradient.
-    buffers : callable
-        Parameter to its momentum buffer.
-    """
-    weights, gradient = uncovered.view(), uncovered.view(uncovered.parameter.grad)
-    exact = weights.to(compute_dtype(weights.dtype))
-    step = gradient.to(exact.dtype) * (-1 if group["maximize"] else 1)
-    step = step + group["weight_decay"] * exact
-    if group["momentum"] != 0:
-        buffer = uncovered.view(buffers(uncovered.parameter))
-        buffer.mul_(group["momentum"]).add_(step)
-        step = step + group["momentum"] * buffer if group["nesterov"] else buffer
-    weights.copy_(exact - group["lr"] * step)

@@ -3,21 +3,30 @@
 Units of one kind travel together, a packed all-to-all per kind and dtype, all of them under way at
 once: :class:`Parcels`. A step works on the kinds that have arrived while others are on their way,
 and sends the updates of one kind while it computes those of the next: :class:`Departures`.
-:class:`ShardedPeers` stands for the other processes in an engine's step.
+:class:`ShardedPeers` stands for the other processes in an engine's step. At the end the two ways
+of a step: gradients to the owners (:func:`gather`), updates back (:func:`departures`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from quotientopt._linalg import wide_dtype
 from quotientopt.optim.engine import Peers
-from quotientopt.optim.ownership import Region
+from quotientopt.optim.sharded.ownership import Placed, Region, Unit, dtypes_of, local_part
+from quotientopt.optim.update import decay_scale_of
+from quotientopt.symmetries.block import empty_like_whole
+
+if TYPE_CHECKING:
+    from quotientopt.optim.sharded.step import Sharded
 
 
 class Parcels:
@@ -219,3 +228,117 @@ class ShardedPeers(Peers):
                 total[key] = gram.contiguous()
                 dist.all_reduce(total[key], group=self.group)
         return total
+
+
+def _gradient_of(own: Placed) -> Tensor:
+    """This process's part of a gradient; zero where only others have one."""
+    gradient = own.parameter.grad
+    if gradient is None:
+        return torch.zeros_like(own.shard)
+    parameter = own.parameter
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        # A norm's gain may come as a sum over the processes that split a sequence.
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local_part(gradient).to(parameter.dtype)
+
+
+def gather(sharded: Sharded, active: set[int], due: bool) -> None:
+    """Bring gradients, and weights where they are needed, to the owners.
+
+    Parameters
+    ----------
+    sharded : Sharded
+    active : set of int
+        ``id`` of what has a gradient.
+    due : bool
+        Whether frames are made in this step, from weights.
+    """
+    # On all processes, in one order: sums over processes are reduced here.
+    gradients = {id(own): _gradient_of(own) for own in sharded.placed if id(own) in active}
+    for own in sharded.placed:
+        if own.unit is None and own.local is not None:
+            own.local.data = own.shard
+            own.local.grad = gradients.get(id(own))
+    arrivals: dict[int, Parcels] = {}
+    for kind in sharded.kinds:
+        parcels = Parcels(sharded.group, sharded.device, dtypes_of(kind))
+        for unit in kind:
+            for own in unit.members:
+                _bring(sharded, own, unit, gradients.get(id(own)), due, parcels)
+                arrivals[id(own.parameter if own.local is None else own.local)] = parcels
+        parcels.start()
+    sharded.peers.expect(arrivals)
+
+
+def _bring(
+    sharded: Sharded,
+    own: Placed,
+    unit: Unit,
+    gradient: Tensor | None,
+    due: bool,
+    parcels: Parcels,
+) -> None:
+    """Bring a gradient, and weights where they are needed, to the owner."""
+    if own.sends(sharded.rank, unit.owner):
+        if unit.whole or due:
+            parcels.send(unit.owner, own.shard)
+        if gradient is not None:
+            parcels.send(unit.owner, gradient)
+    if own.local is None:
+        return
+    whole, places = own.local, list[Tensor]()
+    if unit.whole:
+        # What was not written to keeps its version, by which pairs know it.
+        weights = torch.empty_like(whole)
+        places.append(weights)
+        parcels.then(written_to(whole, weights))
+    elif due:
+        places.append(whole.detach())
+    if gradient is not None:
+        whole.grad = empty_like_whole(own.parameter, sharded.device)
+        places.append(whole.grad)
+    for source in (rank for rank in range(sharded.size) if own.sends(rank, unit.owner)):
+        for place in places:
+            parcels.take(source, own.regions[source], place)
+
+
+def departures(sharded: Sharded, active: Sequence[Placed], due: bool) -> Departures:
+    """What brings updates, or new weights, back to the shards."""
+    slices = Counter(id(slice_.parameter) for slice_ in sharded.inner._slices.framed)
+    rounds = []
+    for kind, units in zip(sharded.kinds, map(set, sharded.kinds), strict=True):
+        stepped = [own for own in active if own.unit in units]
+        # What has no slice is stepped after those that have, whole units are moved at the end.
+        waiting = {
+            id(own.local): -1 if kind[0].whole else slices.get(id(own.local), -1)
+            for own in stepped
+            if own.local is not None
+        }
+        rounds.append((waiting, partial(send_back, sharded, kind, stepped, due)))
+    return Departures(rounds)
+
+
+def send_back(
+    sharded: Sharded, kind: Sequence[Unit], stepped: Sequence[Placed], due: bool
+) -> Parcels:
+    """Bring what was stepped back to the shards."""
+    parcels = Parcels(sharded.group, sharded.device, dtypes_of(kind))
+    groups = {id(p): group for group in sharded.optimizer.param_groups for p in group["params"]}
+    for own in stepped:
+        unit = own.unit
+        assert unit is not None
+        if own.local is not None:
+            for rank, region in enumerate(own.regions):
+                parcels.send(rank, region.take(own.local.detach()))
+        shard = own.shard
+        part = torch.empty_like(shard)
+        parcels.take(unit.owner, own.regions[sharded.rank].alone, part)
+        if unit.whole or due:
+            parcels.then(copied(shard, part))
+        else:
+            group = groups[id(own.parameter)]
+            scale = 1.0 if own.framed is None else decay_scale_of(own.framed, group)
+            kept = 1 - group["lr"] * scale * group["weight_decay"]
+            parcels.then(decayed_and_added(shard, part, kept))
+    parcels.start()
+    return parcels

@@ -18,23 +18,20 @@ Parameters without frames never move: each process steps its shard. Gradients co
 ``fully_shard`` and ``parallelize_module`` leave them. Nothing here depends on how a DTensor is
 placed: along any dimension, on meshes of several dimensions, replicated.
 
-Where parts lie and who owns what is in :mod:`quotientopt.optim.ownership`, how it travels in
-:mod:`quotientopt.optim.exchange`, the state as torch.distributed.checkpoint takes it in
-:mod:`quotientopt.optim.sharded_state`.
+Where parts lie and who owns what is in :mod:`quotientopt.optim.sharded.ownership`, how it travels
+in :mod:`quotientopt.optim.sharded.exchange`, the state as torch.distributed.checkpoint takes it in
+:mod:`quotientopt.optim.sharded.state`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from quotientopt._linalg import compute_dtype, wide_dtype
 from quotientopt.optim.checks import (
@@ -45,30 +42,21 @@ from quotientopt.optim.checks import (
     gradients_of,
     norms_of,
     refuse_nonfinite,
+    signature_of,
 )
 from quotientopt.optim.engine import PreparedStep
-from quotientopt.optim.exchange import (
-    Departures,
-    Parcels,
-    ShardedPeers,
-    copied,
-    decayed_and_added,
-    written_to,
-)
 from quotientopt.optim.gauge import begin, put_back
 from quotientopt.optim.options import refuse_options_of_whole_models
-from quotientopt.optim.ownership import (
+from quotientopt.optim.sharded.exchange import ShardedPeers, departures, gather
+from quotientopt.optim.sharded.ownership import (
     Placed,
     Region,
-    Unit,
     common_group,
     deal,
-    dtypes_of,
     kinds_of,
     local_part,
 )
-from quotientopt.optim.sharded_state import collect, load, packed, restore, show
-from quotientopt.optim.update import decay_scale_of
+from quotientopt.optim.sharded.state import collect, load, packed, restore, show
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.block import empty_like_whole
 
@@ -197,8 +185,8 @@ class Sharded:
         every = self.optimizer.param_groups[0]["refresh_every"]
         due = extent is not None and (extent[0] == 0 or (extent[1] + 1) % every == 0)
         self.hold()
-        self._gather({id(own) for own in active}, due)
-        self.peers.departures = self._departures(active, due)
+        gather(self, {id(own) for own in active}, due)
+        self.peers.departures = departures(self, active, due)
         try:
             self._step_whole_tensors(due)
             self.peers.departures.finish()
@@ -249,61 +237,6 @@ class Sharded:
         for placed in self._of.values():
             if placed.local is not None:
                 placed.local.requires_grad_(placed.parameter.requires_grad)
-
-    def _gradient(self, own: Placed) -> Tensor:
-        """This process's part of a gradient; zero where only others have one."""
-        gradient = own.parameter.grad
-        if gradient is None:
-            return torch.zeros_like(own.shard)
-        parameter = own.parameter
-        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-            # A norm's gain may come as a sum over the processes that split a sequence.
-            gradient = gradient.redistribute(placements=parameter.placements)
-        return local_part(gradient).to(parameter.dtype)
-
-    def _gather(self, active: set[int], due: bool) -> None:
-        """Bring gradients, and weights where they are needed, to the owners."""
-        # On all processes, in one order: sums over processes are reduced here.
-        gradients = {id(own): self._gradient(own) for own in self.placed if id(own) in active}
-        for own in self.placed:
-            if own.unit is None and own.local is not None:
-                own.local.data = own.shard
-                own.local.grad = gradients.get(id(own))
-        arrivals: dict[int, Parcels] = {}
-        for kind in self.kinds:
-            parcels = Parcels(self.group, self.device, dtypes_of(kind))
-            for unit in kind:
-                for own in unit.members:
-                    self._bring(own, unit, gradients.get(id(own)), due, parcels)
-                    arrivals[id(own.parameter if own.local is None else own.local)] = parcels
-            parcels.start()
-        self.peers.expect(arrivals)
-
-    def _bring(
-        self, own: Placed, unit: Unit, gradient: Tensor | None, due: bool, parcels: Parcels
-    ) -> None:
-        """Bring a gradient, and weights where they are needed, to the owner."""
-        if own.sends(self.rank, unit.owner):
-            if unit.whole or due:
-                parcels.send(unit.owner, own.shard)
-            if gradient is not None:
-                parcels.send(unit.owner, gradient)
-        if own.local is None:
-            return
-        whole, places = own.local, list[Tensor]()
-        if unit.whole:
-            # What was not written to keeps its version, by which pairs know it.
-            weights = torch.empty_like(whole)
-            places.append(weights)
-            parcels.then(written_to(whole, weights))
-        elif due:
-            places.append(whole.detach())
-        if gradient is not None:
-            whole.grad = empty_like_whole(own.parameter, self.device)
-            places.append(whole.grad)
-        for source in (rank for rank in range(self.size) if own.sends(rank, unit.owner)):
-            for place in places:
-                parcels.take(source, own.regions[source], place)
 
     def _prepare(self) -> tuple[PreparedStep | None, Exception | None]:
         try:
@@ -362,50 +295,12 @@ class Sharded:
         kind = GradientError if "gradient" in found[1] else StepRefusedError
         raise (kind if found[0] else RuntimeError)(f"on process {rank}: {found[1]}")
 
-    def _departures(self, active: Sequence[Placed], due: bool) -> Departures:
-        """What brings updates, or new weights, back to the shards."""
-        slices = Counter(id(slice_.parameter) for slice_ in self.inner._slices.framed)
-        rounds = []
-        for kind, units in zip(self.kinds, map(set, self.kinds), strict=True):
-            stepped = [own for own in active if own.unit in units]
-            # What has no slice is stepped after those that have, whole units are moved at the end.
-            waiting = {
-                id(own.local): -1 if kind[0].whole else slices.get(id(own.local), -1)
-                for own in stepped
-                if own.local is not None
-            }
-            rounds.append((waiting, partial(self._send_back, kind, stepped, due)))
-        return Departures(rounds)
-
-    def _send_back(self, kind: Sequence[Unit], stepped: Sequence[Placed], due: bool) -> Parcels:
-        """Bring what was stepped back to the shards."""
-        parcels = Parcels(self.group, self.device, dtypes_of(kind))
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        for own in stepped:
-            unit = own.unit
-            assert unit is not None
-            if own.local is not None:
-                for rank, region in enumerate(own.regions):
-                    parcels.send(rank, region.take(own.local.detach()))
-            shard = own.shard
-            part = torch.empty_like(shard)
-            parcels.take(unit.owner, own.regions[self.rank].alone, part)
-            if unit.whole or due:
-                parcels.then(copied(shard, part))
-            else:
-                group = groups[id(own.parameter)]
-                scale = 1.0 if own.framed is None else decay_scale_of(own.framed, group)
-                kept = 1 - group["lr"] * scale * group["weight_decay"]
-                parcels.then(decayed_and_added(shard, part, kept))
-        parcels.start()
-        return parcels
-
     def refresh_frames(self) -> None:
         """Make frames afresh from the weights as they are now."""
         if not self.inner.state and not any(own.steps for own in self.placed):
             return
         self.hold()
-        self._gather(set(), due=True)
+        gather(self, set(), due=True)
         self.peers.settle()
         counts = [own.steps for own in self.placed if own.framed]
         self.peers.of_step = (min(counts), max(counts)) if counts else None
@@ -433,6 +328,7 @@ class Sharded:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict, whole or sharded in any way; every process calls it."""
         load(self, state_dict)
+        self.optimizer._signature = signature_of(self.optimizer.param_groups)
 
     def refuse_copies(self) -> NoReturn:
         """Refuse to be copied or pickled."""

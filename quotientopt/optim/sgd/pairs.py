@@ -1,7 +1,7 @@
 """Riemannian gradient descent on stacked factor pairs: gradient, projection, one step.
 
-In the metrics of :mod:`quotientopt.optim.metrics`: the vector that represents a differential, the
-horizontal part of a momentum, then the pairs of an optimizer, in batches of one shape.
+In the metrics of :mod:`quotientopt.optim.sgd.metrics`: the vector that represents a differential,
+the horizontal part of a momentum, then the pairs of an optimizer, in batches of one shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quotientopt._linalg import Pair, compute_dtype, skew_part, solve_lyapunov, 
 from quotientopt.groups import O
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.gauge import seen_weights
-from quotientopt.optim.metrics import (
+from quotientopt.optim.sgd.metrics import (
     PairGrams,
     covector_frames,
     heads_without_metric,

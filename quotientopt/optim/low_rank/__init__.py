@@ -1,0 +1,1 @@
+"""Adam on low-rank pairs, those of LoRA: coordinates, stacked factors, the step."""

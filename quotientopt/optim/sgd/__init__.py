@@ -1,0 +1,1 @@
+"""QuotientSGD: invariant metrics, gradients and projections of stacked pairs, the optimizer."""

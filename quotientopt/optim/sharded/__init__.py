@@ -1,0 +1,1 @@
+"""QuotientAdam on sharded parameters: who owns what, how it travels, the step, its state."""
