@@ -46,6 +46,32 @@ def test_cost_by_width():
         ]
 
 
+def test_what_wraps_around_the_optimizer():
+    found = {row[0]: row[1:] for row in rows_of(page("benchmarks/results/wrappers/wrappers.md"))}
+    text = page("docs/quotient_adam.md").split("**What wraps around any optimizer**")[1]
+    listed = {row[0]: row[1:] for row in rows_of(text.split("The others are not built in")[0])}
+    rows = {
+        "averaged weights: decay 0.95 over the last 40 % of the steps": (
+            "as it is, averaged weights"
+        ),
+        "an outer step with Nesterov momentum every ten steps": (
+            "outer Nesterov step (every, momentum, rate): 10, 0.5, 0.8"
+        ),
+        "cautious weight decay: where the update is towards zero, 0.2": (
+            "cautious weight decay (decay): 0.2"
+        ),
+        "matrices whose norm stays what it was, a relative rate of 0.045": (
+            "matrices of fixed norm (rate): 0.045"
+        ),
+    }
+    assert listed.keys() - {"", "---"} == rows.keys()
+    for own, key in rows.items():
+        seeds, _, difference = found[key]
+        assert listed[own] == [seeds, difference.replace("-", "−")], own
+    for name in ("SOAP-Muon", "SOAP-Muon, averaged weights"):
+        assert found[name][1] in " ".join(text.split()), name
+
+
 def test_cost_on_a_gpu():
     record = json.loads((RESULTS / "gpu" / "gpu.json").read_text())
     names = {
