@@ -4,6 +4,7 @@ import re
 import tomllib
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 
 import pytest
 
@@ -42,6 +43,35 @@ def test_names_on_a_page_exist(name):
         re.findall(r"`((?:tests|benchmarks|quotientopt|docs|examples)/[\w./-]*)`", text)
     ):
         assert (ROOT / path).exists(), path
+
+
+def module_of(length, parts):
+    """The module of a name's first parts; a function of its package may have its name."""
+    try:
+        return import_module(".".join(parts[:length]))
+    except ModuleNotFoundError:
+        return None
+
+
+def test_names_in_docstrings_exist():
+    """Modules, classes and functions that the package's own files name in full."""
+    found = set()
+    for folder in ("quotientopt", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            roles = re.findall(r":(?:mod|func|class|meth):`~?quotientopt((?:\.\w+)+)`", text)
+            found |= {(path.relative_to(ROOT).as_posix(), name) for name in roles}
+    assert len(found) > 50
+    missing = []
+    for path, name in sorted(found):
+        parts = f"quotientopt{name}".split(".")
+        found_modules = (module_of(length, parts) for length in range(len(parts), 0, -1))
+        module = next(module for module in found_modules if module is not None)
+        try:
+            attrgetter(".".join(parts[module.__name__.count(".") + 1 :]) or "__name__")(module)
+        except AttributeError:
+            missing.append((path, name))
+    assert not missing
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -221,7 +221,7 @@ def coefficients(
     gate : Tensor
         One, or zero where nothing may change, ``(N, 1, 1)``.
     betas, eps, nesterov
-        As of Adam; see :func:`quotientopt.optim.adam.direction`.
+        As of Adam; see :func:`quotientopt.optim.update.direction`.
     """
     beta1, beta2 = betas
     t = counts[:, None, None].to(wide_dtype(counts.device))
