@@ -120,6 +120,27 @@ def locate_first(failed: Tensor) -> str:
     return f" (batch index {index})"
 
 
+def rows_depend(factor: Tensor, S: Tensor, precision: float) -> Tensor:
+    """Whether rows depend on each other, from the Cholesky factor L of their Gram matrix S.
+
+    ``L_ii² / S_ii`` is the squared sine of the angle of a row to those before it. Rounding makes it
+    as large as r ε, and that of the stored rows, of relative `precision` ε', about ε'².
+
+    Parameters
+    ----------
+    factor, S : Tensor, shape (*batch, r, r)
+    precision : float
+
+    Returns
+    -------
+    Tensor, shape (*batch)
+        ``L_ii² ≤ max(r ε, ε'²) S_ii`` for any i; false where these are not numbers.
+    """
+    least = max(precision**2, S.size(-1) * torch.finfo(S.dtype).eps)
+    squares = factor.diagonal(dim1=-2, dim2=-1).square()
+    return (squares <= least * S.diagonal(dim1=-2, dim2=-1)).any(-1)
+
+
 def cholesky(S: Tensor, name: str, *, check: bool = True, precision: float = 0.0) -> Tensor:
     """Lower Cholesky factor ``L Lᵀ = S`` of a Gram matrix, with a readable refusal.
 
@@ -147,10 +168,7 @@ def cholesky(S: Tensor, name: str, *, check: bool = True, precision: float = 0.0
         raise ValueError(f"{name} has non-finite entries{locate_first(failed)}")
     factor, info = torch.linalg.cholesky_ex(S, check_errors=False)
     if check:
-        diagonal = S.diagonal(dim1=-2, dim2=-1)
-        floor = max(S.shape[-1] * torch.finfo(S.dtype).eps, precision**2) * diagonal
-        lost = (factor.diagonal(dim1=-2, dim2=-1).square() <= floor).any(dim=-1)
-        failed = (info > 0) | lost
+        failed = (info > 0) | rows_depend(factor, S, precision)
         if bool(failed.any()):
             raise ValueError(
                 f"{name} is rank-deficient{locate_first(failed)}: it needs full rank "

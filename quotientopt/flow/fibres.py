@@ -35,13 +35,13 @@ from quotientopt.manifolds.factor_geometry import FactorGeometry
 from quotientopt.symmetries import Block, HeadSymmetry
 from quotientopt.symmetries.pairs import columns_of, stack_factors
 
-METRICS = ("euclidean", "preconditioned", "right-invariant")
+FLOW_METRICS = ("euclidean", "preconditioned", "right-invariant")
 
 
 def check_metric(metric: str) -> None:
     """Raise ``ValueError`` unless there is such a metric."""
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if metric not in FLOW_METRICS:
+        raise ValueError(f"metric must be one of {FLOW_METRICS}, got {metric!r}")
 
 
 class PairGeometry:
@@ -51,7 +51,7 @@ class PairGeometry:
     ----------
     group : StructureGroup
     metric : str
-        One of :data:`METRICS`.
+        One of :data:`FLOW_METRICS`.
     name : str
         What to call the pairs in messages.
     tokens : bool

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quotientopt._linalg import wide
 from quotientopt.flow.fibres import Decomposition, check_metric
-from quotientopt.flow.subject import ManifoldSubject, ModelSubject, Subject
+from quotientopt.flow.subject import FlowSubject, ManifoldSubject, ModelSubject
 from quotientopt.flow.trajectory import FlowEvent, FlowResult
 from quotientopt.manifolds import QuotientManifold
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
@@ -171,7 +171,7 @@ class _Flow:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: FlowSubject,
         loss: Callable[[Any], Tensor],
         project: bool,
         not_invariant: str,
@@ -342,7 +342,7 @@ def _subject(
     symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
     metric: str,
     move_to_end: bool,
-) -> Subject:
+) -> FlowSubject:
     if isinstance(manifold_or_model, nn.Module):
         if x0 is not None:
             raise ValueError("x0 is for manifolds; a model starts where it is: load x0 into it")

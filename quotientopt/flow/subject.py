@@ -22,7 +22,7 @@ from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.pairs import refuse_scattered, shape_key
 
 
-class Subject(ABC):
+class FlowSubject(ABC):
     """A point as a list of tensors, a loss on it, and its factor pairs.
 
     Attributes
@@ -80,7 +80,7 @@ class Subject(ABC):
         """The tensors that derivatives are taken by, after a visit."""
 
 
-class ManifoldSubject(Subject):
+class ManifoldSubject(FlowSubject):
     """A point of a manifold.
 
     Parameters
@@ -126,7 +126,7 @@ class ManifoldSubject(Subject):
         return self._now
 
 
-class ModelSubject(Subject):
+class ModelSubject(FlowSubject):
     """The trainable parameters of a model.
 
     Parameters

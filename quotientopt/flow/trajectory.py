@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quotientopt._linalg import wide
 from quotientopt.flow.fibres import Decomposition
-from quotientopt.flow.subject import ManifoldSubject, ModelSubject, Subject
+from quotientopt.flow.subject import FlowSubject, ManifoldSubject, ModelSubject
 from quotientopt.manifolds import QuotientManifold
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 
@@ -334,7 +334,7 @@ class VerticalLog:
 
 
 @torch.no_grad()
-def _step(subject: Subject, x: Sequence[Tensor], y: Sequence[Tensor]) -> Decomposition:
+def _step(subject: FlowSubject, x: Sequence[Tensor], y: Sequence[Tensor]) -> Decomposition:
     difference = [wide(b) - wide(a) for a, b in zip(x, y, strict=True)]
     return subject.fibres.decompose(x, difference)
 
@@ -373,7 +373,7 @@ def _subject(
     first: Any,
     symmetries: SymmetryMap | Sequence[HeadSymmetry] | None,
     metric: str,
-) -> Subject:
+) -> FlowSubject:
     if isinstance(manifold_or_model, nn.Module):
         return ModelSubject(manifold_or_model, symmetries, metric)
     if not isinstance(manifold_or_model, QuotientManifold):
@@ -386,7 +386,7 @@ def _subject(
     return ManifoldSubject(manifold_or_model, first, metric)
 
 
-def _checked(subject: Subject, manifold_or_model: Any, point: Any) -> list[Tensor]:
+def _checked(subject: FlowSubject, manifold_or_model: Any, point: Any) -> list[Tensor]:
     if isinstance(manifold_or_model, QuotientManifold):
         manifold_or_model.check_point(point)
     return subject.flat(point)

@@ -53,6 +53,10 @@ class Factor(NamedTuple):
             return torch.cholesky_inverse(self.root) @ Y
         return torch.cholesky_solve(Y, self.root)
 
+    def times_gram(self, Y: Tensor) -> Tensor:
+        """``S Y``."""
+        return self.root @ (self.root.mT @ Y)
+
     def solve_root(self, Y: Tensor) -> Tensor:
         """``L^{-1} Y``."""
         return torch.linalg.solve_triangular(self.root, Y, upper=False)
@@ -231,10 +235,7 @@ class RightInvariant:
 
     def gradient(self, x: FactorPoint, euclidean: Pair) -> Pair:
         """``(S_A ∂_A, S_B ∂_B)``."""
-        return (
-            x.A.root @ (x.A.root.mT @ euclidean[0]),
-            x.B.root @ (x.B.root.mT @ euclidean[1]),
-        )
+        return x.A.times_gram(euclidean[0]), x.B.times_gram(euclidean[1])
 
     def gradient_derivative(
         self, x: FactorPoint, euclidean_gradient: Pair, euclidean_hessian: Pair, xi: Pair

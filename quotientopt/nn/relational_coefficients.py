@@ -16,7 +16,7 @@ from torch.nn import functional
 from quotientopt._linalg import wide
 from quotientopt.models.attention import rotate
 from quotientopt.nn.masks import merge_masks
-from quotientopt.nn.relational_plan import ONES, Attend, Norm, Perceive
+from quotientopt.nn.relational_plan import ONES, Attend, Perceive, PlannedNorm
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -103,7 +103,7 @@ class CoefficientStream:
                 self.record[key] = part.detach().square().mean().sqrt()
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def reading(self, norm: Norm | None) -> Callable[[str], Tensor]:
+    def reading(self, norm: PlannedNorm | None) -> Callable[[str], Tensor]:
         """How a layer behind that norm reads rows, its offsets added."""
         if norm is None:
             return lambda name: self._with_offset(name, self.read(name))
@@ -125,7 +125,7 @@ class CoefficientStream:
         self.squares = self.squares + (coefficients * among).sum(-1)
         self.terms.append(Term(name, coefficients))
 
-    def normalise(self, norm: Norm) -> None:
+    def normalise(self, norm: PlannedNorm) -> None:
         """Normalise the stream itself."""
         scale, mean = self._scale(norm)
         scale = norm.gain * scale
@@ -169,7 +169,7 @@ class CoefficientStream:
         offset = self.grams.offsets.get(name)
         return products if offset is None else products + offset
 
-    def _scale(self, norm: Norm) -> tuple[Tensor, Tensor | None]:
+    def _scale(self, norm: PlannedNorm) -> tuple[Tensor, Tensor | None]:
         """``1 / √(variance + ε)`` and the mean, both (*batch, N, 1)."""
         squares, mean = self.squares.unsqueeze(-1), None
         if norm.centres:

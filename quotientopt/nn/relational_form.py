@@ -39,8 +39,8 @@ from quotientopt.nn.relational_plan import (
     READOUT,
     TOKENS,
     Attend,
-    Norm,
     Plan,
+    PlannedNorm,
     read_module,
 )
 
@@ -267,7 +267,7 @@ class RelationalForm(nn.Module):
         self, stream: CoefficientStream, masks: Masks, rotation: Rotation | None
     ) -> Tensor | StreamRelations:
         for step in self.plan.steps:
-            if isinstance(step, Norm):
+            if isinstance(step, PlannedNorm):
                 stream.normalise(step)
                 continue
             body = step.body
@@ -303,8 +303,10 @@ class RelationalForm(nn.Module):
             zeros = recorder.like.new_zeros(1, 1, sum(self.rows.values()))
             stream.begin(JointGram(recorder.like.new_zeros(1, 1, 1), zeros), self.rows)
         rotation = None
-        if any(s.body.rotary for s in self.plan.steps if not isinstance(s, Norm) and s.attends):
-            half = next(s.body.rank for s in self.plan.steps if not isinstance(s, Norm)) // 2
+        if any(
+            s.body.rotary for s in self.plan.steps if not isinstance(s, PlannedNorm) and s.attends
+        ):
+            half = next(s.body.rank for s in self.plan.steps if not isinstance(s, PlannedNorm)) // 2
             rotation = (recorder.like.new_ones(1, half), recorder.like.new_zeros(1, half))
         with torch.no_grad():
             self._run(stream, Masks((1, 1), None, None), rotation)
@@ -313,7 +315,7 @@ class RelationalForm(nn.Module):
     def _rotation(
         self, given: Rotation | None, shape: tuple[int, ...], stream: CoefficientStream
     ) -> Rotation | None:
-        attends = [s.body for s in self.plan.steps if not isinstance(s, Norm) and s.attends]
+        attends = [s.body for s in self.plan.steps if not isinstance(s, PlannedNorm) and s.attends]
         kind = next((body.rotary for body in attends if body.rotary), None)
         if given is not None and kind != "given":
             raise ValueError("position_embeddings are read by layers of transformers only")

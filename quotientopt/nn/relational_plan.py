@@ -26,7 +26,7 @@ MODELS = "quotientopt.models"
 
 
 @dataclass(frozen=True)
-class Norm:
+class PlannedNorm:
     """``gain · (x − mean) / √(variance + ε) + shift``.
 
     Attributes
@@ -75,10 +75,10 @@ class Perceive:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """A body behind a norm; what it writes is added to the stream, or replaces it."""
 
-    norm: Norm | None
+    norm: PlannedNorm | None
     body: Attend | Perceive
     keeps: bool = True
 
@@ -99,7 +99,7 @@ class Plan:
         Vectors of the stream, ``(m, width)``.
     offsets : dict of str to Tensor
         Biases of the hidden axes that stacks of rows are read into.
-    steps : list of Step or Norm
+    steps : list of PlannedStep or PlannedNorm
     embedded, positions : bool
         Whether tokens, and positions, have rows.
     context : int, optional
@@ -113,12 +113,12 @@ class Plan:
     width: int
     rows: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[str, Tensor] = field(default_factory=dict)
-    steps: list[Step | Norm] = field(default_factory=list)
+    steps: list[PlannedStep | PlannedNorm] = field(default_factory=list)
     embedded: bool = False
     positions: bool = False
     context: int | None = None
     head: str | None = None
-    head_norm: Norm | None = None
+    head_norm: PlannedNorm | None = None
     rotary: Any = None
 
     def reads(self, name: str, weight: Tensor, bias: Tensor | None, norm: Any = None) -> None:
@@ -136,7 +136,7 @@ class Plan:
         if linear.bias is not None:
             self.rows[f"{name} bias"] = linear.bias.unsqueeze(0)
 
-    def norm(self, module: Any, *, on_stream: str | None = None) -> Norm:
+    def norm(self, module: Any, *, on_stream: str | None = None) -> PlannedNorm:
         """Read a norm; one that acts on the stream itself is named, and must have equal gains."""
         gain = 1.0
         shift: str | None = None
@@ -157,16 +157,16 @@ class Plan:
                 raise ValueError(f"a LayerNorm over {module.normalized_shape} is not understood")
             first = next(iter(self.rows.values()))
             self.rows[ONES] = torch.ones(1, self.width, dtype=first.dtype, device=first.device)
-            return Norm(True, module.eps, gain, shift)
+            return PlannedNorm(True, module.eps, gain, shift)
         if follows(module, f"{TORCH}.normalization.RMSNorm"):
             eps = module.eps
             if eps is None:
                 eps = torch.finfo(next(iter(self.rows.values())).dtype).eps
-            return Norm(False, eps, gain, shift)
+            return PlannedNorm(False, eps, gain, shift)
         if follows(module, f"{HUGGING_FACE}.LlamaRMSNorm"):
-            return Norm(False, module.variance_epsilon, gain, shift)
+            return PlannedNorm(False, module.variance_epsilon, gain, shift)
         if follows(module, f"{MODELS}.llama.RMSNorm"):
-            return Norm(False, LLAMA_EPS, gain, shift)
+            return PlannedNorm(False, LLAMA_EPS, gain, shift)
         raise TypeError(f"the norm {type(module).__name__} is not understood")
 
 
@@ -212,15 +212,15 @@ def read_module(model: nn.Module, readout: Tensor | None) -> Plan:
 def _gpt(model: Any) -> Plan:
     plan = Plan(model.embedding.embedding_dim, embedded=True, positions=True, context=model.context)
     plan.rows[TOKENS], plan.rows[POSITIONS] = model.embedding.weight, model.positions.weight
-    norm = Norm(False, GPT_EPS)
+    norm = PlannedNorm(False, GPT_EPS)
     for index, block in enumerate(model.blocks):
         body = _reference_body(plan, f"blocks.{index}.attention", block.attention, None)
-        plan.steps.append(Step(norm, body))
+        plan.steps.append(PlannedStep(norm, body))
         name = f"blocks.{index}.mlp"
         plan.reads(f"{name}.up", block.mlp.up.weight, block.mlp.up.bias)
         plan.writes(f"{name}.down", block.mlp.down)
         mlp = Perceive(f"{name}.up", None, f"{name}.down", functional.gelu)
-        plan.steps.append(Step(norm, mlp))
+        plan.steps.append(PlannedStep(norm, mlp))
     plan.reads("head", model.head.weight, model.head.bias)
     plan.head, plan.head_norm = "head", norm
     return plan
@@ -233,7 +233,7 @@ def _llama(model: Any) -> Plan:
         body = _reference_body(
             plan, f"blocks.{index}.attention", block.attention, block.attention_norm
         )
-        plan.steps.append(Step(plan.norm(block.attention_norm), body))
+        plan.steps.append(PlannedStep(plan.norm(block.attention_norm), body))
         mlp = _gated(
             plan,
             f"blocks.{index}.mlp",
@@ -241,7 +241,7 @@ def _llama(model: Any) -> Plan:
             block.mlp_norm,
             functional.silu,
         )
-        plan.steps.append(Step(plan.norm(block.mlp_norm), mlp))
+        plan.steps.append(PlannedStep(plan.norm(block.mlp_norm), mlp))
     plan.reads("head", model.head.weight, model.head.bias, model.norm)
     plan.head, plan.head_norm = "head", plan.norm(model.norm)
     return plan
@@ -250,7 +250,7 @@ def _llama(model: Any) -> Plan:
 def _reference_attention(module: Any) -> Plan:
     plan = Plan(module.query.in_features)
     body = _reference_body(plan, "attention", module, None)
-    plan.steps.append(Step(None, body, keeps=False))
+    plan.steps.append(PlannedStep(None, body, keeps=False))
     return plan
 
 
@@ -293,7 +293,7 @@ def _gated(
 def _multihead_attention(module: Any) -> Plan:
     plan = Plan(module.embed_dim)
     body = _torch_body(plan, "attention", module, None)
-    plan.steps.append(Step(None, body, keeps=False))
+    plan.steps.append(PlannedStep(None, body, keeps=False))
     return plan
 
 
@@ -352,9 +352,9 @@ def _encoder_steps(plan: Plan, name: str, layer: Any) -> None:
     for body, part in ((attention, "norm1"), (mlp, "norm2")):
         norm = getattr(layer, part)
         if first:
-            plan.steps.append(Step(plan.norm(norm), body))
+            plan.steps.append(PlannedStep(plan.norm(norm), body))
         else:
-            plan.steps.append(Step(None, body))
+            plan.steps.append(PlannedStep(None, body))
             plan.steps.append(plan.norm(norm, on_stream=f"{name}.{part}"))
 
 
@@ -382,7 +382,7 @@ def _decoder_layer(module: Any) -> Plan:
 def _decoder_attention(module: Any) -> Plan:
     plan = Plan(module.q_proj.in_features)
     body = _decoder_body(plan, "attention", module, None)
-    plan.steps.append(Step(None, body, keeps=False))
+    plan.steps.append(PlannedStep(None, body, keeps=False))
     return plan
 
 
@@ -390,11 +390,11 @@ def _decoder_steps(plan: Plan, name: str, layer: Any) -> None:
     if not follows(layer, f"{HUGGING_FACE}.LlamaDecoderLayer"):
         raise TypeError(f"{name}, a {type(layer).__name__}, is not understood")
     body = _decoder_body(plan, f"{name}.self_attn", layer.self_attn, layer.input_layernorm)
-    plan.steps.append(Step(plan.norm(layer.input_layernorm), body))
+    plan.steps.append(PlannedStep(plan.norm(layer.input_layernorm), body))
     maps = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
     after = layer.post_attention_layernorm
     mlp = _gated(plan, f"{name}.mlp", maps, after, layer.mlp.act_fn)
-    plan.steps.append(Step(plan.norm(after), mlp))
+    plan.steps.append(PlannedStep(plan.norm(after), mlp))
 
 
 def _decoder_body(plan: Plan, name: str, module: Any, norm: Any) -> Attend:

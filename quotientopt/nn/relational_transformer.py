@@ -1,6 +1,6 @@
 """A transformer on Gram matrices of tokens.
 
-In reading order: `Stream`, what flows through it, a Gram matrix or the tokens themselves;
+In reading order: `RelationalStream`, what flows through it, a Gram matrix or the tokens themselves;
 `RelationalBlock`, one layer; `RelationalTransformer`.
 """
 
@@ -37,7 +37,7 @@ from quotientopt.nn.relational_layers import (
 )
 
 
-class Stream(Protocol):
+class RelationalStream(Protocol):
     """Something with a Gram matrix that moves when its tokens are mixed or scaled."""
 
     @property
@@ -142,7 +142,7 @@ class RelationalBlock(nn.Module):
 
     def forward(
         self,
-        stream: Stream,
+        stream: RelationalStream,
         features: Tensor,
         masks: AttentionMask,
         chunk_size: int | None = None,
@@ -156,7 +156,11 @@ class RelationalBlock(nn.Module):
         return features
 
     def _attend(
-        self, stream: Stream, features: Tensor, masks: AttentionMask, chunk_size: int | None
+        self,
+        stream: RelationalStream,
+        features: Tensor,
+        masks: AttentionMask,
+        chunk_size: int | None,
     ) -> Tensor:
         gram = stream.gram
         scales = None if self.norm is None else self.norm.scales(gram)
@@ -376,7 +380,7 @@ class RelationalTransformer(nn.Module):
 
     def _run(
         self,
-        stream: Stream,
+        stream: RelationalStream,
         token_features: Tensor | None,
         masks: AttentionMask,
         chunk_size: int | None,

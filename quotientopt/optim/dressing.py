@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quotientopt._linalg import rows_depend
 from quotientopt.groups import (
     GL,
     O,
@@ -170,7 +171,7 @@ class FreshDressing(NamedTuple):
         Its inverse transpose head by head, which acts on factors, and the Grams of the factors so
         dressed.
     substituted, unframed : Tensor, optional
-        Heads where one factor is rank-deficient and leans on its partner, and those that have no
+        Heads where one factor is rank-deficient and seen through its partner, and those without a
         frame because both are, ``(2S, heads)``; None if there is none.
     joint : bool
     """
@@ -321,8 +322,8 @@ class DressedHeads:
         inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(sound).L)
         partners = inverses.roll(len(self.symmetries), 0)
         grams = torch.where(deficient[..., None, None], partners, grams)
-        leaning = (deficient | of_partner) & ~unframed
-        return grams, leaning if bool(leaning.any()) else None, unframed
+        substituted = (deficient | of_partner) & ~unframed
+        return grams, substituted if bool(substituted.any()) else None, unframed
 
     def _lacking(self, grams: Tensor) -> tuple[Tensor, Tensor] | None:
         """What :meth:`_deficient` finds, None where it finds nothing.
@@ -352,12 +353,8 @@ class DressedHeads:
         value of AᵀB, which no group element changes, that is rounding against the largest one.
         """
         factor, info = torch.linalg.cholesky_ex(grams)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-        # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
-        # rounding of the stored parameters alone makes it about the square of their precision.
-        least = max(4 * self.precision**2, grams.size(-1) * torch.finfo(grams.dtype).eps)
-        flat = (pivots <= least * grams.diagonal(dim1=-2, dim2=-1)).any(-1)
-        deficient = (info != 0) | flat | ~grams.isfinite().flatten(-2).all(-1)
+        dependent = (info != 0) | rows_depend(factor, grams, 2 * self.precision)
+        deficient = dependent | ~grams.isfinite().flatten(-2).all(-1)
         identity = torch.eye(grams.size(-1), dtype=grams.dtype, device=grams.device)
         left, right = torch.where(deficient[..., None, None], identity, factor).chunk(2)
         least = LEAST_RATIO * torch.finfo(grams.dtype).eps

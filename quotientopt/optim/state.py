@@ -210,7 +210,7 @@ def _problem_of_frame(key: str, saved: Tensor) -> str | None:
     return None
 
 
-class Entry(NamedTuple):
+class StateEntry(NamedTuple):
     """One tensor of the state: the slice it is filed under, its key, and the tensor."""
 
     slice_: Slice
@@ -218,30 +218,30 @@ class Entry(NamedTuple):
     tensor: Tensor
 
 
-def entries_of(buckets: Sequence[Bucket]) -> Iterator[Entry]:
+def entries_of(buckets: Sequence[Bucket]) -> Iterator[StateEntry]:
     """Every tensor of the state of buckets, under each slice that needs it."""
     for bucket in buckets:
         for i, slice_ in enumerate(bucket.slices):
             for key, stack in bucket.state.items():
-                yield Entry(slice_, key, stack[i])
+                yield StateEntry(slice_, key, stack[i])
             if bucket.heads is not None:
                 place = bucket.heads.place(slice_)
-                yield Entry(slice_, "head_frame", bucket.heads.frame[place])
+                yield StateEntry(slice_, "head_frame", bucket.heads.frame[place])
                 if bucket.heads.turns:
-                    yield Entry(slice_, "head_covariance", bucket.heads.covariance[place])
+                    yield StateEntry(slice_, "head_covariance", bucket.heads.covariance[place])
             if bucket.shared is not None:
-                yield Entry(slice_, "residual_frame", bucket.shared.frame)
-                yield Entry(slice_, "residual_covariance", bucket.shared.covariance)
+                yield StateEntry(slice_, "residual_frame", bucket.shared.frame)
+                yield StateEntry(slice_, "residual_covariance", bucket.shared.covariance)
 
 
 def filed(
     buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State
-) -> tuple[list[Entry], dict[Tensor, Tensor]]:
+) -> tuple[list[StateEntry], dict[Tensor, Tensor]]:
     """Make an optimizer's state views of the stacked tensors.
 
     Returns
     -------
-    list of Entry
+    list of StateEntry
         The moments, whose keys have their suffix: by them a state is known that others replaced.
     dict of Tensor to Tensor
         Parameter to its count of updates, of those that are kept on the host.
@@ -251,7 +251,7 @@ def filed(
     for slice_, key, tensor in entries_of(buckets):
         state[slice_.parameter][key + slice_.suffix] = tensor
         if key in MOMENTS:
-            moments.append(Entry(slice_, key + slice_.suffix, tensor))
+            moments.append(StateEntry(slice_, key + slice_.suffix, tensor))
     for bucket in buckets:
         for i, slice_ in enumerate(bucket.slices):
             own = state[slice_.parameter]
@@ -263,7 +263,7 @@ def filed(
     for slice_, key, tensor in (entry for own in pairs for entry in own.entries()):
         state[slice_.parameter][key] = tensor
         if key in MOMENTS:
-            moments.append(Entry(slice_, key, tensor))
+            moments.append(StateEntry(slice_, key, tensor))
     return moments, steps_on_host
 
 

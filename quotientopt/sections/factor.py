@@ -264,7 +264,7 @@ def dress(
     return dressed, g, contragredient
 
 
-class Dressing(NamedTuple):
+class DressedPair(NamedTuple):
     """A pair in the SVD section, in the widest precision.
 
     Attributes
@@ -285,7 +285,7 @@ class Dressing(NamedTuple):
     gap: Tensor
 
 
-def svd_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = True) -> Dressing:
+def svd_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = True) -> DressedPair:
     """The SVD section of pairs of any rank, signs and equal singular values included.
 
     Parameters
@@ -313,7 +313,7 @@ def svd_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = Tru
     for rank, index in ranks.items():
         place = torch.tensor(index, device=A.device)
         full[place] = False
-        parts.append(Dressing(*dress_deficient(flat_A[place], flat_B[place], rank, stored)))
+        parts.append(DressedPair(*dress_deficient(flat_A[place], flat_B[place], rank, stored)))
         places.append(place)
     if bool(full.any()):
         place = full.nonzero().squeeze(-1)
@@ -321,14 +321,14 @@ def svd_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = Tru
         places.append(place)
     order = torch.argsort(torch.cat(places))
     joined = [torch.cat(tensors)[order] for tensors in zip(*parts, strict=True)]
-    return Dressing(*(tensor.reshape((*batch, *tensor.shape[1:])) for tensor in joined))
+    return DressedPair(*(tensor.reshape((*batch, *tensor.shape[1:])) for tensor in joined))
 
 
-def _full_rank_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool) -> Dressing:
+def _full_rank_dressing(A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool) -> DressedPair:
     (dressed_A, dressed_B), g, contragredient = dress(svd_element, A, B, check=check)
     rows = dressed_B.detach()
     turn, gap = turn_of_rows(rows, rows.square().sum(dim=-1), stored, equal=check)
-    return Dressing(turn @ dressed_A, turn @ dressed_B, turn @ g, turn @ contragredient, gap)
+    return DressedPair(turn @ dressed_A, turn @ dressed_B, turn @ g, turn @ contragredient, gap)
 
 
 def section(

@@ -25,7 +25,7 @@ from quotientopt._linalg import (
 from quotientopt.groups import PlaneCommutant, RotaryCommutant
 from quotientopt.sections.convention import check_gap_options, warn_of_gap
 from quotientopt.sections.factor import (
-    Dressing,
+    DressedPair,
     check_factors,
     check_kind,
     dress,
@@ -126,7 +126,7 @@ def rotary_svd_dressing(
     stored: torch.dtype,
     *,
     check: bool = True,
-) -> Dressing:
+) -> DressedPair:
     """The section ``"svd"`` of pairs of any rank under a rotary commutant.
 
     Parameters
@@ -164,7 +164,7 @@ def rotary_svd_dressing(
         block, contragredient, gap = passing.g, passing.contragredient, passing.gap
     g = group.element(phase * scale, block)
     other = group.element(phase / scale, contragredient)
-    return Dressing(other @ A, g @ B, g, other, gap)
+    return DressedPair(other @ A, g @ B, g, other, gap)
 
 
 def rotary_section(
@@ -338,7 +338,7 @@ def _hermitian(vectors: Tensor, values: Tensor) -> Tensor:
 
 def plane_svd_dressing(
     group: PlaneCommutant, A: Tensor, B: Tensor, stored: torch.dtype, *, check: bool = True
-) -> Dressing:
+) -> DressedPair:
     """The section ``"svd"`` under a plane commutant: phases fixed as for a rotary commutant.
 
     The rows of every frequency need full rank. Those of equal singular values are as the
@@ -373,4 +373,4 @@ def plane_svd_dressing(
         gap = torch.minimum(gap, passing.gap)
     g = group.element([own for own, _ in elements], block)
     other = group.element([own for _, own in elements], contragredient)
-    return Dressing(other @ A, g @ B, g, other, gap)
+    return DressedPair(other @ A, g @ B, g, other, gap)

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import wide_dtype
+from quotientopt._linalg import rows_depend, wide_dtype
 from quotientopt.optim.eigenframes import TIE_BREAK, trace_normalised
 
-# A pivot over its diagonal entry is the squared sine of a row's angle to those above it. Grams of
-# float32 factors in float64 resolve sines of a millionth.
+# Of the squared sine of a row's angle to those before it: Grams of float32 factors in float64
+# resolve sines of a millionth.
 LEAST_PIVOT = 1e-12
 # Of a factor in one step, against itself.
 MOST_GROWTH = 10.0
@@ -58,11 +58,8 @@ def next_coordinates(reference: Tensor, gram: Tensor) -> Coordinates:
     start = torch.where(missing, scale, reference)
     product = start @ gram @ start.mT
     factor, info = torch.linalg.cholesky_ex(product)
-    diagonal = product.diagonal(dim1=-2, dim2=-1)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    least = max(LEAST_PIVOT, gram.size(-1) * torch.finfo(gram.dtype).eps)
-    sound = (pivots > least * diagonal).all(-1) & factor.isfinite().flatten(-2).all(-1)
-    defined = (info == 0) & sound
+    dependent = (info != 0) | rows_depend(factor, product, LEAST_PIVOT**0.5)
+    defined = ~dependent & factor.isfinite().flatten(-2).all(-1)
     wanted = defined[..., None, None]
     identity = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
     frame = torch.linalg.solve_triangular(torch.where(wanted, factor, identity), start, upper=False)

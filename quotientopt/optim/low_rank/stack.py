@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
 CHUNK = 65536
 
 
-class Factor(NamedTuple):
+class PairFactor(NamedTuple):
     """One factor of a low-rank pair: its symmetry, the side it is on, and where it lies."""
 
     symmetry: HeadSymmetry
@@ -69,17 +69,17 @@ class Factor(NamedTuple):
     block: Block
 
 
-def factors_of(symmetries: Sequence[HeadSymmetry]) -> list[Factor]:
+def factors_of(symmetries: Sequence[HeadSymmetry]) -> list[PairFactor]:
     """The factors of pairs, those of equally many columns, laid out alike, in a row."""
     factors = [
-        Factor(symmetry, side, blocks[0])
+        PairFactor(symmetry, side, blocks[0])
         for symmetry in symmetries
         for side, blocks in zip(SIDES, (symmetry.left_blocks, symmetry.right_blocks), strict=True)
     ]
     return sorted(factors, key=lambda own: (own.block.size[2], not is_transposed(own.block)))
 
 
-def partners_of(factors: Sequence[Factor]) -> list[int]:
+def partners_of(factors: Sequence[PairFactor]) -> list[int]:
     """The place of every factor's partner."""
     place = {(id(own.symmetry), own.side): i for i, own in enumerate(factors)}
     other = dict(zip(SIDES, reversed(SIDES), strict=True))

@@ -1,1 +1,1 @@
-"""QuotientSGD: invariant metrics, gradients and projections of stacked pairs, the optimizer."""
+"""QuotientSGD: Grams of stacked pairs, their gradients and projections, the optimizer."""

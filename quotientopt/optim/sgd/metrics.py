@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, wide, wide_dtype
+from quotientopt._linalg import Pair, rows_depend, wide, wide_dtype
 from quotientopt.groups import GL, O, PlaneCommutant, RotaryCommutant, StructureGroup
 from quotientopt.optim.dressing import head_dressing
 from quotientopt.optim.options import HEAD_FRAMES
@@ -124,13 +124,8 @@ def _factorize(
     gram = rows @ rows.mT
     S = group.row_products(gram)
     root, info = torch.linalg.cholesky_ex(S)
-    pivots = root.diagonal(dim1=-2, dim2=-1).square()
-    # A pivot over its diagonal entry is the squared sine of a row's angle to those above it;
-    # rounding of the stored parameters alone makes it about the square of their precision.
-    least = max(4 * precision**2, S.size(-1) * torch.finfo(S.dtype).eps)
-    flat = (pivots <= least * S.diagonal(dim1=-2, dim2=-1)).any(-1)
     finite = S.isfinite().flatten(-2).all(-1)
-    deficient = (info != 0) | flat | ~finite
+    deficient = (info != 0) | rows_depend(root, S, 2 * precision) | ~finite
     if X.dtype == wide_dtype(X.device):
         # A Gram squares the condition. Where no wider precision makes up for it, the Gram of the
         # nearly orthonormal rows L⁻¹X corrects the factor (Fukaya et al. 2014, CholeskyQR2).

@@ -1,7 +1,8 @@
 """Riemannian gradient descent on stacked factor pairs: gradient, projection, one step.
 
-In the metrics of :mod:`quotientopt.optim.sgd.metrics`: the vector that represents a differential,
-the horizontal part of a momentum, then the pairs of an optimizer, in batches of one shape.
+The vector that represents a differential and the horizontal part of a momentum are those of
+:mod:`quotientopt.manifolds`, at points measured as in :mod:`quotientopt.optim.sgd.metrics`; then
+the pairs of an optimizer, in batches of one shape.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quotientopt._linalg import Pair, compute_dtype, skew_part, solve_lyapunov, wide
+from quotientopt._linalg import Pair, compute_dtype, wide
 from quotientopt.groups import O
+from quotientopt.manifolds.metrics import METRICS, Factor, FactorPoint
+from quotientopt.manifolds.vertical import (
+    algebra_preconditioned,
+    algebra_right_invariant,
+    skew_preconditioned,
+)
 from quotientopt.optim.checks import GradientError, RankError
 from quotientopt.optim.gauge import seen_weights
 from quotientopt.optim.sgd.metrics import (
     PairGrams,
-    covector_frames,
     heads_without_metric,
     inverse_of_root,
     measure,
@@ -31,24 +37,52 @@ from quotientopt.symmetries import Block, HeadSymmetry
 from quotientopt.symmetries.pairs import as_stored, columns_of, in_order, shape_key, stack_factors
 
 
+class StackedFactor(Factor):
+    """A factor in the dtype it is stacked in, beside r × r matrices in the widest precision.
+
+    What is as wide as the factor is multiplied in its own dtype: the rows of an optimizer's pairs
+    are many, and the quotient's formulas need the precision where they solve equations.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, rows: Tensor, root: Tensor) -> StackedFactor:
+        """From rows X and the Cholesky factor L of their Gram matrix."""
+        return cls(rows, root, inverse_of_root(root).to(rows.dtype) @ rows)
+
+    def solve(self, Y: Tensor) -> Tensor:
+        """``S^{-1} Y``, one root after the other: their product has the square of the condition."""
+        inverse = inverse_of_root(self.root).to(Y.dtype)
+        return inverse.mT @ (inverse @ Y)
+
+    def times_gram(self, Y: Tensor) -> Tensor:
+        """``S Y``."""
+        root = self.root.to(Y.dtype)
+        return root @ (root.mT @ Y)
+
+    def coordinates(self, xi: Tensor) -> Tensor:
+        """``ξ (L^{-1} X)ᵀ``, of shape (*batch, r, r)."""
+        assert self.orthonormal is not None
+        return wide(xi @ self.orthonormal.mT)
+
+
 def riemannian_gradient(metric: str, geometry: PairGrams, partials: Pair) -> Pair:
-    """The vector that represents a differential, ``(F_Aᵀ F_A ∂_A, F_Bᵀ F_B ∂_B)``.
+    """The vector that represents a differential (:mod:`quotientopt.manifolds.metrics`).
 
     Preconditioned: ``(S_B^{-1} ∂_A, S_A^{-1} ∂_B)``; right-invariant: ``(S_A ∂_A, S_B ∂_B)``.
-    Horizontal if the function is invariant. The frames are applied one after the other: their
-    product has the square of their condition number.
+    Horizontal if the function is invariant.
 
     Parameters
     ----------
-    metric : str
+    metric : {"preconditioned", "right-invariant"}
     geometry : PairGrams
     partials : tuple of Tensor
         ``(∂_A, ∂_B)``, stacked like the factors.
     """
-    frames = covector_frames(metric, geometry)
-    moved = [(F.to(d.dtype), d) for F, d in zip(frames, partials, strict=True)]
-    grad_A, grad_B = (F.mT @ (F @ d) for F, d in moved)
-    return grad_A, grad_B
+    # Only Gram matrices enter, and the roots have those of the factors.
+    roots = geometry.left_root, geometry.right_root
+    return METRICS[metric].gradient(_point(geometry, roots), partials)
 
 
 def horizontal_component(
@@ -58,19 +92,11 @@ def horizontal_component(
     vector: Pair,
     left_out: Tensor | None = None,
 ) -> Pair:
-    """The part of a tangent vector that is orthogonal to the orbit, ``(u_A + M A, u_B − Mᵀ B)``.
+    """The part of a tangent vector that is orthogonal to the orbit.
 
-    Preconditioned metric ``tr(S_B u_A v_Aᵀ) + tr(S_A u_B v_Bᵀ)``:
-    ``M = ½ [S_B^{-1} ρ(B u_Bᵀ) − ρ(u_A Aᵀ) S_A^{-1}]``. A rotated plane is one complex row, and
-    there M multiplies by the conjugate of ``½ [h(b, u_b)/h(b, b) − conj(h(a, u_a)/h(a, a))]``,
-    ``h(u, v) = Σ ū v``. Under O(r) M = −Λ is skew with
-    ``S_B Λ S_A + S_A Λ S_B = skew(S_B u_A Aᵀ + S_A u_B Bᵀ)``.
-
-    Right-invariant metric ``tr(S_A^{-1} u_A v_Aᵀ) + tr(S_B^{-1} u_B v_Bᵀ)``:
-    ``M S + S M = S_A ρ(B u_Bᵀ) − ρ(u_A Aᵀ) S_B`` with ``S = S_A S_B``.
-
-    M itself is not formed: in coordinates where the rows of both factors are orthonormal, rounding
-    grows with the factors' condition number and not with its square.
+    The vector less its vertical component (:mod:`quotientopt.manifolds.vertical`), r × r matrices
+    times rows: those of O(r) for all of its subgroups, and those of GL(r) for every group that is
+    the units of an algebra, of which `geometry.group` tells the products of rows.
 
     Parameters
     ----------
@@ -82,55 +108,20 @@ def horizontal_component(
     left_out : Tensor, optional
         Heads whose vectors stay as they are, ``(…)``.
     """
-    roots = geometry.left_root, geometry.right_root
-    rows = [inverse_of_root(L).to(X.dtype) @ X for L, X in zip(roots, factors, strict=True)]
-    crosses = [wide(u @ X.mT) for u, X in zip(vector, rows, strict=True)]
-    if isinstance(geometry.group, O):
-        N_A, N_B = _orthogonal_multipliers(geometry, *crosses)
-    elif metric == "preconditioned":
-        N_A, N_B = _preconditioned_multipliers(geometry, *crosses)
-    else:
-        N_A, N_B = _right_invariant_multipliers(geometry, *crosses)
+    of_algebra = algebra_preconditioned if metric == "preconditioned" else algebra_right_invariant
+    component = skew_preconditioned if isinstance(geometry.group, O) else of_algebra
+    C_A, C_B, rows_A, rows_B = component(_point(geometry, factors), vector)
     if left_out is not None:
-        N_A, N_B = (N.masked_fill(left_out[..., None, None], 0) for N in (N_A, N_B))
+        C_A, C_B = (C.masked_fill(left_out[..., None, None], 0) for C in (C_A, C_B))
     u_A, u_B = vector
-    return u_A + N_A.to(u_A.dtype) @ rows[0], u_B - N_B.to(u_B.dtype) @ rows[1]
+    return u_A - C_A.to(u_A.dtype) @ rows_A, u_B - C_B.to(u_B.dtype) @ rows_B
 
 
-# With A = L_A Â and B = L_B B̂, of ``u_A Âᵀ`` and ``u_B B̂ᵀ``: the matrices (M L_A, Mᵀ L_B).
-
-
-def _preconditioned_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
-    """``L_Bᵀ M L_A = ½ ρ(B̂ (L_Aᵀ u_B)ᵀ − L_Bᵀ u_A Âᵀ)``: the dressed metric is Euclidean."""
+def _point(geometry: PairGrams, factors: Pair) -> FactorPoint:
+    """Stacked factors as a point of the quotient."""
+    A, B = factors
     left, right = geometry.left_root, geometry.right_root
-    dressed = geometry.group.row_products(Z.mT @ left - right.mT @ Y) / 2
-    N_A = torch.linalg.solve_triangular(right.mT, dressed, upper=True)
-    return N_A, torch.linalg.solve_triangular(left.mT, dressed.mT, upper=True)
-
-
-def _right_invariant_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
-    """``M̂ = L_A^{-1} M L_A`` solves ``M̂ W + W M̂ = K B̂ u_Bᵀ L_A − L_A^{-1} u_A Âᵀ W``.
-
-    Here ``K = L_Aᵀ L_B`` and ``W = K Kᵀ``, whose eigenvalues are the squared singular values of
-    ``Aᵀ B``.
-    """
-    left = geometry.left_root
-    K = left.mT @ geometry.right_root
-    W = K @ K.mT
-    right_hand = K @ Z.mT @ left - torch.linalg.solve_triangular(left, Y, upper=False) @ W
-    M = solve_lyapunov(W, geometry.group.row_products(right_hand))
-    return left @ M, torch.linalg.solve_triangular(left.mT, M.mT @ K, upper=True)
-
-
-def _orthogonal_multipliers(geometry: PairGrams, Y: Tensor, Z: Tensor) -> Pair:
-    """O(r): ``P = L_A U`` makes both Grams diagonal, S_A = P Pᵀ and S_B = P diag(w) Pᵀ."""
-    left, right = geometry.left_root, geometry.right_root
-    right_hand = skew_part(right @ right.mT @ Y @ left.mT + left @ left.mT @ Z @ right.mT)
-    inverse = inverse_of_root(left)
-    quotient = inverse @ right
-    solved = solve_lyapunov(quotient @ quotient.mT, inverse @ right_hand @ inverse.mT)
-    Lambda = skew_part(inverse.mT @ solved @ inverse)
-    return -Lambda @ left, Lambda @ right
+    return FactorPoint(StackedFactor.of(A, left), StackedFactor.of(B, right), geometry.group)
 
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
