@@ -5,11 +5,10 @@
     D = m̂ / (√v̂ + ε)
     W ← (1 − ηλ) W − η uᵀ p(D) Qᵀ          η: the learning rate times `update_scale`
 
-The letters are those of docs/quotient_adam.md. In this order: products, covariances,
-Adam, sizes, rounding; at the end torch's AdamW for parameters without frames. The polar factor p
-has its own module, :mod:`quotientopt.optim.polar`, frames :mod:`quotientopt.optim.eigenframes`;
-the plain form, one matrix at a time, is
-:mod:`quotientopt.optim.reference`.
+The letters are those of docs/quotient_adam.md. In this order: products, covariances, Adam, sizes,
+rounding; at the end torch's AdamW for parameters without frames. The polar factor p has its own
+module, :mod:`quotientopt.optim.polar`, frames :mod:`quotientopt.optim.eigenframes`; the plain form,
+one matrix at a time, is :mod:`quotientopt.optim.reference`.
 """
 
 from __future__ import annotations
@@ -199,28 +198,30 @@ def direction(
 ) -> Tensor:
     """Adam's direction m̂ / (√v̂ + ε) from updated moments.
 
-    With ``nesterov``, m̂ = β₁ m / (1 − β₁^{t+1}) + (1 − β₁) ∂ / (1 − β₁^t) (Dozat 2016).
+    ``step`` is the number t of this update, from 1; a tensor that broadcasts against the gradient
+    where its slices have seen different numbers of updates.
+    """
+    root, of_mean, of_gradient = corrections(step, betas, nesterov=nesterov)
+    mean = exp_avg * of_mean
+    if isinstance(of_gradient, Tensor):
+        mean.addcmul_(gradient, of_gradient)
+    elif nesterov:
+        mean.add_(gradient, alpha=of_gradient)
+    return mean.div_(exp_avg_sq.sqrt().add_(eps * root))
 
-    Parameters
-    ----------
-    step : int or Tensor
-        Number t of this update, starting at 1; a tensor that broadcasts against the gradient
-        where its slices have seen different numbers of updates.
+
+def corrections(step: Any, betas: tuple[float, float], *, nesterov: bool) -> tuple[Any, Any, Any]:
+    """c = √(1 − β₂^t), and what m and ∂ are multiplied with in c m̂ of update t.
+
+    As √v̂ + ε = (√v + ε c) / c, the direction is c m̂ / (√v + ε c), which saves a pass. With
+    ``nesterov``, m̂ = β₁ m / (1 − β₁^{t+1}) + (1 − β₁) ∂ / (1 − β₁^t) (Dozat 2016).
     """
     beta1, beta2 = betas
-    # √v̂ + ε = (√v + ε c) / c with c = √(1 − β₂^t); c goes into the numerator, which saves a pass.
     root = (1 - beta2**step) ** 0.5
     scale = root / (1 - beta1**step)
-    if nesterov:
-        mean = exp_avg * (root * beta1 / (1 - beta1 ** (step + 1)))
-        fresh = scale * (1 - beta1)
-        if isinstance(fresh, Tensor):
-            mean.addcmul_(gradient, fresh)
-        else:
-            mean.add_(gradient, alpha=fresh)
-    else:
-        mean = exp_avg * scale
-    return mean.div_(exp_avg_sq.sqrt().add_(eps * root))
+    if not nesterov:
+        return root, scale, 0.0
+    return root, root * beta1 / (1 - beta1 ** (step + 1)), scale * (1 - beta1)
 
 
 # Of the stream, between which embeddings' updates shrink.
@@ -234,8 +235,7 @@ def embedding_width_factor(width: int) -> float:
     the best rates of embeddings and head fall about so from d = 128 to d = 512, where those of the
     polar updates stay (docs/learning_rate.md); beyond, it is continued.
     """
-    narrow, broad = EMBEDDING_WIDTHS
-    return narrow / min(max(width, narrow), broad)
+    return EMBEDDING_WIDTHS[0] / min(max(width, EMBEDDING_WIDTHS[0]), EMBEDDING_WIDTHS[1])
 
 
 def scale_of(slice_: Slice, group: Mapping[str, Any]) -> float:

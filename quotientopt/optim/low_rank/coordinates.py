@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quotientopt._linalg import rows_depend, wide_dtype
 from quotientopt.optim.eigenframes import TIE_BREAK, trace_normalised
+from quotientopt.optim.update import corrections
 
 # Of the squared sine of a row's angle to those before it: Grams of float32 factors in float64
 # resolve sines of a millionth.
@@ -218,17 +219,12 @@ def coefficients(
     gate : Tensor
         One, or zero where nothing may change, ``(N, 1, 1)``.
     betas, eps, nesterov
-        As of Adam; see :func:`quotientopt.optim.update.direction`.
+        As of Adam; see :func:`quotientopt.optim.update.corrections`.
     """
     beta1, beta2 = betas
     t = counts[:, None, None].to(wide_dtype(counts.device))
-    root = (1 - beta2**t).sqrt()
-    scale = root / (1 - beta1**t)
-    fresh = torch.zeros_like(scale)
-    if nesterov and beta1 > 0:
-        # (1 − β₁)/(1 − β₁^t) over β₁/(1 − β₁^{t+1})
-        fresh = (1 - beta1) / beta1 * (1 - beta1 ** (t + 1)) / (1 - beta1**t)
-        scale = root * beta1 / (1 - beta1 ** (t + 1))
+    root, scale, of_gradient = corrections(t, betas, nesterov=nesterov and beta1 > 0)
+    fresh = of_gradient / scale
     keep_mean, keep_square = 1 - (1 - beta1) * gate, 1 - (1 - beta2) * gate
     if overlap is not None:
         keep_mean, keep_square = overlap * keep_mean, overlap.square() * keep_square
