@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quotientopt as qo
-from quotientopt.groups import GL, O, RotaryCommutant
+from quotientopt.groups import GL, O, PlaneCommutant, RotaryCommutant
 from quotientopt.optim.options import PAIR_METRICS
 from quotientopt.optim.sgd.metrics import dressed_gradient, measure
 from quotientopt.optim.sgd.pairs import horizontal_component, riemannian_gradient
@@ -24,6 +24,8 @@ CASES = [
     for metric in PAIR_METRICS
     if not (isinstance(group, O) and metric == "right-invariant")
 ]
+# Planes that turn alike, which mix as complex rows do.
+PLANES = PlaneCommutant(R, [[(0, 1), (2, 3)]]).in_order()
 BATCHES = [(), (3,), (2, 3)]
 
 
@@ -41,10 +43,10 @@ def pair(batch, seed=0, dtype=torch.float64):
 def grams(group, x):
     """Grams of real rows, or of the complex rows of planes: |a|² is the sum of both diagonals."""
     full = [X.double() @ X.double().mT for X in x]
-    if not isinstance(group, RotaryCommutant):
+    if not isinstance(group, RotaryCommutant | PlaneCommutant):
         return full
     weight = torch.ones(R, dtype=torch.float64)
-    weight[: group.rotary_dim] = 2
+    weight[[row for plane in group.planes for row in plane]] = 2
     return [weight * group.algebra_projection(S) for S in full]
 
 
@@ -138,7 +140,9 @@ def test_planes_agree_with_complex_arithmetic(layout):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("group", "metric"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("group", "metric"), [*CASES, *((PLANES, m) for m in PAIR_METRICS)], ids=str
+)
 def test_projection_is_orthogonal_and_idempotent(group, metric, batch):
     x, u = pair(batch), pair(batch, seed=3)
     geometry = geometry_of(group, x)

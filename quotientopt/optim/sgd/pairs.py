@@ -81,8 +81,8 @@ def riemannian_gradient(metric: str, geometry: PairGrams, partials: Pair) -> Pai
         ``(∂_A, ∂_B)``, stacked like the factors.
     """
     # Only Gram matrices enter, and the roots have those of the factors.
-    roots = geometry.left_root, geometry.right_root
-    return METRICS[metric].gradient(_point(geometry, roots), partials)
+    A, B = (StackedFactor(L, L, None) for L in (geometry.left_root, geometry.right_root))
+    return METRICS[metric].gradient(FactorPoint(A, B, geometry.group), partials)
 
 
 def horizontal_component(
@@ -110,18 +110,13 @@ def horizontal_component(
     """
     of_algebra = algebra_preconditioned if metric == "preconditioned" else algebra_right_invariant
     component = skew_preconditioned if isinstance(geometry.group, O) else of_algebra
-    C_A, C_B, rows_A, rows_B = component(_point(geometry, factors), vector)
+    A = StackedFactor.of(factors[0], geometry.left_root)
+    B = StackedFactor.of(factors[1], geometry.right_root)
+    C_A, C_B, rows_A, rows_B = component(FactorPoint(A, B, geometry.group), vector)
     if left_out is not None:
         C_A, C_B = (C.masked_fill(left_out[..., None, None], 0) for C in (C_A, C_B))
     u_A, u_B = vector
     return u_A - C_A.to(u_A.dtype) @ rows_A, u_B - C_B.to(u_B.dtype) @ rows_B
-
-
-def _point(geometry: PairGrams, factors: Pair) -> FactorPoint:
-    """Stacked factors as a point of the quotient."""
-    A, B = factors
-    left, right = geometry.left_root, geometry.right_root
-    return FactorPoint(StackedFactor.of(A, left), StackedFactor.of(B, right), geometry.group)
 
 
 SHARED_OPTIONS = ("metric", "momentum", "nesterov", "maximize")
