@@ -1,9 +1,10 @@
 """Ablations of QuotientAdam under the protocol of ``quotientopt compare``.
 
 Every question is a set of variants of the same training, one of them the default: the same
-weights and batches for the same seed. A variant with several learning rates is run with all of
-them on seed 0, and at the best on the other seeds. The records are rewritten after every run,
-and runs they hold are not repeated.
+weights and batches for the same seed. The default is run with all learning rates on seed 0, and at
+the best on the other seeds. Variants run at that rate too, but those whose updates are of another
+size: they have rates of their own. The records are rewritten after every run, and runs they hold
+are not repeated.
 
     python benchmarks/ablation.py head-frame --seeds 3
     python benchmarks/ablation.py --all --seeds 3 --estimate
@@ -27,13 +28,13 @@ from typing import Any
 
 import torch
 from ablation_records import Conditions, Record, code_digest, load, load_all, write_report
-from ablation_variants import QUESTIONS, VARIANTS, Variant
+from ablation_variants import DEFAULT, QUESTIONS, VARIANTS, Variant
 from experiment import command_of
 from torch import nn
 
 from quotientopt import QuotientAdam
 from quotientopt.compare.data import MODEL_DEFAULTS, Task, load_task
-from quotientopt.compare.optimizers import BETAS, FIRST_EDITION, OPTIMIZERS, Entry
+from quotientopt.compare.optimizers import BETAS, OPTIMIZERS, Entry
 from quotientopt.compare.protocol import (
     Protocol,
     Run,
@@ -59,7 +60,7 @@ class Ablations:
     conditions : Conditions
     environment : dict
     rates : tuple of float
-        For variants that have no rates of their own.
+        Tried for the default.
     seeds : int
     folder : Path
         Where the records are. Runs that fit are taken from the questions' own records and, for
@@ -114,10 +115,12 @@ class Ablations:
         return sum(map(self._missing, self.variants))
 
     def _missing(self, variant: Variant) -> int:
-        rates = variant.rates or self.rates
-        screened = self._made(Trial(variant.name, rate) for rate in rates)
-        if len(screened) < len(rates):
-            return len(rates) - len(screened) + self.seeds - 1
+        screening = self._screening(variant)
+        screened = self._made(screening)
+        if not screening:  # The default's best rate is not known, or there is none.
+            return 0 if self._is_screened(DEFAULT) else self.seeds
+        if len(screened) < len(screening):
+            return len(screening) - len(screened) + self.seeds - 1
         repetitions = self._repetitions(variant)
         return len(repetitions) - len(self._made(repetitions))
 
@@ -129,22 +132,35 @@ class Ablations:
         found = (record.find(trial) for record in self.records)
         return next((run for run in found if run is not None), None)
 
+    def _screening(self, variant: Variant) -> list[Trial]:
+        """Its trials on seed 0: at its own rates, else at the default's best once that is known."""
+        rates = self.rates if variant == DEFAULT else variant.rates
+        if rates is None:
+            best = self._best(DEFAULT)
+            rates = () if best is None else (best.trial.rate,)
+        return [Trial(variant.name, rate) for rate in rates]
+
+    def _is_screened(self, variant: Variant) -> bool:
+        return all(self.find(trial) is not None for trial in self._screening(variant))
+
+    def _best(self, variant: Variant) -> Run | None:
+        """Its best run on seed 0; None if that is not known yet, or all have diverged."""
+        screened = list(map(self.find, self._screening(variant)))
+        if not all(screened):
+            return None
+        best = best_run([run for run in screened if run is not None], variant.name)
+        return None if best is None or best.final_loss is None else best
+
     def _repetitions(self, variant: Variant) -> list[Trial]:
-        """The other seeds at the best rate on seed 0; none if that diverged or is not known yet."""
-        rates = variant.rates or self.rates
-        screened = self._made(Trial(variant.name, rate) for rate in rates)
-        best = best_run([run for record in self.records for run in record.runs], variant.name)
-        if best is None or best.final_loss is None or len(screened) < len(rates):
+        """The other seeds at the best rate on seed 0."""
+        best = self._best(variant)
+        if best is None:
             return []
         return [Trial(variant.name, best.trial.rate, {}, seed) for seed in range(1, self.seeds)]
 
     def wanted(self) -> list[Trial]:
         """Trials that can be made now, those on seed 0 first."""
-        trials = [
-            Trial(variant.name, rate)
-            for variant in self.variants
-            for rate in variant.rates or self.rates
-        ]
+        trials = [trial for variant in self.variants for trial in self._screening(variant)]
         trials += [trial for variant in self.variants for trial in self._repetitions(variant)]
         return [trial for trial in trials if self.find(trial) is None]
 
@@ -230,13 +246,10 @@ def _task(data: str, model: str, batch: int, context: int) -> Task:
 def train_variant(trial: Trial, protocol: Protocol) -> Run:
     """Train the variant that `trial` names, as a comparison trains an optimizer."""
     variant = VARIANTS[trial.optimizer]
-    # The record is of version 0.1.0, whose polar step the patches alter.
-    options = {"betas": BETAS, "weight_decay": protocol.weight_decay, **FIRST_EDITION}
-    options |= dict(variant.options)
+    options = {"betas": BETAS, "weight_decay": protocol.weight_decay} | dict(variant.options)
 
     def build(model: nn.Module, rate: float, *_: Any) -> list[torch.optim.Optimizer]:
-        symmetries = variant.symmetries and variant.symmetries(model)
-        return [QuotientAdam(model, lr=rate, symmetries=symmetries, **options)]
+        return [QuotientAdam(model, lr=rate, **options)]
 
     torch.set_num_threads(protocol.threads)
     task = _task(protocol.data, protocol.model, protocol.batch, protocol.context)
@@ -273,7 +286,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="all questions")
     add("--report", action="store_true", help="write table and plot of all questions in --out")
     add("--estimate", action="store_true", help="print the number of runs to make, make none")
-    add("--rates", default="8e-3", help="learning rates of variants without their own")
+    add("--rates", default="2e-3,4e-3,8e-3", help="learning rates to try for the default")
     add("--seeds", type=int, default=1)
     add("--steps", type=int, default=300)
     add("--jobs", type=int, default=available_cores(), help="runs at a time")

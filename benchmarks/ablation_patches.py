@@ -1,8 +1,7 @@
 """Variants of QuotientAdam that are no options of it: patches, undone when their context ends.
 
 They reach into the optimizer's private parts and assume what the reference trainings give: every
-parameter has a gradient at every step, and one optimizer trains at a time. The last variant is no
-patch: frames for the hidden axes of MLPs, as symmetries that the model does not have.
+parameter has a gradient at every step, and one optimizer trains at a time.
 """
 
 from __future__ import annotations
@@ -16,17 +15,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from quotientopt.groups import GL, O
+from quotientopt.groups import GL
 from quotientopt.manifolds import FactorQuotient
 from quotientopt.optim import buckets as bucket_module
 from quotientopt.optim import engine as engine_module
 from quotientopt.optim import polar as polar_module
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.engine import Engine
-from quotientopt.optim.polar import polar_factor, row_polar_factor
 from quotientopt.optim.slices import SIDES, Slice
 from quotientopt.optim.update import Product
-from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap, find_symmetries
+from quotientopt.symmetries import HeadSymmetry
 
 Patch = Generator[None, None, None]
 WRITING = ("output", "down")
@@ -34,7 +32,10 @@ WRITING = ("output", "down")
 
 @contextmanager
 def pooled_residual_frames(class_of: Callable[[Slice], Hashable]) -> Patch:
-    """One residual frame for all slices of a class: their covariances are summed for it."""
+    """One residual frame for all slices of a class: their covariances are summed for it.
+
+    Fixed frames of embeddings stay their own.
+    """
     refresh, weights_grams = Engine._refresh, Engine._weights_grams
 
     def pooled(buckets: Sequence[Bucket], stacks: Sequence[Tensor]) -> list[Tensor]:
@@ -46,7 +47,7 @@ def pooled_residual_frames(class_of: Callable[[Slice], Hashable]) -> Patch:
         return [torch.stack([totals[name] for name in own]) for own in classes]
 
     def pooled_refresh(engine: Engine, *arguments: Any) -> list[Tensor]:
-        buckets = [bucket for bucket in engine.buckets if bucket.residual]
+        buckets = [b for b in engine.buckets if b.residual and not b.embedding]
         own = [bucket.state["residual_covariance"] for bucket in buckets]
         for bucket, covariance in zip(buckets, pooled(buckets, own), strict=True):
             bucket.state["residual_covariance"] = covariance
@@ -58,9 +59,9 @@ def pooled_residual_frames(class_of: Callable[[Slice], Hashable]) -> Patch:
 
     def pooled_grams(engine: Engine, *arguments: Any) -> tuple[dict[int, Tensor], Any]:
         grams, streams = weights_grams(engine, *arguments)
-        buckets = [bucket for bucket in engine.buckets if id(bucket) in grams]
+        buckets = [b for b in engine.buckets if id(b) in grams and not b.embedding]
         sums = pooled(buckets, [grams[id(bucket)] for bucket in buckets])
-        return {id(b): gram for b, gram in zip(buckets, sums, strict=True)}, streams
+        return grams | {id(b): gram for b, gram in zip(buckets, sums, strict=True)}, streams
 
     with mock.patch.multiple(Engine, _refresh=pooled_refresh, _weights_grams=pooled_grams):
         yield
@@ -84,7 +85,8 @@ def decomposed_residual_frames() -> Patch:
 
     def from_nothing(engine: Engine, *arguments: Any) -> list[Tensor]:
         for bucket in engine.buckets:
-            bucket.oriented = [False] * len(bucket.slices)
+            if not bucket.embedding:
+                bucket.oriented = [False] * len(bucket.slices)
         return refresh(engine, *arguments)
 
     with mock.patch.object(Engine, "_refresh", from_nothing):
@@ -115,11 +117,66 @@ def covariances(every: int, beta: float) -> Patch:
 
 
 @contextmanager
-def reused_evening(every: int) -> Patch:
-    """Evening factors are made at every `every`-th step and with fresh frames, else reused.
+def momentum_covariances() -> Patch:
+    """Covariances take the momentum β₁ m + (1 − β₁) z of the step in place of its gradient."""
+    begin, accumulate = Engine._begin_refresh, Engine._accumulate
+    changes: dict[int, Tensor] = {}
 
-    A factor is kept in the coordinates of its update's frame, scaled to keep the norm of the update
-    that it was made from.
+    def remembered(engine: Engine, dressings: Any) -> dict[int, Tensor]:
+        changes.update(begin(engine, dressings))
+        return dict(changes)
+
+    def of_momentum(
+        engine: Engine, active: Any, dressed: Sequence[Tensor], gate: Tensor | None
+    ) -> None:
+        momenta = []
+        for (bucket, _), gradients in zip(active, dressed, strict=True):
+            momentum, frames = bucket.state["exp_avg"], bucket.residual_frames()
+            if frames is not None:
+                momentum = momentum @ frames.mT[:, None, None]
+            if bucket.heads is not None and id(bucket.heads) in changes:
+                momentum = bucket.of_heads(changes[id(bucket.heads)]) @ momentum
+            beta = engine.param_groups[bucket.group_index]["betas"][0]
+            momenta.append(beta * momentum + (1 - beta) * gradients)
+        changes.clear()
+        accumulate(engine, active, momenta, gate)
+
+    with mock.patch.multiple(Engine, _begin_refresh=remembered, _accumulate=of_momentum):
+        yield
+
+
+@contextmanager
+def narrow_frames() -> Patch:
+    """Covariances and residual frames are rounded to bfloat16 after every step."""
+    step = Engine.step
+
+    def rounded(engine: Engine, *arguments: Any) -> None:
+        step(engine, *arguments)
+        kept = [heads.covariance for heads in engine.heads]
+        for bucket in engine.buckets:
+            own = (bucket.state.get(f"residual_{key}") for key in ("covariance", "frame"))
+            kept += [tensor for tensor in own if tensor is not None]
+        for tensor in kept:
+            tensor.copy_(tensor.bfloat16())
+
+    with mock.patch.object(Engine, "step", rounded):
+        yield
+
+
+@contextmanager
+def polar_composition(*polynomials: Sequence[float]) -> Patch:
+    """The polar factor by the composition of other odd polynomials."""
+    first = polar_module._in_powers_of_the_centred(polynomials[0])
+    with mock.patch.multiple(polar_module, COMPOSITION=polynomials, CENTRED=first):
+        yield
+
+
+@contextmanager
+def reused_polar_factors(every: int) -> Patch:
+    """Polar factors are made at every `every`-th step and with fresh frames, else reused.
+
+    P of D P = U Vᵀ is kept in the frames of D, on its shorter side, and the update has the size of
+    D whichever P it is made with.
     """
     factors: dict[int, Tensor] = {}
     steps = place = 0
@@ -128,70 +185,37 @@ def reused_evening(every: int) -> Patch:
 
     def counted_step(engine: Engine, *arguments: Any) -> None:
         nonlocal steps, place, fresh
-        dressings = arguments[2]
         steps, place = steps + 1, 0
-        fresh = dressings is not None or steps % every == 0
+        fresh = arguments[2] is not None or steps % every == 0
         step(engine, *arguments)
 
-    def kept(make: Callable[[], Tensor]) -> Tensor:
+    def direction(matrix: Tensor, right: Tensor | None, multiply: Product) -> Tensor:
         nonlocal place
-        if fresh:
-            factors[place] = make()
-        place += 1
-        return factors[place - 1]
-
-    def orthogonalise(matrix: Tensor, right: Tensor | None, multiply: Product) -> Tensor:
         tall = matrix.size(1) >= matrix.size(2)
-
-        def make() -> Tensor:
-            factor, size = polar_factor(matrix if tall else matrix.mT)
-            orthogonal = matrix @ factor if tall else factor @ matrix
-            tiny = torch.finfo(orthogonal.dtype).tiny
-            return factor * (
-                size / torch.linalg.matrix_norm(orthogonal, keepdim=True).clamp_min(tiny)
-            )
-
-        factor = kept(make)
-        orthogonal = matrix @ factor if tall else factor @ matrix
+        long = matrix if tall else matrix.mT
+        if fresh:
+            factors[place] = inverse_root(long.mT @ long)
+        orthogonal = long @ factors[place]
+        place += 1
+        orthogonal = orthogonal if tall else orthogonal.mT
+        size, norm = (torch.linalg.matrix_norm(X, keepdim=True) for X in (matrix, orthogonal))
+        orthogonal = orthogonal * (size / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         return orthogonal if right is None else orthogonal @ right
-
-    def row_factor(matrix: Tensor) -> Tensor:
-        return kept(lambda: row_polar_factor(matrix))
 
     with (
         mock.patch.object(Engine, "step", counted_step),
-        mock.patch.multiple(
-            bucket_module, orthogonalise=orthogonalise, row_polar_factor=row_factor
-        ),
+        mock.patch.object(bucket_module, "polar_direction", direction),
     ):
         yield
 
 
-@contextmanager
-def whole_matrix_evening() -> Patch:
-    """Even out the singular values of attention's matrices as a whole, not head by head."""
-    turn_back = Bucket._turn_back
-
-    def whole(
-        bucket: Bucket,
-        update: Tensor,
-        left: Tensor | None,
-        frame: Tensor | None,
-        multiply: Product,
-    ) -> Tensor:
-        orthogonal = turn_back(bucket, update, None, frame, multiply)
-        return orthogonal if left is None else left @ orthogonal
-
-    with mock.patch.object(Bucket, "_turn_back", whole):
-        yield
-
-
-@contextmanager
-def evening_polynomial(*coefficients: float) -> Patch:
-    """Even out singular values by another odd polynomial, of degree 9 at most."""
-    padded = (*coefficients, 0.0, 0.0, 0.0, 0.0)[: len(polar_module.COEFFICIENTS)]
-    with mock.patch.object(polar_module, "COEFFICIENTS", padded):
-        yield
+def inverse_root(gram: Tensor) -> Tensor:
+    """(XᵀX)^{-1/2}, singular values below a fiftieth of their Schatten 8-norm taken as that."""
+    squares, vectors = torch.linalg.eigh(gram.double())
+    values = squares.clamp_min(0).sqrt()
+    bound = values.pow(8).sum(-1, keepdim=True).pow(1 / 8)
+    values = values.maximum(0.02 * bound).clamp_min(torch.finfo(gram.dtype).tiny)
+    return ((vectors / values.unsqueeze(-2)) @ vectors.mT).to(gram)
 
 
 @contextmanager
@@ -218,7 +242,7 @@ def horizontal_updates() -> Patch:
         for bucket, rows, update, _, _ in held:
             for slice_, own in zip(bucket.slices[rows], update, strict=True):
                 if slice_.symmetry is not None and isinstance(slice_.symmetry.group, GL):
-                    factors[slice_.symmetry, slice_.side] += own.unbind()
+                    factors[slice_.symmetry, slice_.side] += own.view(slice_.shape).unbind()
         for symmetry in {symmetry: None for symmetry, _ in factors}:
             project_(symmetry, [factors[symmetry, side] for side in SIDES])
         for entry in held:
@@ -267,7 +291,7 @@ def fixed_update_size(size_of: Callable[[Slice], float]) -> Patch:
         identity = None if left is None else torch.eye(left.size(-1)).to(left).expand_as(left)
         dressed = turn_back(bucket, update, identity, frame, multiply)
         present = dressed.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
-        wanted = torch.tensor([size_of(slice_) for slice_ in slices]).to(update)
+        wanted = update.new_tensor([size_of(slice_) for slice_ in slices])
         scale = wanted.view(-1, 1, 1, 1, 1) / present.clamp_min(torch.finfo(update.dtype).tiny)
         return (dressed if left is None else left @ dressed).mul_(scale)
 
@@ -289,46 +313,3 @@ def spectral_size(slice_: Slice, size: float) -> float:
         return size
     rows, columns = slice_.parameter.shape
     return size * max(1.0, rows / columns) ** 0.5
-
-
-def with_hidden_blocks(model: Any, rows: int) -> SymmetryMap:
-    """The model's symmetries, and blocks of hidden rows of every MLP as heads under O(rows).
-
-    The activation leaves only permutations of the hidden rows, so these are frames for Adam and
-    nothing else: rotations of a block change what the model computes.
-
-    Parameters
-    ----------
-    model : Module
-        A reference model, whose MLPs have ``up``, perhaps ``gate``, and ``down``.
-    rows : int
-        Of a block; divides the hidden width.
-
-    Raises
-    ------
-    ValueError
-        If it does not.
-    """
-    found = find_symmetries(model)
-    hidden = []
-    for index, layer in enumerate(model.blocks):
-        prefix = f"blocks.{index}.mlp"
-        readers = [name for name in ("gate", "up") if hasattr(layer.mlp, name)]
-        width = layer.mlp.down.weight.size(1)
-        if width % rows:
-            raise ValueError(f"{prefix} has {width} hidden rows, no multiple of {rows}")
-        left = []
-        for name in readers:
-            weight = getattr(layer.mlp, name).weight
-            view = weight.detach().unflatten(0, (-1, rows))
-            left.append(Block.of(view, weight, f"{prefix}.{name}.weight"))
-        weight = layer.mlp.down.weight
-        view = weight.detach().unflatten(1, (-1, rows)).permute(1, 2, 0)
-        right = Block.of(view, weight, f"{prefix}.down.weight")
-        hidden.append(HeadSymmetry(left, [right], O(rows), f"{prefix}.hidden"))
-    return SymmetryMap(
-        [*found.heads, *hidden],
-        found.residual,
-        residual_reason=found.residual_reason,
-        unrecognized=found.unrecognized,
-    )

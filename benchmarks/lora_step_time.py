@@ -71,14 +71,14 @@ def build_optimizers(rank: int, dtype: torch.dtype) -> dict[str, Optimizer]:
         return build_pairs(rank, dtype)[0]
 
     framed, symmetries = build_pairs(rank, dtype)
-    evened, others = build_pairs(rank, dtype)
+    orthogonalised, others = build_pairs(rank, dtype)
     rite: Any = LoRARite
     return {
         "AdamW (foreach)": torch.optim.AdamW(fresh(), lr=1e-4, foreach=True),
         "AdamW (fused)": torch.optim.AdamW(fresh(), lr=1e-4, fused=True),
         "QuotientAdam": QuotientAdam(framed, lr=1e-4, symmetries=symmetries),
         "QuotientAdam, lora_polar=True": QuotientAdam(
-            evened, lr=1e-4, symmetries=others, lora_polar=True
+            orthogonalised, lr=1e-4, symmetries=others, lora_polar=True
         ),
         "LoRA-RITE (pytorch_optimizer)": rite(fresh(), lr=1e-4),
     }

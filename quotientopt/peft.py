@@ -64,7 +64,7 @@ def create_quotient_optimizer(
     other_lr : float or Tensor, optional
         Learning rate of everything that is no pair; ``lr`` if left out.
     polar : bool
-        Even out the singular values of the pairs' updates.
+        Take the polar factor of the pairs' updates, at their size.
     **kwargs
         Further options of ``optimizer_cls``: ``betas``, ``eps``, ``nesterov``, ``max_grad_norm``,
         ``refresh_every``, ``master_weights``, …

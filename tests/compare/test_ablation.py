@@ -46,13 +46,34 @@ def ablations(tmp_path):
 
 def test_rates_are_screened_on_the_first_seed(ablations, fake):
     plan = ablations("parts")
-    assert plan.missing() == 2 * 1 + 2 * 2 + 4 * 2
+    assert plan.missing() == 2 * 1 + 2 * 3 + 4 * 2
     plan.run(1)
-    assert len(fake) == len(set(map(str, fake))) == 14
+    assert len(fake) == len(set(map(str, fake))) == 16
     assert plan.missing() == 0
-    assert [t.seed for t in fake] == [0] * 6 + [1, 2] * 4
-    assert {t.rate for t in fake if t.optimizer == "without polar" and t.seed} == {1.2e-2}
+    assert [t.seed for t in fake] == [0] * 8 + [1, 2] * 4
+    assert {t.rate for t in fake if t.optimizer == "without polar" and t.seed} == {4e-3}
     assert {t.rate for t in fake if t.optimizer == "without Nesterov"} == {8e-3}
+
+
+def test_variants_run_at_the_best_rate_of_the_default(ablations, fake):
+    plan = ablations("betas", seeds=2, rates=(2e-3, 8e-3, 4e-3))
+    assert plan.missing() == 3 + 1 + 2 * 2
+    assert {trial.optimizer for trial in plan.wanted()} == {"default"}
+    plan.run(1)
+    assert plan.missing() == 0
+    assert [t.rate for t in fake if t.optimizer == "default"] == [2e-3, 8e-3, 4e-3, 8e-3]
+    assert {t.rate for t in fake if t.optimizer != "default"} == {8e-3}
+
+
+def test_without_a_best_rate_of_the_default_there_is_nothing_to_do(
+    ablations, monkeypatch, make_run
+):
+    diverged = lambda trial, protocol: replace(make_run(losses=()), trial=trial)  # noqa: E731
+    monkeypatch.setattr(ablation, "train_variant", diverged)
+    plan = ablations("betas", seeds=2)
+    plan.run(1)
+    assert plan.missing() == 0
+    assert [run.trial.optimizer for run in plan.records[0].runs] == ["default"]
 
 
 def test_runs_are_not_repeated(ablations, fake):
@@ -73,9 +94,10 @@ def test_the_default_is_shared(ablations, fake, tmp_path):
         runs = json.loads((tmp_path / f"{question}.json").read_text())["runs"]
         assert "default" in [run["trial"]["optimizer"] for run in runs]
     later = ablations("second-moment", seeds=1)
-    assert later.missing() == 1
+    of_question = len(variants.QUESTIONS["second-moment"].variants)
+    assert later.missing() == of_question - 1
     other_code = replace(CONDITIONS, code="4567")
-    assert ablations("second-moment", seeds=1, conditions=other_code).missing() == 2
+    assert ablations("second-moment", seeds=1, conditions=other_code).missing() == of_question
 
 
 def test_records_of_other_conditions_are_refused(ablations, fake, tmp_path):
@@ -186,7 +208,7 @@ def tiny(text_file, tmp_path):
 
 def test_runs_in_two_processes_and_a_report(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    ablation.main(["horizontal", "--seeds=2", "--jobs=2", "--report", *tiny])
+    ablation.main(["horizontal", "--rates=4e-3", "--seeds=2", "--jobs=2", "--report", *tiny])
     folder = tmp_path / "out"
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
@@ -207,7 +229,8 @@ def test_runs_in_two_processes_and_a_report(tiny, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "4 runs made" in output
     assert "0 runs to go" in output
-    ablation.main(["horizontal", "--seeds=3", "--jobs=2", "--estimate", *tiny])
+    arguments = ["horizontal", "--rates=4e-3", "--seeds=3", "--jobs=2", "--estimate", *tiny]
+    ablation.main(arguments)
     assert capsys.readouterr().out == "2 runs of 3 steps\n"
 
 

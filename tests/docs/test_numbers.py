@@ -46,6 +46,19 @@ def test_cost_by_width():
         ]
 
 
+def test_what_the_parts_are_worth():
+    expected = {}
+    for section in page("benchmarks/results/ablation/README.md").split("\n## ")[1:]:
+        title = section.splitlines()[0]
+        for label, _, _, _, difference, *_ in (r for r in rows_of(section) if len(r) == 6):
+            if set(label) - set("-") and difference != "–":
+                expected[f"{title}: {label}"] = difference.replace("-", "−")
+    assert len(expected) > 20
+    text = page("docs/quotient_adam.md").split("## What its parts are worth")[1]
+    listed = {row[0]: row[1] for row in rows_of(text.split("## ")[0]) if ": " in row[0]}
+    assert {key: listed.get(key) for key in expected} == expected
+
+
 def test_what_wraps_around_the_optimizer():
     found = {row[0]: row[1:] for row in rows_of(page("benchmarks/results/wrappers/wrappers.md"))}
     text = page("docs/quotient_adam.md").split("**What wraps around any optimizer**")[1]

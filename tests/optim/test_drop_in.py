@@ -27,7 +27,7 @@ def make(request):
 
 
 @pytest.mark.parametrize("exponent", [-10, -12, -14, -16, -18, -20, -24, -40])
-def test_evening_of_tiny_updates_is_finite(exponent):
+def test_polar_factors_of_tiny_updates_are_finite(exponent):
     """In float32 the squares of a Gram matrix's entries underflow from 1e-12 on."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(8, 32, generator=generator)
@@ -38,7 +38,7 @@ def test_evening_of_tiny_updates_is_finite(exponent):
         assert torch.allclose(row_polar_factor(scaled), row_polar_factor(matrix), rtol=1e-3)
 
 
-def test_control_of_the_evening_of_tiny_updates(monkeypatch):
+def test_control_of_polar_factors_of_tiny_updates(monkeypatch):
     """Dividing by the Frobenius norm alone, whose squares underflow, makes NaN."""
 
     def plainly(gram):
@@ -51,7 +51,7 @@ def test_control_of_the_evening_of_tiny_updates(monkeypatch):
 
 
 def test_zero_gradients_for_long_leave_finite_weights():
-    """Adam's direction decays to next to nothing, and its singular values are evened out."""
+    """Adam's direction decays to next to nothing, and the polar factor is taken of it."""
     model = small_model(dtype=torch.float32, layers=1)
     optimizer = qo.QuotientAdam(model, lr=1e-3)
     train(model, optimizer, 3)

@@ -1,4 +1,4 @@
-"""Evening out singular values: what it does, and what it commutes with."""
+"""Polar factors of updates: what they are, and what they commute with."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def matrix(request):
     return torch.randn(request.param, generator=generator, dtype=torch.float64)
 
 
-def test_singular_values_are_evened_out_and_vectors_kept(matrix):
+def test_singular_values_are_made_equal_and_vectors_kept(matrix):
     stretched = matrix @ torch.logspace(-0.7, 0, matrix.size(-1), dtype=torch.float64).diag()
     result = orthogonalise(stretched, None)
     U, sigma, Vt = torch.linalg.svd(stretched, full_matrices=False)

@@ -59,7 +59,7 @@ def test_gpt_twins_under_gl_on_all_heads(head_frame, nesterov):
 
 # Acting with condition number 1000 rounds AᵀB to 1e-13, which training amplifies: by more than 1000
 # in 30 steps with a shared frame and Nesterov momentum, or in the raw coordinates that the svd
-# frames leave to rotary planes, with evened-out singular values. Those variants are left out.
+# frames leave to rotary planes, with equal singular values. Those variants are left out.
 @pytest.mark.parametrize(
     ("head_frame", "polar"),
     [("balanced", True), ("balanced", False), ("orthonormal", True), ("svd", False)],
