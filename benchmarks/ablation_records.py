@@ -22,6 +22,7 @@ import quotientopt
 from quotientopt.compare.data import MODEL_DEFAULTS
 from quotientopt.compare.protocol import Protocol, Run, Trial, UsageError
 from quotientopt.compare.record import write_atomically
+from quotientopt.compare.tuning import is_interior
 
 PACKAGE = "quotientopt"
 # What is trained and by what; the patches are beside this file.
@@ -309,6 +310,17 @@ def _remarks(records: Sequence[Record], tables: dict[str, list[Row]]) -> str:
         "Each variant runs at the learning rate given, or, of several, at the one that was best "
         "on seed 0."
     ]
+    edges = [
+        f"{QUESTIONS[question].title}: {row.label}"
+        for question, rows in tables.items()
+        for row in rows
+        if len(row.rates) > 1 and not is_interior(row.rate, row.rates)
+    ]
+    if edges:
+        remarks.append(
+            f"The best rate lies on the edge of those tried, and a better one may exist: "
+            f"{'; '.join(edges)}."
+        )
     if seeds != {1}:
         remarks.append(
             "Losses are means over seeds ± standard error. Seeds share weights and batches with "

@@ -122,9 +122,11 @@ QUESTIONS: dict[str, Question] = {
                 patch=functools.partial(pooled_residual_frames, layer_and_direction),
             ),
             "one for the model": Variant(
-                "shared residual frame", {"residual_frame": "shared"}, rates=(2e-3, 4e-3)
+                "shared residual frame", {"residual_frame": "shared"}, rates=(2e-3, 4e-3, 8e-3)
             ),
-            "none": Variant("no residual frames", {"residual_frame": None}, rates=(2e-3, 4e-3)),
+            "none": Variant(
+                "no residual frames", {"residual_frame": None}, rates=(2e-3, 4e-3, 8e-3)
+            ),
         },
     ),
     "head-frame": Question(
@@ -195,12 +197,12 @@ QUESTIONS: dict[str, Question] = {
             "both": DEFAULT,
             "without Nesterov": Variant("without Nesterov", {"nesterov": False}),
             "without polar factor": Variant(
-                "without polar", {"polar": False}, rates=(1e-3, 2e-3, 4e-3)
+                "without polar", {"polar": False}, rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
             ),
             "without both": Variant(
                 "without Nesterov and polar",
                 {"nesterov": False, "polar": False},
-                rates=(1e-3, 2e-3, 4e-3),
+                rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
             ),
         },
     ),

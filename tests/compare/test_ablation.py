@@ -46,11 +46,11 @@ def ablations(tmp_path):
 
 def test_rates_are_screened_on_the_first_seed(ablations, fake):
     plan = ablations("parts")
-    assert plan.missing() == 2 * 1 + 2 * 3 + 4 * 2
+    assert plan.missing() == 2 * 1 + 2 * 5 + 4 * 2
     plan.run(1)
-    assert len(fake) == len(set(map(str, fake))) == 16
+    assert len(fake) == len(set(map(str, fake))) == 20
     assert plan.missing() == 0
-    assert [t.seed for t in fake] == [0] * 8 + [1, 2] * 4
+    assert [t.seed for t in fake] == [0] * 12 + [1, 2] * 4
     assert {t.rate for t in fake if t.optimizer == "without polar" and t.seed} == {4e-3}
     assert {t.rate for t in fake if t.optimizer == "without Nesterov"} == {8e-3}
 
@@ -68,12 +68,23 @@ def test_variants_run_at_the_best_rate_of_the_default(ablations, fake):
 def test_without_a_best_rate_of_the_default_there_is_nothing_to_do(
     ablations, monkeypatch, make_run
 ):
-    diverged = lambda trial, protocol: replace(make_run(losses=()), trial=trial)  # noqa: E731
-    monkeypatch.setattr(ablation, "train_variant", diverged)
+    def train_variant(trial, protocol):
+        return replace(make_run(losses=()), trial=trial)
+
+    monkeypatch.setattr(ablation, "train_variant", train_variant)
     plan = ablations("betas", seeds=2)
     plan.run(1)
     assert plan.missing() == 0
     assert [run.trial.optimizer for run in plan.records[0].runs] == ["default"]
+
+
+def test_a_best_rate_on_the_edge_is_said(ablations, fake):
+    for rates, said in (((2e-3, 4e-3), True), ((4e-3,), False)):
+        plan = ablations("betas", seeds=1, rates=rates, redo=True)
+        plan.run(1)
+        rows = variants.summarise("betas", plan.records[0].runs)
+        remark = "lies on the edge of those tried, and a better one may exist: Decay of the moments"
+        assert (remark in records.markdown(plan.records, {"betas": rows})) == said
 
 
 def test_runs_are_not_repeated(ablations, fake):

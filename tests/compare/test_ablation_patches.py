@@ -170,11 +170,9 @@ def test_covariances_of_momentum_are_those_of_the_momentum(steps):
         # Rows may have been turned since, which their Gram does not see.
         kept = own.state["exp_avg"].flatten(1, -2)
         rows = dressed.flatten(1, -2)
-        turned = rows @ own.residual_frames()
-        assert deviation(turned.mT @ turned, kept.mT @ kept) < 1e-12 * kept.square().sum()
-        assert deviation(rows.mT @ rows, kept.mT @ kept) > 1e-3 * kept.square().sum() / kept.size(
-            -1
-        )
+        turned, size = rows @ own.residual_frames(), kept.square().sum()
+        assert deviation(turned.mT @ turned, kept.mT @ kept) < 1e-12 * size
+        assert deviation(rows.mT @ rows, kept.mT @ kept) > 1e-3 * size / kept.size(-1)
 
 
 def test_frames_are_rounded():
