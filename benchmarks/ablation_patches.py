@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -23,7 +23,7 @@ from quotientopt.optim import polar as polar_module
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.engine import Engine
 from quotientopt.optim.slices import SIDES, Slice
-from quotientopt.optim.update import Product
+from quotientopt.optim.update import Product, Sampling, interval_of
 from quotientopt.symmetries import HeadSymmetry
 
 Patch = Generator[None, None, None]
@@ -111,8 +111,35 @@ def unrotated_second_moment() -> Patch:
 
 @contextmanager
 def covariances(every: int, beta: float) -> Patch:
-    """Covariances take every `every`-th gradient and decay by `beta` each time."""
-    with mock.patch.multiple(engine_module, COVARIANCE_EVERY=every, COVARIANCE_BETA=beta):
+    """Covariances take every `every`-th gradient and decay by `beta` each time, at any age."""
+
+    def at_any_age(extent: tuple[int, int], group: Mapping[str, Any]) -> Sampling:
+        fewest, most = extent
+        return Sampling(fewest == 0 or (most + 1) % every == 0, beta)
+
+    with mock.patch.object(engine_module, "sampling", at_any_age):
+        yield
+
+
+@contextmanager
+def intervals(part: int | None) -> Patch:
+    """Frames last a `part`-th of the steps so far; None: ``refresh_every``, at any age."""
+
+    def due(extent: tuple[int, int], group: Mapping[str, Any]) -> bool:
+        (fewest, most), longest = extent, group["refresh_every"]
+        interval = longest if part is None else interval_of(most + 1, longest, part)
+        return fewest == 0 or (most + 1) % interval == 0
+
+    with mock.patch.object(engine_module, "frames_are_due", due):
+        yield
+
+
+@contextmanager
+def together(*patches: Callable[[], AbstractContextManager[None]]) -> Patch:
+    """Several patches at once."""
+    with ExitStack() as entered:
+        for patch in patches:
+            entered.enter_context(patch())
         yield
 
 
@@ -127,7 +154,7 @@ def momentum_covariances() -> Patch:
         return dict(changes)
 
     def of_momentum(
-        engine: Engine, active: Any, dressed: Sequence[Tensor], gate: Tensor | None
+        engine: Engine, active: Any, dressed: Sequence[Tensor], *arguments: Any
     ) -> None:
         momenta = []
         for (bucket, _), gradients in zip(active, dressed, strict=True):
@@ -139,7 +166,7 @@ def momentum_covariances() -> Patch:
             beta = engine.param_groups[bucket.group_index]["betas"][0]
             momenta.append(beta * momentum + (1 - beta) * gradients)
         changes.clear()
-        accumulate(engine, active, momenta, gate)
+        accumulate(engine, active, momenta, *arguments)
 
     with mock.patch.multiple(Engine, _begin_refresh=remembered, _accumulate=of_momentum):
         yield

@@ -15,6 +15,7 @@ from ablation_patches import (
     decomposed_residual_frames,
     fixed_update_size,
     horizontal_updates,
+    intervals,
     layer_and_direction,
     momentum_covariances,
     narrow_frames,
@@ -22,6 +23,7 @@ from ablation_patches import (
     pooled_residual_frames,
     reused_polar_factors,
     spectral_size,
+    together,
     unrotated_second_moment,
 )
 from experiment import standard_error
@@ -164,13 +166,39 @@ QUESTIONS: dict[str, Question] = {
             ),
         },
     ),
+    "young": Question(
+        "While training is young",
+        {
+            "the default": DEFAULT,
+            "frames every ten steps from the first on": Variant(
+                "frames as later", patch=functools.partial(intervals, None)
+            ),
+            "covariances of twenty steps from the first on": Variant(
+                "covariances as later", patch=functools.partial(covariances, 2, 0.9)
+            ),
+            "both as later": Variant(
+                "frames and covariances as later",
+                patch=functools.partial(
+                    together,
+                    functools.partial(intervals, None),
+                    functools.partial(covariances, 2, 0.9),
+                ),
+            ),
+            "frames of a quarter of the steps so far": Variant(
+                "frames of a quarter", patch=functools.partial(intervals, 4)
+            ),
+            "frames of a twentieth of the steps so far": Variant(
+                "frames of a twentieth", patch=functools.partial(intervals, 20)
+            ),
+        },
+    ),
     "refresh": Question(
         "Fresh frames",
         {
             "every 2 steps, covariances of every gradient, 0.8": _covariances(1, 0.8, 2),
             "every 5 steps, covariances of every gradient, 0.9": _covariances(1, 0.9, 5),
             "every 5 steps": Variant("refresh every 5", {"refresh_every": 5}),
-            "every 10 steps": DEFAULT,
+            "the default": DEFAULT,
             "every 20 steps": Variant("refresh every 20", {"refresh_every": 20}),
             "every 50 steps": Variant("refresh every 50", {"refresh_every": 50}),
             "every 10 steps, eigen-decomposed": Variant(
@@ -230,7 +258,7 @@ QUESTIONS: dict[str, Question] = {
             "every gradient, 0.9": _covariances(1, 0.9),
             "every gradient, 0.8": _covariances(1, 0.8),
             "every second gradient, 0.6": _covariances(2, 0.6),
-            "every second gradient, 0.9": DEFAULT,
+            "the default": DEFAULT,
             "every fifth gradient, 0.8": _covariances(5, 0.8),
             "every second momentum, 0.9": Variant(
                 "covariances of momentum", patch=momentum_covariances

@@ -34,6 +34,7 @@ import torch
 from experiment import command_of, markdown_table
 from step_timing import (
     PERIOD,
+    grow_,
     measure_synchronisations,
     set_gradients,
     summarise_periods,
@@ -166,6 +167,7 @@ def _time_optimizer(name: str, model: nn.Module, run: Run) -> Iterator[dict[str,
         optimizers = optimizers_of(name, model, Protocol(device=run.device), 1e-5)
         steps = [optimizer.step for optimizer in optimizers]
         first = sum(time_laps(steps, 1, run.device)[0])
+        grow_(optimizers)
         for precision in PRECISIONS if name == "quotient-adam" else (None,):
             row: dict[str, Any] = {"first step": first, "state bytes": state_bytes(optimizers)}
             if precision:
@@ -300,6 +302,7 @@ class Trainer:
         start = 0.0
         for step, batch in enumerate(batches):
             if step == 2:
+                grow_(optimizers)
                 start = self._now()
             self._step(model, optimizers, batch, 0.0, peaks)
         return (self._now() - start) / PERIOD

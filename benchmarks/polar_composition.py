@@ -22,8 +22,13 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from quotientopt.compare.protocol import describe_environment
-from quotientopt.optim.polar import COMPOSITION, NARROW_COMPOSITION, orthogonalise, polar_direction
-from quotientopt.optim.update import bfloat16_product
+from quotientopt.optim.polar import (
+    COMPOSITION,
+    NARROW_COMPOSITION,
+    bfloat16_product,
+    orthogonalise,
+    polar_direction,
+)
 
 LOWER, DEGREES = 0.02, (13, 9)
 # For narrow products: small coefficients, and room for rounding.

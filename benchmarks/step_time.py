@@ -41,6 +41,7 @@ from step_timing import (
     accumulate,
     build_model,
     build_optimizers,
+    grow_,
     make_batches,
     measure_synchronisations,
     reset_peak,
@@ -192,6 +193,7 @@ def _measure_steps(
         raise
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise SkippedError(f"its first step failed: {error}") from error
+    grow_(optimizers)
     for _ in range(setting.warmup - 1):
         step()
     if setting.syncs:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quotientopt.optim.update import interval_of, sampling
+
 # Five minimax quintics for singular values in [1e-3, 1] (Polar Express, arXiv 2505.16932).
 QUINTICS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -219,17 +221,21 @@ class SOAPMuon(StackedOptimizer):
     Adam runs in the eigenbases Q_L, Q_R of the moving averages of ∂∂ᵀ and ∂ᵀ∂; its direction is
     orthogonalised, keeps its Frobenius norm and is turned back. As in SOAP the first gradient
     serves for bases alone: in its own it is diagonal, and Adam would even out rounding. Bases are
-    made anew by one orthogonal iteration every ``every`` steps. Covariances take every second
-    gradient, which costs less and loses nothing.
+    made anew by one orthogonal iteration every ``every`` steps; covariances take every
+    ``covariance_every``-th gradient. With ``young`` both are as often as QuotientAdam's, whose
+    intervals grow from one step to ``every`` with the number of steps.
 
-    Options: ``betas``, ``eps``, ``covariance_beta`` (per gradient taken), ``every``.
+    Options: ``betas``, ``eps``, ``covariance_beta`` (per gradient taken), ``covariance_every``,
+    ``every``, ``young``.
     """
 
     OPTIONS: ClassVar[Group] = {
         "betas": (0.9, 0.95),
         "eps": 1e-8,
         "covariance_beta": 0.9,
+        "covariance_every": 2,
         "every": 10,
+        "young": False,
     }
 
     def update(self, gradient: Tensor, state: State, group: Group) -> Tensor:
@@ -257,10 +263,15 @@ class SOAPMuon(StackedOptimizer):
             state["exp_avg"] = torch.zeros_like(gradient)
             state["exp_avg_sq"] = torch.zeros_like(gradient)
             return
-        if step % 2 == 0:
+        taken, beta = step % group["covariance_every"] == 0, group["covariance_beta"]
+        every = group["every"]
+        if group["young"]:
+            taken, beta = sampling((step - 1,) * 2, {"refresh_every": every, "capturable": False})
+            every = interval_of(step, every)
+        if taken:
             for side, sample in samples.items():
-                state[f"{side}_covariance"].lerp_(sample, 1 - group["covariance_beta"])
-        if step % group["every"] == 0:
+                state[f"{side}_covariance"].lerp_(sample, 1 - beta)
+        if step % every == 0:
             turns, orders = {}, {}
             for side in samples:
                 old = state[f"{side}_basis"]

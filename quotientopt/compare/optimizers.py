@@ -132,11 +132,20 @@ def _muon2(
 
 
 def _soap_muon(
-    model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
-) -> torch.optim.Optimizer:
+    model: nn.Module, rate: float, settings: Settings, protocol: Protocol
+) -> list[torch.optim.Optimizer]:
     from quotientopt.compare.baselines import SOAPMuon
 
-    return SOAPMuon(matrices, rate, decay, betas=BETAS)
+    options: dict[str, Any] = {"young": bool(settings.get("young", False))}
+    if settings.get("every") == FRESH_BASES["every"]:
+        options |= FRESH_BASES
+
+    def make(
+        model: nn.Module, matrices: list[nn.Parameter], rate: float, decay: float
+    ) -> torch.optim.Optimizer:
+        return SOAPMuon(matrices, rate, decay, betas=BETAS, **options)
+
+    return _beside_adamw(make)(model, rate, settings, protocol)
 
 
 def _normuon(
@@ -250,6 +259,9 @@ ADAMW_RATES: tuple[Settings, ...] = (
     {"adamw_rate": 1.6e-2},
 )
 
+# Of SOAP-Muon: bases twice as often as by default, from covariances of all gradients of late.
+FRESH_BASES = {"every": 5, "covariance_every": 1, "covariance_beta": 0.8}
+
 # The same of QuotientAdam, relative to its other matrices: the default first.
 EMBEDDING_SCALES: tuple[Settings, ...] = (
     {"embedding_scale": 2.0},
@@ -280,6 +292,12 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry(
             "quotient-adam-leading",
             _quotient_adam(hidden_frame="leading"),
+            QUOTIENT_RATES,
+            EMBEDDING_SCALES,
+        ),
+        Entry(
+            "quotient-adam-fresh",
+            _quotient_adam(refresh_every=5),
             QUOTIENT_RATES,
             EMBEDDING_SCALES,
         ),
@@ -324,9 +342,13 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry("kl-soap", _kl_soap, {"gpt": 8e-3, "llama": 8e-3, "vit": 8e-3}, check=_check_kl_soap),
         Entry(
             "soap-muon",
-            _beside_adamw(_soap_muon),
+            _soap_muon,
             {"gpt": 8e-3, "llama": 8e-3, "vit": 1.6e-2},
-            (*ADAMW_RATES, {"adamw_rate": 3.2e-2}),
+            (
+                *(*ADAMW_RATES, {"adamw_rate": 3.2e-2}),
+                *({"adamw_rate": rate, "every": 5} for rate in (1.6e-2, 3.2e-2)),
+                {"adamw_rate": 1.6e-2, "young": 1},
+            ),
         ),
         Entry(
             "muon",

@@ -303,10 +303,11 @@ COLORS = {
     "soap-muon": "#56B4E9",
     "quotient-adam-0.1": "#E69F00",
     "geoopt-adam": "#CC79A7",
-    # Three of Tol's, which go with them.
+    # Four of Tol's, which go with them.
     "quotient-adam-hidden": "#882255",
     "quotient-adam-leading": "#AA4499",
     "quotient-adam-small": "#999933",
+    "quotient-adam-fresh": "#332288",
 }
 STYLES: dict[str, str | tuple[int, tuple[int, ...]]] = {
     "adamw": "-",
@@ -317,6 +318,7 @@ STYLES: dict[str, str | tuple[int, tuple[int, ...]]] = {
     "quotient-adam-0.1": "-.",
     "geoopt-adam": (0, (1, 1)),
     "quotient-adam-leading": (0, (3, 1, 1, 1)),
+    "quotient-adam-fresh": "--",
 }
 FEW = 8
 LONG = 50  # characters of a label

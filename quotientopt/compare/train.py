@@ -163,15 +163,22 @@ def train(
 
 
 def time_alone(
-    trial: Trial, protocol: Protocol, task: Task, skipped: int = 10, counted: int = 30
+    trial: Trial, protocol: Protocol, task: Task, skipped: int = 2, young: int = 98, grown: int = 30
 ) -> Timing:
-    """Cost of a step with nothing else running.
+    """Mean cost of a run's step with nothing else running.
 
-    The first steps are skipped: they allocate state and compute the first bases. The counted ones
-    hold whole periods of what is done every ten steps.
+    The first steps are skipped: they allocate state and compute the first bases. As frames are made
+    more often at first, the `young` steps after them count once each; the `grown` ones that
+    follow, whole periods of what is done every ten steps, stand for the rest of the run. A run
+    with fewer steps is young to its end.
     """
     training = Training(trial, protocol, task)
-    return _timing([training.step() for _ in range(skipped + counted)][skipped:])
+    rest = max(protocol.steps - skipped - young, 0)
+    counted = young + grown if rest else max(protocol.steps - skipped, grown)
+    steps = [training.step() for _ in range(skipped + counted)][skipped:]
+    if not rest:
+        return _timing(steps)
+    return _timing(steps, [1.0] * young + [rest / grown] * grown)
 
 
 def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
@@ -196,17 +203,17 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(part)
 
 
-def _timing(steps: list[Step]) -> Timing:
+def _timing(steps: list[Step], weights: list[float] | None = None) -> Timing:
     if not steps:
         return Timing(Seconds(0.0, 0.0), Seconds(0.0, 0.0))
     return Timing(
-        _seconds([step.optimizer_seconds for step in steps]),
-        _seconds([step.model_seconds for step in steps]),
+        _seconds([step.optimizer_seconds for step in steps], weights),
+        _seconds([step.model_seconds for step in steps], weights),
     )
 
 
-def _seconds(values: list[float]) -> Seconds:
-    return Seconds(statistics.median(values), statistics.fmean(values))
+def _seconds(values: list[float], weights: list[float] | None) -> Seconds:
+    return Seconds(statistics.median(values), statistics.fmean(values, weights))
 
 
 def _plain(defaults: dict[str, Any]) -> dict[str, Any]:

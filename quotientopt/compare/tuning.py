@@ -69,7 +69,8 @@ def plan(
     rates : sequence of float, optional
         An explicit grid. Default: a search around the optimizer's usual rate for `model`; for
         further settings, from the best rate found so far upwards; then the entry's weight decays
-        at the best of all, and, if one of them is better, the rates around it.
+        at the best of all, and, if one of them is better, the rates around it and the other
+        settings with it.
     seeds : int
     finished : list of Run
         All runs so far, kept up to date by the caller.
@@ -91,13 +92,17 @@ def plan(
 
 
 def _search_decays(entry: Entry, settings: Settings, optimum: Optimum) -> Plan:
-    """Try other weight decays at the optimum; the rates around it at one that is better."""
+    """Other weight decays at the optimum; at one that is better, rates and settings once more."""
     choices = [dict(settings) | {"weight_decay": decay} for decay in entry.decays]
     runs = yield [Trial(entry.name, optimum.rate, choice) for choice in choices]
     best = min(runs, key=lambda run: run.score)
     if best.score < optimum.loss:
         around = (optimum.rate / FACTOR, optimum.rate, optimum.rate * FACTOR)
-        yield from _search(entry.name, best.trial.settings, around, extend=True)
+        found = yield from _search(entry.name, best.trial.settings, around, extend=True)
+        decay = {"weight_decay": best.trial.settings["weight_decay"]}
+        others = [dict(own) | decay for own in entry.settings_grid if own != settings]
+        if others:
+            yield [Trial(entry.name, found.rate, own) for own in others]
 
 
 def _search(

@@ -17,7 +17,7 @@ from quotientopt.optim.eigenframes import (
 )
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame, transport_
 from quotientopt.optim.leading import along_and_rest, begin_, turn_
-from quotientopt.optim.polar import orthogonalise, polar_direction, row_polar_factor
+from quotientopt.optim.polar import orthogonalise, polar_direction, products_at, row_polar_factor
 from quotientopt.optim.slices import Slice, state_sizes, stream_of
 from quotientopt.optim.update import (
     Product,
@@ -27,7 +27,6 @@ from quotientopt.optim.update import (
     ema_,
     gated,
     moments_,
-    products_at,
     scale_of,
     two_sided,
 )

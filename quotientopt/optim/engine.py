@@ -24,14 +24,20 @@ from quotientopt.optim.low_rank.stack import Prepared
 from quotientopt.optim.slices import Slices
 from quotientopt.optim.stacking import stack_heads, stack_pairs, stack_slices
 from quotientopt.optim.state import State, adopt, filed
-from quotientopt.optim.update import ema_at_
-
-# Covariances take every second gradient, which saves half of a product of the parameters' size;
-# with this decay they remember about twenty steps.
-COVARIANCE_EVERY = 2
-COVARIANCE_BETA = 0.9
+from quotientopt.optim.update import Sampling, ema_at_, interval_of, sampling
 
 Dressings = Mapping[int, FreshDressing]
+
+
+def frames_are_due(extent: tuple[int, int], group: Mapping[str, Any]) -> bool:
+    """Whether a step makes frames: every K(t) steps, or for a slice that has none.
+
+    Steps that are to be alike (``capturable``): every ``refresh_every`` steps at any age.
+    ``extent``: fewest and most updates, so far, of the slices that have a gradient.
+    """
+    (fewest, most), longest = extent, group["refresh_every"]
+    interval = longest if group["capturable"] else interval_of(most + 1, longest)
+    return fewest == 0 or (most + 1) % interval == 0
 
 
 class Peers:
@@ -74,12 +80,13 @@ class Peers:
 class PreparedStep(NamedTuple):
     """A step that is ready to be taken.
 
-    ``framed`` tells whether any slice has a gradient, ``look`` whether the host need not wait for
-    the device; ``norms`` are those of what was ``measured``, dressed gradients and plain ones.
+    ``sample`` tells what covariances take, None where no slice has a gradient, ``look`` whether the
+    host need not wait for the device; ``norms`` are those of what was ``measured``, dressed
+    gradients and plain ones.
     """
 
     engine: Engine
-    framed: bool
+    sample: Sampling | None
     look: bool
     active: list[tuple[Bucket, list[int]]]
     dressings: Dressings | None
@@ -156,8 +163,9 @@ class Engine:
         """
         active = self.active()
         extent = self.extent(active)
-        capturable = self.param_groups[0]["capturable"]
-        capturing = is_recorded(capturable, lambda: self.is_new(active))
+        group = self.param_groups[0]
+        capturing = is_recorded(group["capturable"], lambda: self.is_new(active))
+        sample = None if extent is None else sampling(extent, group)
         dressings = None
         if extent is not None and not capturing:
             dressings = self.due_dressings(active, extent, before, look=look)
@@ -166,26 +174,22 @@ class Engine:
         if dressings is None and any(own.turns for _, own in own_pairs):
             before()
         dressed = self.dressed_gradients(active, dressings)
-        return PreparedStep(self, extent is not None, look, active, dressings, own_pairs, dressed)
+        return PreparedStep(self, sample, look, active, dressings, own_pairs, dressed)
 
     def take(self, prepared: PreparedStep, scale: Tensor | None, gate: Tensor | None) -> None:
         """Take a prepared step, its gradients times ``scale``."""
         if scale is not None:
             for stack in prepared.dressed_stacks:
                 stack.mul_(scale)
-        if prepared.framed:
-            self.step(prepared.active, prepared.dressed, prepared.dressings, gate)
+        if prepared.sample is not None:
+            sample = prepared.sample
+            self.step(prepared.active, prepared.dressed, prepared.dressings, sample, gate)
         for pairs, own in prepared.pairs:
             pairs.step(own, self.param_groups[pairs.group_index], gate)
 
     def extent(self, active: Sequence[tuple[Bucket, list[int]]]) -> tuple[int, int] | None:
         """Fewest and most updates of the slices that have a gradient; None if there is none."""
         return self.peers.extent([bucket.steps[i] for bucket, rows in active for i in rows])
-
-    def refresh_due(self, extent: tuple[int, int]) -> bool:
-        """Whether frames are made afresh in this step: every K steps, or for a new slice."""
-        fewest, most = extent
-        return fewest == 0 or (most + 1) % self.param_groups[0]["refresh_every"] == 0
 
     def due_dressings(
         self,
@@ -210,7 +214,7 @@ class Engine:
         before, look
             As in :meth:`prepare`.
         """
-        due = self.refresh_due(extent)
+        due = frames_are_due(extent, self.param_groups[0])
         if not due and not (self.peers.have_weights and self._factors.were_written(look)):
             return None
         before()
@@ -264,6 +268,7 @@ class Engine:
         active: Sequence[tuple[Bucket, list[int]]],
         dressed: Sequence[Tensor],
         dressings: Dressings | None,
+        sample: Sampling,
         gate: Tensor | None = None,
     ) -> None:
         """Update covariances, frames when ``dressings`` are given, moments and parameters.
@@ -271,8 +276,8 @@ class Engine:
         With a ``gate`` of zero, and dressed gradients of zero, no average and no parameter changes.
         """
         changes = {} if dressings is None else self._begin_refresh(dressings)
-        if self._samples(self.extent(active)):
-            self._accumulate(active, dressed, gate)
+        if sample.taken:
+            self._accumulate(active, dressed, sample.beta, gate)
         if dressings is not None:
             dressed = self._refresh(active, dressed, dressings, changes)
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
@@ -297,22 +302,13 @@ class Engine:
     def _part(self, bucket: Bucket, rows: list[int]) -> Bucket:
         return bucket if len(rows) == len(bucket.slices) else bucket.subset(rows)
 
-    def _samples(self, extent: tuple[int, int] | None) -> bool:
-        """Whether covariances take this step's gradients: every second time, and at first."""
-        if extent is None:
-            return False
-        every = 1 if self.param_groups[0]["capturable"] else COVARIANCE_EVERY
-        return extent[0] == 0 or (extent[1] + 1) % every == 0
-
     def _accumulate(
         self,
         active: Sequence[tuple[Bucket, list[int]]],
         dressed: Sequence[Tensor],
+        beta: float,
         gate: Tensor | None,
     ) -> None:
-        beta = COVARIANCE_BETA
-        if self.param_groups[0]["capturable"]:
-            beta **= 1 / COVARIANCE_EVERY
         samples: dict[int, list[Tensor]] = defaultdict(list)
         places: dict[int, list[int]] = defaultdict(list)
         for (bucket, rows), gradients in zip(active, dressed, strict=True):

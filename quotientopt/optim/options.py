@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quotientopt.optim.update import PRECISIONS
+from quotientopt.optim.polar import PRECISIONS
 
 # Of QuotientAdam's param groups, in the order of its arguments.
 OPTIONS = (

@@ -3,17 +3,20 @@
 A matrix D = U Σ Vᵀ gives way to U Vᵀ at the size of D. Two ways lead there: `COEFFICIENTS`, one
 polynomial step (:func:`orthogonalise`, :func:`row_polar_factor`), and `COMPOSITION`, which ends
 within 7.5 % (:func:`polar_direction`). Both are made of products with Gram matrices, and hence
-commute with rotations of rows and columns.
+commute with rotations of rows and columns. At the end the products themselves, at a precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from quotientopt.optim.update import Product
+
+PRECISIONS = ("highest", "high", "fast")
 
 # Odd polynomial of degree 9 that is nearest to one on [0.1, 1] (largest error 0.26), by Lawson's
 # algorithm; its slope at zero is 7.9, so that smaller singular values grow alike.
@@ -319,3 +322,33 @@ def orthogonalise(matrix: Tensor, right: Tensor | None, multiply: Product = torc
     return orthogonal.mul_(
         size / torch.linalg.matrix_norm(orthogonal, keepdim=True).clamp_min(tiny)
     )
+
+
+def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of factors rounded to bfloat16, in the dtype of ``left``."""
+    return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
+
+
+def tensor_core_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` where torch may round the factors to TF32."""
+    return left @ right
+
+
+@contextlib.contextmanager
+def products_at(precision: str, dtype: torch.dtype, device: torch.device) -> Iterator[Product]:
+    """The product that rotations and polar steps take at one of `PRECISIONS`.
+
+    ``"highest"``: of their dtype. ``"high"``: TF32 on CUDA devices, elsewhere as ``"highest"``.
+    ``"fast"``: of factors rounded to bfloat16. Those of float64 always are of their dtype.
+    """
+    if precision == "fast" and dtype == torch.float32:
+        yield bfloat16_product
+    elif precision == "high" and dtype == torch.float32 and device.type == "cuda":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield tensor_core_product
+        finally:
+            torch.set_float32_matmul_precision(before)
+    else:
+        yield torch.matmul

@@ -70,9 +70,9 @@ class QuotientAdam(SymmetricOptimizer):
 
     Head frames u = O g₀ come from a section g₀ of the pair and the eigenvectors O of the covariance
     of dressed gradients, residual frames Q from those along the residual axis. Frames are made
-    afresh every ``refresh_every`` steps and the moments move with them. The trajectory is then
-    exactly equivariant: from x and from g·x the losses are the same, moments included. Parameters
-    without a symmetry get torch's AdamW.
+    afresh every ``refresh_every`` steps, at first more often, and the moments move with them. The
+    trajectory is exactly equivariant: from x and from g·x the losses are the same, moments
+    included. Parameters without a symmetry get torch's AdamW.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class QuotientAdam(SymmetricOptimizer):
         Of embeddings, positions, head, all outside the numbered layers. ``"fixed"``: coordinates of
         the stream made once, from the weights, and no polar step; or as the other matrices.
     refresh_every : int
-        Steps between fresh frames.
+        Steps between fresh frames; an eighth of the steps so far, while that is shorter.
     max_grad_norm : float, optional
         Clips the norm of all dressed gradients together, which no gauge changes.
     nesterov : bool

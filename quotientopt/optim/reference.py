@@ -91,7 +91,7 @@ class PlainQuotientAdam:
     def step(self) -> None:
         """One step, from the gradients of all parameters."""
         self.t += 1
-        fresh = self.t == 1 or self.t % self.refresh == 0
+        fresh = self.t == 1 or self.t % self._interval(self.refresh) == 0
         for i, pair in enumerate(self.pairs if fresh else ()):
             for side, field in enumerate(dressing(*pair)):
                 self.state[2 * i + side]["section"] = self._of_rows(field)
@@ -132,9 +132,17 @@ class PlainQuotientAdam:
         return (size * U @ (sigma / sigma.norm()).diag() @ Vt).reshape(update.shape)
 
     def _average(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """The average over twice as many steps as frames last, twenty at most."""
         if old is None:
             return new
-        return 0.9 * old + 0.1 * new if self.t % 2 == 0 else old
+        interval = self._interval(min(self.refresh, 10))
+        every = 2 if interval == 10 else 1
+        weight = every / (2 * interval)
+        return (1 - weight) * old + weight * new if self.t % every == 0 else old
+
+    def _interval(self, longest: int) -> int:
+        """Steps between frames: an eighth of those so far."""
+        return min(max(self.t // 8, 1), longest)
 
     @staticmethod
     def _break_ties(covariance: Tensor, *weights_grams: Tensor, ties: float = 1e-3) -> Tensor:

@@ -5,7 +5,7 @@
     D = m̂ / (√v̂ + ε)
     W ← (1 − ηλ) W − η uᵀ p(D) Qᵀ          η: the learning rate times `update_scale`
 
-The letters are those of docs/quotient_adam.md. In this order: products, covariances, Adam, sizes,
+The letters are those of docs/quotient_adam.md. In this order: when, covariances, Adam, sizes,
 rounding; at the end torch's AdamW for parameters without frames. The polar factor p has its own
 module, :mod:`quotientopt.optim.polar`, frames :mod:`quotientopt.optim.eigenframes`; the plain form,
 one matrix at a time, is :mod:`quotientopt.optim.reference`.
@@ -13,9 +13,8 @@ one matrix at a time, is :mod:`quotientopt.optim.reference`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,37 +26,38 @@ if TYPE_CHECKING:
     from quotientopt.optim.slices import Slice
 
 Product = Callable[[Tensor, Tensor], Tensor]
-PRECISIONS = ("highest", "high", "fast")
+
+# The younger training is, the quicker gradients change: frames last an eighth of the steps so far.
+PART_OF_AGE = 8
+# Covariances remember twice as many steps as frames last, of these at most.
+LONGEST = 10
 
 
-def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of factors rounded to bfloat16, in the dtype of ``left``."""
-    return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
+class Sampling(NamedTuple):
+    """Whether covariances take the gradients of a step, and what they keep of themselves then."""
+
+    taken: bool
+    beta: float
 
 
-def tensor_core_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` where torch may round the factors to TF32."""
-    return left @ right
+def interval_of(step: int, longest: int, part: int = PART_OF_AGE) -> int:
+    """Steps between fresh frames at a step: K(t) = min(max(⌊t/part⌋, 1), longest)."""
+    return min(max(step // part, 1), longest)
 
 
-@contextlib.contextmanager
-def products_at(precision: str, dtype: torch.dtype, device: torch.device) -> Iterator[Product]:
-    """The product that rotations and polar steps take at one of `PRECISIONS`.
+def sampling(extent: tuple[int, int], group: Mapping[str, Any]) -> Sampling:
+    """What covariances take in a step: R ← β R + (1 − β)(u∂)ᵀ(u∂), remembering 2 K(t) steps.
 
-    ``"highest"``: of their dtype. ``"high"``: TF32 on CUDA devices, elsewhere as ``"highest"``.
-    ``"fast"``: of factors rounded to bfloat16. Those of float64 always are of their dtype.
+    At most twice `LONGEST`. There every second gradient is taken, which saves half of a product of
+    the parameters' size, with β = 0.9. Steps that are to be alike (``capturable``) take every
+    gradient, with β = 0.95 at any age. ``extent``: fewest and most updates, so far, of the slices
+    that have a gradient.
     """
-    if precision == "fast" and dtype == torch.float32:
-        yield bfloat16_product
-    elif precision == "high" and dtype == torch.float32 and device.type == "cuda":
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            yield tensor_core_product
-        finally:
-            torch.set_float32_matmul_precision(before)
-    else:
-        yield torch.matmul
+    (fewest, most), alike = extent, group["capturable"]
+    shortest = min(group["refresh_every"], LONGEST)
+    interval = LONGEST if alike else interval_of(most + 1, shortest)
+    every = 2 if interval == LONGEST and not alike else 1
+    return Sampling(fewest == 0 or (most + 1) % every == 0, 1 - every / (2 * interval))
 
 
 def two_sided(

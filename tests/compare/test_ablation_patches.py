@@ -1,5 +1,6 @@
 """Variants of QuotientAdam that the ablations patch: each does what it says, and is undone."""
 
+import functools
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,11 +43,16 @@ def test_every_variant_trains_and_is_not_the_default(text_file):
     default = ablation.train_variant(Trial("default", 2e-3), protocol)
     again = ablation.train_variant(Trial("default", 2e-3), protocol)
     assert again.training_losses == default.training_losses
+    longer = replace(protocol, steps=100, evaluate_every=100)  # Young frames last as long as these.
+    old = {name for name in variants.VARIANTS if name.startswith("refresh every")}
+    old.add("frames of a twentieth")
+    grown = ablation.train_variant(Trial("default", 2e-3), longer)
     for name in set(variants.VARIANTS) - {"default"}:
-        run = ablation.train_variant(Trial(name, 2e-3), protocol)
+        own, default_run = (longer, grown) if name in old else (protocol, default)
+        run = ablation.train_variant(Trial(name, 2e-3), own)
         assert run.status == "finished", name
-        assert run.training_losses[0] == default.training_losses[0], name
-        assert run.final_loss != default.final_loss, name
+        assert run.training_losses[0] == default_run.training_losses[0], name
+        assert run.final_loss != default_run.final_loss, name
     assert set(ablation.OPTIMIZERS).isdisjoint(variants.VARIANTS)
 
 
@@ -243,6 +249,26 @@ def test_covariances_take_the_gradients_asked_for():
         patch.setattr(engine.Engine, "_accumulate", counted)
         losses(lambda: patches.covariances(5, 0.8), steps=12)
     assert taken == [0, 4, 9]
+
+
+def test_intervals_are_those_asked_for():
+    made = []
+    begin = engine.Engine._begin_refresh
+
+    def noted(self, *arguments):
+        made.append(self.buckets[0].steps[0] + 1)
+        return begin(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Engine, "_begin_refresh", noted)
+        for part, expected in (
+            (None, [1, 10, 20]),
+            (4, [*range(1, 9), 10, 12, 15, 16, 20]),
+            (8, [*range(1, 17), 18, 20]),
+        ):
+            made.clear()
+            losses(functools.partial(patches.intervals, part), steps=20)
+            assert made == expected
 
 
 def steps_of(model, patch, steps=3):

@@ -212,7 +212,9 @@ def test_contenders_of_packages_against_their_definitions(name, rule, in_float64
         assert deviation(found, control, start) > 0.03
 
 
-def soap_muon_rule(weight, gradient, state, step, orthogonalise=True):
+def soap_muon_rule(
+    weight, gradient, state, step, orthogonalise=True, every=4, taken=2, kept=0.9, young=False
+):
     """In NumPy, with raw momentum, from the definition."""
     g, s, (b1, b2) = gradient.numpy(), state, (0.9, 0.95)
     grams = [g @ g.T, g.T @ g]
@@ -222,9 +224,13 @@ def soap_muon_rule(weight, gradient, state, step, orthogonalise=True):
         s["Q"] = [np.linalg.eigh(C)[1][:, ::-1] for C in grams]
         s["m"], s["v"] = np.zeros_like(g), np.zeros_like(g)
         return (1 - LR * DECAY) * weight
-    if step % 2 == 0:
-        s["C"] = [0.9 * C + 0.1 * new for C, new in zip(s["C"], grams, strict=True)]
-    if step % 4 == 0:
+    if young:
+        assert step < 80
+        every, taken = min(max(step // 8, 1), every), 1
+        kept = 1 - 1 / (2 * every)
+    if step % taken == 0:
+        s["C"] = [kept * C + (1 - kept) * new for C, new in zip(s["C"], grams, strict=True)]
+    if step % every == 0:
         for axis, (C, Q) in enumerate(zip(s["C"], s["Q"], strict=True)):
             order = np.argsort(-np.diag(Q.T @ C @ Q))
             s["Q"][axis] = np.linalg.qr(C @ Q[:, order])[0]
@@ -239,15 +245,15 @@ def soap_muon_rule(weight, gradient, state, step, orthogonalise=True):
     return (1 - LR * DECAY) * weight - LR * torch.from_numpy(U)
 
 
-def make_soap_muon(parameters, every=4):
+def make_soap_muon(parameters, every=4, **options):
     return SOAPMuon(
         parameters,
         lr=LR,
         weight_decay=DECAY,
         betas=(0.9, 0.95),
         eps=1e-8,
-        covariance_beta=0.9,
         every=every,
+        **options,
     )
 
 
@@ -259,6 +265,23 @@ def test_soap_muon_against_its_definition():
     assert deviation(found, control, start) > 0.05
     stale, _ = run(lambda p: make_soap_muon(p, every=100), shapes)
     assert deviation(found, stale, start) > 0.05
+
+
+@pytest.mark.parametrize("young", [False, True])
+def test_soap_muon_of_other_cadences_against_its_definition(young):
+    """Bases every third step from all gradients; as often as QuotientAdam's, at their age."""
+    shapes, steps = ((8, 8), (6, 6)), 27
+    own = {"every": 3, "taken": 1, "kept": 0.8, "young": young}
+    options = {"covariance_every": 1, "covariance_beta": 0.8, "young": young}
+    found, start = run(lambda p: make_soap_muon(p, every=3, **options), shapes, steps=steps)
+    expected = plain(lambda *a: soap_muon_rule(*a, **own), shapes, steps=steps)
+    assert deviation(found, expected, start) < 1e-9
+    for name, value in (("every", 1), ("kept", 0.9), ("young", not young)):
+        control = plain(
+            lambda *a, c=own | {name: value}: soap_muon_rule(*a, **c), shapes, steps=steps
+        )
+        other = deviation(found, control, start) > 0.01
+        assert other == (not (young and name == "kept"))  # What is young keeps as much as its age.
 
 
 def test_soap_muon_does_not_see_rotations():
@@ -527,6 +550,7 @@ NAMES = (
     "compositional-muon",
     "dressed-muon",
     "quotient-adam-leading",
+    "quotient-adam-fresh",
     "quotient-adam-hidden",
     "quotient-adam-small",
     "quotient-adam-stream-only",

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quotientopt import find_symmetries
+from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.compare.optimizers import OPTIMIZERS
 from quotientopt.compare.protocol import Trial, UsageError
 from quotientopt.models import reference_model
+from tests.optim.training import small_model, train
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PNG = b"\x89PNG"
@@ -491,3 +492,22 @@ def test_the_gpu_run_asks_for_a_gpu(script, capsys):
     with pytest.raises(SystemExit):
         script("gpu").main([])
     assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_a_grown_optimizer_makes_frames_every_ten_steps(script):
+    """Control: a young one makes them at every step."""
+    for grown, expected in ((True, [90, 100]), (False, [*range(2, 17), 18, 20, 22])):
+        model = small_model(layers=1)
+        optimizer = QuotientAdam(model, lr=1e-3)
+        train(model, optimizer, 1)
+        if grown:
+            script("step_timing").grow_([optimizer, torch.optim.SGD(model.parameters())])
+        weight = model.blocks[0].mlp.up.weight
+        frame, made = optimizer.state[weight]["residual_frame"].clone(), []
+        for _ in range(21):
+            train(model, optimizer, 1)
+            fresh = optimizer.state[weight]["residual_frame"].clone()
+            if not torch.equal(frame, fresh):
+                made.append(int(optimizer.state[weight]["step"]))
+            frame = fresh
+        assert made == expected

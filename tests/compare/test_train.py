@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quotientopt.compare.optimizers import OPTIMIZERS
-from quotientopt.compare.protocol import Run, Trial
-from quotientopt.compare.train import Training, state_bytes, time_alone, train
+from quotientopt.compare.protocol import Run, Seconds, Trial
+from quotientopt.compare.train import Step, Training, state_bytes, time_alone, train
 from quotientopt.models import REFERENCE_MODELS
 
 ADAMW = Trial("adamw", 3e-3, {"beta2": 0.95})
@@ -155,8 +155,24 @@ def test_state_is_counted_once_per_storage():
 
 
 def test_timing_alone_measures_a_step(protocol, corpus):
-    timing = time_alone(ADAMW, protocol, corpus, skipped=1, counted=3)
+    timing = time_alone(ADAMW, protocol, corpus, skipped=1, young=2, grown=3)
     assert 0 < timing.optimizer.mean < timing.model.mean < timing.step
+
+
+def test_timing_alone_weighs_young_steps_as_a_run_does(protocol, corpus, monkeypatch):
+    """Steps cost 8 seconds, but 1 from the hundredth on: the mean is that of a whole run."""
+    whole = replace(protocol, steps=600)
+
+    def step(self):
+        self.steps += 1
+        seconds = 8.0 if self.steps <= 100 else 1.0
+        return Step(0.0, 1.0, seconds, 1.0 + seconds)
+
+    monkeypatch.setattr(Training, "step", step)
+    exact = (98 * 8 + 500 * 1) / 598
+    assert time_alone(ADAMW, whole, corpus).optimizer.mean == pytest.approx(exact)
+    short = replace(protocol, steps=80)
+    assert time_alone(ADAMW, short, corpus).optimizer == Seconds(8.0, 8.0)
 
 
 def test_every_optimizer_has_a_centre_for_every_model():

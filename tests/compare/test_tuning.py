@@ -108,6 +108,20 @@ def test_a_better_weight_decay_has_its_own_rates(make_run):
     assert asked[5:] == [[Trial("soap", 1.2e-2, settings, 1)]]
 
 
+def test_settings_are_tuned_again_at_a_better_weight_decay(make_run):
+    """The best betas at 0.1 are not those at 0.3, where all is better."""
+
+    def objective(trial):
+        decay = trial.settings.get("weight_decay", 0.1)
+        best = 0.98 if decay == 0.3 else 0.95
+        return valley(8e-3)(trial.rate) + abs(trial.settings["beta2"] - best) - 3 * decay
+
+    asked = run_plan("adamw", None, 2, objective, make_run)
+    again = [{"beta2": beta2, "weight_decay": 0.3} for beta2 in (0.98, 0.99)]
+    assert asked[-2] == [Trial("adamw", 8e-3, settings) for settings in again]
+    assert asked[-1] == [Trial("adamw", 8e-3, again[0], 1)]
+
+
 def test_plan_with_an_explicit_grid_tries_just_that(make_run):
     asked = run_plan("soap", (1e-3, 2e-3), 1, lambda trial: trial.rate, make_run)
     assert asked == [[Trial("soap", 1e-3), Trial("soap", 2e-3)]]

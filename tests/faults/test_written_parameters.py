@@ -9,7 +9,7 @@ import torch
 import quotientopt as qo
 from tests.optim import low_rank_cases as pairs
 from tests.optim.test_host_traffic import Traffic
-from tests.optim.training import batches, loss_of, small_model, train
+from tests.optim.training import GROWN, batches, loss_of, small_model, train
 
 BY = 30.0
 
@@ -41,7 +41,7 @@ HEADS = {
 }
 
 
-def trained_heads(options, steps=21):
+def trained_heads(options, steps=GROWN + 1):
     model = small_model()
     optimizer = qo.QuotientAdam(model, lr=2e-3, **options)
     train(model, optimizer, steps)
@@ -198,7 +198,7 @@ def test_low_rank_pairs_on_an_accelerator(monkeypatch):
 def test_a_new_interval_is_honoured_at_once():
     for model, optimizer, run, frame_of in (
         (*trained_pairs(), pairs.train, lambda m: m.lora_A[0]),
-        (*trained_heads({}), train, lambda m: m.blocks[0].attention.query.weight),
+        (*trained_heads({}, GROWN), train, lambda m: m.blocks[0].attention.query.weight),
     ):
         run(model, optimizer, 1)
         own = frame_of(model)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quotientopt as qo
 from quotientopt.models import reference_model
-from tests.optim.training import batches, loss_of, small_model, train
+from tests.optim.training import GROWN, batches, loss_of, small_model, train
 
 # A number read on the host, and a tensor made from numbers of the host.
 READS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
@@ -45,11 +45,11 @@ def test_an_ordinary_step_has_no_traffic(name, capturable):
     optimizer = qo.QuotientAdam(model, lr=1e-3, capturable=capturable)
     # As on an accelerator, where gradients that are not finite are found without waiting.
     optimizer._nonfinite.is_needed = bool
-    train(model, optimizer, 2)
-    # The third step takes no covariances, the fourth does.
+    train(model, optimizer, GROWN)
+    # The first step takes no covariances, the second does.
     for _ in range(2):
         assert not traffic_of_a_step(model, optimizer)
-    train(model, optimizer, 5)
+    train(model, optimizer, 7)
     # Control: the tenth makes frames, and looks.
     assert traffic_of_a_step(model, optimizer)
 
@@ -77,7 +77,7 @@ def test_launches_do_not_grow_with_layers(options, monkeypatch):
     for layers in (2, 4):
         model = reference_model("gpt", 0, layers=layers, width=64, vocabulary=48, context=16)
         optimizer = qo.QuotientAdam(model, lr=1e-3, **options)
-        for _ in range(4):
+        for _ in range(GROWN + 2):
             optimizer.zero_grad()
             loss_of(model, next(iter(batches(1)))).backward()
             with Launches() as launches:
@@ -115,11 +115,11 @@ def test_an_ordinary_step_passes_through_six_files():
     """What a reader has to open to follow one from top to bottom."""
     model = small_model(dtype=torch.float32)
     optimizer = qo.QuotientAdam(model, lr=1e-3)
-    train(model, optimizer, 2)
+    train(model, optimizer, GROWN)
     names = ("quotient_adam", "checks", "engine", "buckets", "update", "polar")
-    # The third step takes no covariances, the fourth does.
+    # The first step takes no covariances, the second does.
     for _ in range(2):
         assert files_of_a_step(model, optimizer) == {f"optim/{name}.py" for name in names}
-    train(model, optimizer, 5)
+    train(model, optimizer, 7)
     # Control: the tenth makes frames.
     assert len(files_of_a_step(model, optimizer)) > 10

@@ -8,7 +8,8 @@ import torch
 
 import quotientopt as qo
 from quotientopt.optim.low_rank import coordinates
-from quotientopt.optim.low_rank.schedule import Schedule, interval_of
+from quotientopt.optim.low_rank.schedule import Schedule
+from quotientopt.optim.update import interval_of
 from quotientopt.symmetries import ResidualStream
 from tests.optim.low_rank_cases import SHAPES, Adapted, loss_of, symmetries_of, train
 
@@ -809,7 +810,7 @@ def test_controls_of_the_schedule(monkeypatch):
 def only_regular(self, own, other, made, framed):
     tick, every = 1 + max(own, other), self.refresh_every
     turned = tick <= every or tick % every == 0
-    return tick % interval_of(tick, every) == 0, turned, max(1, 1 + own - made[0])
+    return tick % interval_of(tick, every, every) == 0, turned, max(1, 1 + own - made[0])
 
 
 def test_control_of_the_bound_under_a_warm_up(monkeypatch):

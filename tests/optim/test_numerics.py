@@ -14,8 +14,10 @@ from quotientopt.optim.eigenframes import (
     orthonormalise,
     orthonormalise_by_cholesky,
 )
-from quotientopt.optim.update import round_stochastically
+from quotientopt.optim.engine import frames_are_due
+from quotientopt.optim.update import PART_OF_AGE, round_stochastically, sampling
 from tests.optim.training import (
+    GROWN,
     batches,
     loss_of,
     random_heads_and_rotation,
@@ -195,7 +197,7 @@ def test_a_deferred_step_with_nonfinite_gradients_changes_nothing(value, place, 
     if place == "gains":
         place = next(name for name, p in model.named_parameters() if p.ndim == 1)
     optimizer = deferring(quotient_adam(model, refresh_every=5, max_grad_norm=clip))
-    train(model, optimizer, 6)
+    train(model, optimizer, 2 * PART_OF_AGE)  # The next step makes no frames.
     before = flat_parameters(model)
     moments = copy.deepcopy(optimizer.state_dict()["state"])
     loss_of(model, next(batches(1))).backward()
@@ -209,6 +211,34 @@ def test_a_deferred_step_with_nonfinite_gradients_changes_nothing(value, place, 
     with pytest.raises(ValueError, match=r"NaN or infinite entries.* in 1 of the steps"):
         train(model, optimizer, 5)
     assert train(model, optimizer, 5).isfinite().all()
+
+
+def test_frames_last_an_eighth_of_the_steps_so_far():
+    def group(longest, capturable=False):
+        return {"refresh_every": longest, "capturable": capturable}
+
+    def due(longest, capturable=False):
+        own = group(longest, capturable)
+        return [t for t in range(1, 101) if frames_are_due((t - 1, t - 1), own)]
+
+    every_second, longer = [16, 18, 20, 22], [24, 27, 30, 32, 36, 40, 45, 48, 54, 56, 63, 64, 72]
+    assert due(10) == [*range(1, 16), *every_second, *longer, 80, 90, 100]
+    assert due(2) == [*range(1, 16), *range(16, 101, 2)]
+    assert due(1) == list(range(1, 101))
+    # At any age where steps are to be alike, and at once for a slice without a frame.
+    assert due(10, capturable=True) == [1, *range(10, 101, 10)]
+    assert frames_are_due((0, 82), group(10))
+    taken = [sampling((t - 1, t - 1), group(10)) for t in range(1, 101)]
+    assert taken == [sampling((t - 1, t - 1), group(50)) for t in range(1, 101)]
+    assert [t for t, own in enumerate(taken, 1) if own.taken] == [
+        *range(1, 80),
+        *range(80, 101, 2),
+    ]
+    assert [taken[t - 1].beta for t in (1, 15, 16, 40, 79, 80, 100)] == pytest.approx(
+        [1 / 2, 1 / 2, 3 / 4, 9 / 10, 17 / 18, 9 / 10, 9 / 10]
+    )
+    assert {sampling((t, t), group(10, capturable=True)) for t in range(100)} == {(True, 0.95)}
+    assert {sampling((t, t), group(5)) for t in range(40, 100)} == {(True, 0.9)}
 
 
 @pytest.mark.parametrize("residual_frame", ["per_matrix", "shared"])
@@ -286,9 +316,10 @@ def test_a_cuda_graph_trains_like_direct_steps():
 @needs_gpu
 def test_steps_on_cuda_wait_for_nothing_between_fresh_frames():
     model = small_model("gpt", dtype=torch.float32).cuda()
-    optimizer = quotient_adam(model, refresh_every=1000)
+    optimizer = quotient_adam(model)
     loss_of(model, next(batches(1)).cuda()).backward()
-    optimizer.step()
+    for _ in range(GROWN):
+        optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):

@@ -13,7 +13,7 @@ STEPS = 25
 SETTINGS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def oracle_losses(model, embedding_frame="fixed", **options):
+def oracle_losses(model, embedding_frame="fixed", steps=STEPS, **options):
     """Train copies of the parameters by the oracle, writing them back at every step."""
     heads, r = 4, 8
     views, matrices = [], []
@@ -39,7 +39,7 @@ def oracle_losses(model, embedding_frame="fixed", **options):
     options["embeddings"] = copies[inner:]
     oracle = PlainQuotientAdam(pairs, copies[len(views) : inner], **SETTINGS, **options)
     losses = []
-    for tokens in batches(STEPS):
+    for tokens in batches(steps):
         model.zero_grad()
         loss = loss_of(model, tokens)
         loss.backward()
@@ -83,12 +83,20 @@ def test_equals_the_oracle_in_float64(residual, nesterov, polar, embedding_frame
         assert deviation.max() < 1e-9
 
 
-def test_other_settings_are_seen():
-    """The control: another refresh interval is another trajectory."""
+@pytest.mark.parametrize("refresh", [3, 10])
+def test_equals_the_oracle_until_frames_last_longest(refresh):
+    """The control: another longest interval is another trajectory, from the step it is reached."""
     model = small_model("gpt")
-    expected = oracle_losses(copy.deepcopy(model))
-    other = qo.QuotientAdam(model, **SETTINGS, refresh_every=7, nesterov=False, polar=False)
-    assert (train(model, other, STEPS) - expected).abs().max() > 1e-6
+    own = {"nesterov": True, "polar": True, "row_frame": "per_matrix"}
+    steps = 95
+    expected = oracle_losses(copy.deepcopy(model), steps=steps, refresh=refresh, **own)
+    for longest in (refresh, refresh + 1):
+        fast = copy.deepcopy(model)
+        optimizer = qo.QuotientAdam(fast, **SETTINGS, **own, refresh_every=longest)
+        deviation = (train(fast, optimizer, steps) - expected).abs()
+        reached = 8 * (refresh + 1)  # Up to here an eighth of the steps is less than both.
+        assert deviation[:reached].max() < 1e-9
+        assert (deviation.max() < 1e-9) == (longest == refresh)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
@@ -110,7 +118,7 @@ def test_batched_equals_one_by_one_in_float32_between_fresh_frames(name, residua
     options = SETTINGS | {"residual_frame": residual_frame, "refresh_every": 12}
     model = small_model(name, dtype=torch.float32)
     optimizer = qo.QuotientAdam(model, **options)
-    train(model, optimizer, 12)
+    train(model, optimizer, 80)  # An eighth of them is more than the steps that follow.
     weights = []
     for foreach in (True, False):
         own = copy.deepcopy(model)

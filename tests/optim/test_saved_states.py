@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.optim import engine
+from quotientopt.optim.update import Sampling
 from tests.optim import low_rank_cases
 from tests.optim.training import small_model, train
 
@@ -40,7 +42,17 @@ def continued(case, saved, *, with_state=True):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_continues_from_a_state_of_the_first_version(case):
+def test_training_continues_from_a_state_of_the_first_version(case, monkeypatch):
+    """With that version's schedule, which was of one interval at any age."""
+
+    def due(extent, group):
+        return extent[0] == 0 or (extent[1] + 1) % group["refresh_every"] == 0
+
+    def sampling(extent, group):
+        return Sampling(extent[0] == 0 or extent[1] % 2 == 1, 0.9)
+
+    monkeypatch.setattr(engine, "frames_are_due", due)
+    monkeypatch.setattr(engine, "sampling", sampling)
     saved = torch.load(STATES, weights_only=True)[case]
     deviation = (continued(case, saved) - saved["losses"]).abs().max().item()
     assert deviation < 1e-10

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import quotientopt as qo
-from quotientopt.optim.polar import polar_direction
-from quotientopt.optim.update import products_at
+from quotientopt.optim.polar import polar_direction, products_at
 from tests.optim.training import small_model, train
 
 

@@ -11,6 +11,8 @@ import quotientopt as qo
 from quotientopt.models import reference_model
 
 VOCABULARY, CONTEXT = 32, 16
+# From this step on frames last ten steps, and covariances take every second gradient.
+GROWN = 80
 
 
 def small_model(name="gpt", seed=0, dtype=torch.float64, **options):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quotientopt.optim.checks import marks_of
+from quotientopt.optim.update import interval_of
 
 
 class Due(NamedTuple):
@@ -99,7 +100,9 @@ class Schedule:
         since = 1 + max(own - made[0], other - made[1])
         # A side that waits is looked after as often as its partner.
         age = 1 + (own if framed else other)
-        due = tick % interval_of(tick, every) == 0 or since >= interval_of(age, every)
+        # A tenth of the steps so far (for ``refresh_every=10``), then ``refresh_every``: what a
+        # factor that grows from zero has gained since is a tenth of it at most.
+        due = tick % interval_of(tick, every, every) == 0 or since >= interval_of(age, every, every)
         return due, tick <= every or tick % every == 0, max(1, 1 + own - made[0])
 
     def take(self, due: Due, framed: Sequence[bool]) -> None:
@@ -127,12 +130,3 @@ class Schedule:
         if self._marks is None or self._asked:
             return [self._asked] * len(self.partners)
         return [a != b for a, b in zip(self._marks, marks_of(self._factors), strict=True)]
-
-
-def interval_of(tick: int, refresh_every: int) -> int:
-    """Steps between coordinates at a step: each one at first, when the factors change quickly.
-
-    A tenth of the steps so far (for ``refresh_every=10``), then ``refresh_every``: what a factor
-    that grows from zero has gained since is a tenth of it at most.
-    """
-    return min(max(tick // refresh_every, 1), refresh_every)

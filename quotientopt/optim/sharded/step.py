@@ -44,7 +44,7 @@ from quotientopt.optim.checks import (
     refuse_nonfinite,
     signature_of,
 )
-from quotientopt.optim.engine import PreparedStep
+from quotientopt.optim.engine import PreparedStep, frames_are_due
 from quotientopt.optim.gauge import begin, put_back
 from quotientopt.optim.options import refuse_options_of_whole_models
 from quotientopt.optim.sharded.exchange import ShardedPeers, departures, gather
@@ -182,8 +182,7 @@ class Sharded:
         framed = [own.steps for own in active if own.framed]
         extent = (min(framed), max(framed)) if framed else None
         self.peers.of_step = extent
-        every = self.optimizer.param_groups[0]["refresh_every"]
-        due = extent is not None and (extent[0] == 0 or (extent[1] + 1) % every == 0)
+        due = extent is not None and frames_are_due(extent, self.optimizer.param_groups[0])
         self.hold()
         gather(self, {id(own) for own in active}, due)
         self.peers.departures = departures(self, active, due)
