@@ -69,8 +69,8 @@ def plan(
     rates : sequence of float, optional
         An explicit grid. Default: a search around the optimizer's usual rate for `model`; for
         further settings, from the best rate found so far upwards; then the entry's weight decays
-        at the best of all, and, if one of them is better, the rates around it and the other
-        settings with it.
+        at the best of all, and, if one of them is better, the rates around it, the other settings
+        with it, and the rates around the best of those.
     seeds : int
     finished : list of Run
         All runs so far, kept up to date by the caller.
@@ -102,7 +102,11 @@ def _search_decays(entry: Entry, settings: Settings, optimum: Optimum) -> Plan:
         decay = {"weight_decay": best.trial.settings["weight_decay"]}
         others = [dict(own) | decay for own in entry.settings_grid if own != settings]
         if others:
-            yield [Trial(entry.name, found.rate, own) for own in others]
+            runs = yield [Trial(entry.name, found.rate, own) for own in others]
+            best = min(runs, key=lambda run: run.score)
+            if best.score < found.loss:
+                around = (found.rate / FACTOR, found.rate, found.rate * FACTOR)
+                yield from _search(entry.name, best.trial.settings, around, extend=True)
 
 
 def _search(

@@ -118,7 +118,8 @@ def test_settings_are_tuned_again_at_a_better_weight_decay(make_run):
 
     asked = run_plan("adamw", None, 2, objective, make_run)
     again = [{"beta2": beta2, "weight_decay": 0.3} for beta2 in (0.98, 0.99)]
-    assert asked[-2] == [Trial("adamw", 8e-3, settings) for settings in again]
+    assert asked[-3] == [Trial("adamw", 8e-3, settings) for settings in again]
+    assert asked[-2] == [Trial("adamw", rate, again[0]) for rate in (4e-3, 8e-3, 1.6e-2)]
     assert asked[-1] == [Trial("adamw", 8e-3, again[0], 1)]
 
 
