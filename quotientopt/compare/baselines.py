@@ -255,7 +255,14 @@ class SOAPMuon(StackedOptimizer):
     def _bases(self, gradient: Tensor, state: State, group: Group) -> None:
         """Covariances of this step, bases if they are due, and the moments in fresh bases."""
         step = state["step"] - 1
-        samples = {"left": gradient @ gradient.mT, "right": gradient.mT @ gradient}
+        taken, beta = step % group["covariance_every"] == 0, group["covariance_beta"]
+        every = group["every"]
+        if group["young"]:
+            taken, beta = sampling((step - 1,) * 2, {"refresh_every": every, "capturable": False})
+            every = interval_of(step, every)
+        samples = {}
+        if taken:  # Also in the first step, which is number 0.
+            samples = {"left": gradient @ gradient.mT, "right": gradient.mT @ gradient}
         if step == 0:
             for side, sample in samples.items():
                 state[f"{side}_covariance"] = sample
@@ -263,17 +270,11 @@ class SOAPMuon(StackedOptimizer):
             state["exp_avg"] = torch.zeros_like(gradient)
             state["exp_avg_sq"] = torch.zeros_like(gradient)
             return
-        taken, beta = step % group["covariance_every"] == 0, group["covariance_beta"]
-        every = group["every"]
-        if group["young"]:
-            taken, beta = sampling((step - 1,) * 2, {"refresh_every": every, "capturable": False})
-            every = interval_of(step, every)
-        if taken:
-            for side, sample in samples.items():
-                state[f"{side}_covariance"].lerp_(sample, 1 - beta)
+        for side, sample in samples.items():
+            state[f"{side}_covariance"].lerp_(sample, 1 - beta)
         if step % every == 0:
             turns, orders = {}, {}
-            for side in samples:
+            for side in ("left", "right"):
                 old = state[f"{side}_basis"]
                 fresh, orders[side] = iterated_basis(state[f"{side}_covariance"], old)
                 turns[side] = fresh.mT @ old

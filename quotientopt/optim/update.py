@@ -54,8 +54,8 @@ def sampling(extent: tuple[int, int], group: Mapping[str, Any]) -> Sampling:
     that have a gradient.
     """
     (fewest, most), alike = extent, group["capturable"]
-    shortest = min(group["refresh_every"], LONGEST)
-    interval = LONGEST if alike else interval_of(most + 1, shortest)
+    longest = min(group["refresh_every"], LONGEST)
+    interval = LONGEST if alike else interval_of(most + 1, longest)
     every = 2 if interval == LONGEST and not alike else 1
     return Sampling(fewest == 0 or (most + 1) % every == 0, 1 - every / (2 * interval))
 
