@@ -20,9 +20,9 @@ from quotientopt.manifolds import FactorQuotient
 from quotientopt.optim import buckets as bucket_module
 from quotientopt.optim import engine as engine_module
 from quotientopt.optim import polar as polar_module
+from quotientopt.optim.bookkeeping.slices import SIDES, Slice
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.engine import Engine
-from quotientopt.optim.slices import SIDES, Slice
 from quotientopt.optim.update import Product, Sampling, interval_of
 from quotientopt.symmetries import HeadSymmetry
 

@@ -35,7 +35,7 @@ from quotientopt.checkpoints.loading import Loaded, Place, fingerprints, load_ch
 from quotientopt.checkpoints.outputs import outputs_of, symmetries_of_checkpoint
 from quotientopt.checkpoints.writing import OPTIMIZER_STATE, Destination, destination
 from quotientopt.optim import QuotientAdam, QuotientSGD
-from quotientopt.optim.saved import NAMES, bare_names
+from quotientopt.optim.bookkeeping.saved import NAMES, bare_names
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 from quotientopt.symmetries.verification import largest_deviation

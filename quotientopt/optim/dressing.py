@@ -27,7 +27,7 @@ from quotientopt.groups import (
     Scale,
     StructureGroup,
 )
-from quotientopt.optim.checks import RankError
+from quotientopt.optim.bookkeeping.checks import RankError
 from quotientopt.optim.gauge import seen_blocks
 from quotientopt.sections.factor import balancing_pair, svd_element, triangular_element
 from quotientopt.sections.rotary import plane_element

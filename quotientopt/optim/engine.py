@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
+from quotientopt.optim.bookkeeping.checks import WatchedFactors, is_recorded
+from quotientopt.optim.bookkeeping.slices import Slices
+from quotientopt.optim.bookkeeping.stacking import stack_heads, stack_pairs, stack_slices
+from quotientopt.optim.bookkeeping.state import State, adopt, filed
 from quotientopt.optim.buckets import Bucket
-from quotientopt.optim.checks import WatchedFactors, is_recorded
 from quotientopt.optim.dressing import FreshDressing
 from quotientopt.optim.frames import HeadFrames
 from quotientopt.optim.low_rank.pairs import LowRankPairs
 from quotientopt.optim.low_rank.stack import Prepared
-from quotientopt.optim.slices import Slices
-from quotientopt.optim.stacking import stack_heads, stack_pairs, stack_slices
-from quotientopt.optim.state import State, adopt, filed
 from quotientopt.optim.update import Sampling, ema_at_, interval_of, sampling
 
 Dressings = Mapping[int, FreshDressing]

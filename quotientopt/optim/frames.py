@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from quotientopt.optim.bookkeeping.slices import Slice
 from quotientopt.optim.dressing import (
     DressedHeads,
     FreshDressing,
@@ -25,7 +26,6 @@ from quotientopt.optim.eigenframes import (
     next_eigenframe,
     residual_eigenframe,
 )
-from quotientopt.optim.slices import Slice
 from quotientopt.optim.update import ema_, two_sided
 from quotientopt.symmetries import HeadSymmetry
 

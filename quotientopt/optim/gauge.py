@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide
-from quotientopt.optim.checks import takes_part
+from quotientopt.optim.bookkeeping.checks import takes_part
+from quotientopt.optim.bookkeeping.slices import SIDES, Slices
 from quotientopt.optim.eigenframes import rotate_
-from quotientopt.optim.slices import SIDES, Slices
 from quotientopt.optim.update import keeps_wide, round_stochastically, working_copy
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION

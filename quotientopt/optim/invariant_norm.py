@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.checks import full_precision
+from quotientopt.optim.bookkeeping.checks import full_precision
+from quotientopt.optim.bookkeeping.slices import find_slices
 from quotientopt.optim.gauge import gradient_at_fixed_bias, seen_weights
 from quotientopt.optim.options import HEAD_FRAMES, PAIR_METRICS
 from quotientopt.optim.sgd.metrics import (
@@ -23,7 +24,6 @@ from quotientopt.optim.sgd.metrics import (
     refuse_unknown_geometry,
     without_metric,
 )
-from quotientopt.optim.slices import find_slices
 from quotientopt.symmetries import (
     Block,
     HeadSymmetry,

@@ -1,10 +1,9 @@
 """QuotientAdam: Adam on dressed fields.
 
 :mod:`quotientopt.optim.reference` has it in its plainest form, :mod:`quotientopt.optim.update` its
-formulas. A step here is prepared, refused or not (:mod:`~quotientopt.optim.checks`), and taken:
-over all framed parameters by the :mod:`~quotientopt.optim.engine`, on stacks by its
-:mod:`~quotientopt.optim.buckets`, with the formulas of ``update`` and ``polar``, in
-:mod:`~quotientopt.optim.frames` that are made every tenth time.
+formulas. A step here is prepared, refused or not (``bookkeeping.checks``), and taken: over all
+framed parameters by the :mod:`~quotientopt.optim.engine`, on stacks by its
+:mod:`~quotientopt.optim.buckets`, with those formulas and :mod:`~quotientopt.optim.polar`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from quotientopt.optim.checks import (
+from quotientopt.optim.bookkeeping.checks import (
     NonfiniteGate,
     clip_scale,
     full_precision,
@@ -31,6 +30,14 @@ from quotientopt.optim.checks import (
     signature_of,
     takes_part,
 )
+from quotientopt.optim.bookkeeping.slices import Slices, find_slices, planned_groups
+from quotientopt.optim.bookkeeping.state import (
+    KEYS,
+    PLAIN_KEYS,
+    follow_version,
+    refuse_framed_state,
+    settle,
+)
 from quotientopt.optim.engine import Engine, Peers, PreparedStep
 from quotientopt.optim.gauge import (
     Held,
@@ -43,8 +50,6 @@ from quotientopt.optim.gauge import (
     refuse_untaken_translations,
 )
 from quotientopt.optim.options import OPTIONS, refuse_bad_hyperparameters, refuse_mixed_groups
-from quotientopt.optim.slices import Slices, find_slices, planned_groups
-from quotientopt.optim.state import KEYS, PLAIN_KEYS, follow_version, refuse_framed_state, settle
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer
 from quotientopt.optim.update import adamw_step
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
@@ -59,20 +64,18 @@ class QuotientAdam(SymmetricOptimizer):
 
     Adam's own symmetry group is the signed permutations. Where a model has a larger one, GL(r) on
     every attention head or O(d) on the residual stream, a dressing field u reduces it to signed
-    permutations, and Adam runs on the dressed gradients u∂, with both moments written in the
-    frame:
+    permutations, and Adam runs on the dressed gradients u∂, with both moments in the frame:
 
     .. math:: m \leftarrow β_1 m + (1-β_1)\, u∂Q, \quad v \leftarrow β_2 v + (1-β_2) (u∂Q)^2,
        \quad D = \frac{\hat m}{\sqrt{\hat v} + ε},
        \quad W \leftarrow (1 - ηsλ) W - ηs\, u^T p(D) Q^T,
 
-    p(D) the polar factor of D at the size of D and s = ``update_scale``.
-
-    Head frames u = O g₀ come from a section g₀ of the pair and the eigenvectors O of the covariance
-    of dressed gradients, residual frames Q from those along the residual axis. Frames are made
-    afresh every ``refresh_every`` steps, at first more often, and the moments move with them. The
-    trajectory is exactly equivariant: from x and from g·x the losses are the same, moments
-    included. Parameters without a symmetry get torch's AdamW.
+    p(D) the polar factor of D at the size of D and s = ``update_scale``. Head frames u = O g₀ come
+    from a section g₀ of the pair and the eigenvectors O of the covariance of dressed gradients,
+    residual frames Q from those along the residual axis. Frames are made afresh every
+    ``refresh_every`` steps, at first more often, and the moments move with them. The trajectory is
+    exactly equivariant: from x and from g·x the losses are the same, moments included. Parameters
+    without a symmetry get torch's AdamW.
 
     Parameters
     ----------
@@ -156,8 +159,8 @@ class QuotientAdam(SymmetricOptimizer):
 
     Notes
     -----
-    The state is dressed (:mod:`quotientopt.optim.state`). Only frames change with the gauge: u to
-    ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``.
+    The state is dressed (:mod:`quotientopt.optim.bookkeeping.state`). Only frames change with the
+    gauge: u to ``u g^{-1}`` on the left and ``u gᵀ`` on the right side, Q to ``O Q``.
 
     Sources: François & Ravera, arXiv 2602.18948 (dressing fields); Kingma & Ba 2015; Loshchilov &
     Hutter 2019; Vyas et al., arXiv 2409.11321 (Adam in an eigenbasis).
@@ -271,16 +274,14 @@ class QuotientAdam(SymmetricOptimizer):
         ------
         ValueError
             For NaN or infinite gradients (names the parameter) and for factors that are not finite;
-            nothing has changed then. On an accelerator nothing waits for the device to find NaN:
-            such a step changes nothing, and the error comes with the next fresh frames.
+            nothing has changed then. On an accelerator it comes with the next fresh frames.
         """
         loss = loss_of(closure)
         sharded = self._current_sharded()
-        if sharded is not None:
-            with full_precision():
+        with full_precision():
+            if sharded is not None:
                 sharded.step()
-        elif gradients_of(self.param_groups):
-            with full_precision():
+            elif gradients_of(self.param_groups):
                 if self._signature != signature_of(self.param_groups):
                     self._plan()  # Which output biases are trained may have changed.
                 held = begin(self._absorbed) if self._absorbed else []
@@ -306,7 +307,6 @@ class QuotientAdam(SymmetricOptimizer):
     def _prepare(self, gradients: dict[Tensor, Tensor]) -> PreparedStep:
         """Frames that are due and dressed gradients; changes nothing."""
         refuse_sparse(gradients, self._name)
-        # Param groups are open to all.
         self._checked_options = refuse_changed_options(self.param_groups, self._checked_options)
         engine = self._current_engine()
         for own in self._slices.plain:

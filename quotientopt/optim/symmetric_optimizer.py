@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quotientopt.optim.checks import full_precision
-from quotientopt.optim.saved import (
+from quotientopt.optim.bookkeeping.checks import full_precision
+from quotientopt.optim.bookkeeping.saved import (
     NAMES,
     arranged,
     refuse_damaged,
@@ -20,7 +20,7 @@ from quotientopt.optim.saved import (
     refuse_foreign_keys,
     with_names,
 )
-from quotientopt.optim.slices import parameter_name
+from quotientopt.optim.bookkeeping.slices import parameter_name
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap, symmetries_from, warn_of_gaps
 from quotientopt.symmetries.block import is_sharded, refuse_flattened
 

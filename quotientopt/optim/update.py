@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 from quotientopt._linalg import compute_dtype
 
 if TYPE_CHECKING:
-    from quotientopt.optim.slices import Slice
+    from quotientopt.optim.bookkeeping.slices import Slice
 
 Product = Callable[[Tensor, Tensor], Tensor]
 

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
-from quotientopt.optim.checks import StepRefusedError
+from quotientopt.optim.bookkeeping.checks import StepRefusedError
 
 from .models import batches, gpt, local, loss_of, part_of, shard, train
 

@@ -12,6 +12,7 @@ from tests.optim.test_host_traffic import Traffic
 from tests.optim.training import GROWN, batches, loss_of, small_model, train
 
 BY = 30.0
+CHECKS = "quotientopt.optim.bookkeeping.checks"
 
 
 def through_data(parameter, change):
@@ -80,7 +81,7 @@ def test_another_gauge_of_the_heads_is_seen_at_once(write, options):
 def test_control_of_writes_to_heads(monkeypatch):
     model, optimizer = trained_heads({})
     twin, other = twins(train, model, optimizer)
-    monkeypatch.setattr("quotientopt.optim.checks.WatchedFactors.were_written", lambda *_: False)
+    monkeypatch.setattr(f"{CHECKS}.WatchedFactors.were_written", lambda *_: False)
     regauge_(twin, through_data)
     assert (train(twin, other, 8, 3) - train(model, optimizer, 8, 3)).max() > 1.0
 
@@ -181,7 +182,7 @@ def test_another_gauge_of_low_rank_pairs_is_seen_at_once(write):
 
 
 def test_low_rank_pairs_on_an_accelerator(monkeypatch):
-    monkeypatch.setattr("quotientopt.optim.checks.NonfiniteGate.is_needed", staticmethod(bool))
+    monkeypatch.setattr(f"{CHECKS}.NonfiniteGate.is_needed", staticmethod(bool))
     deviations = {}
     for told in (True, False):
         model, optimizer = trained_pairs()

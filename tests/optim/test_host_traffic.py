@@ -116,7 +116,7 @@ def test_an_ordinary_step_passes_through_six_files():
     model = small_model(dtype=torch.float32)
     optimizer = qo.QuotientAdam(model, lr=1e-3)
     train(model, optimizer, GROWN)
-    names = ("quotient_adam", "checks", "engine", "buckets", "update", "polar")
+    names = ("quotient_adam", "bookkeeping/checks", "engine", "buckets", "update", "polar")
     # The first step takes no covariances, the second does.
     for _ in range(2):
         assert files_of_a_step(model, optimizer) == {f"optim/{name}.py" for name in names}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.checks import RankError
+from quotientopt.optim.bookkeeping.checks import RankError
+from quotientopt.optim.bookkeeping.slices import Slice
 from quotientopt.optim.low_rank.coordinates import (
     carry_covariance_,
     coefficients,
@@ -27,7 +28,6 @@ from quotientopt.optim.low_rank.stack import (
     factors_of,
     partners_of,
 )
-from quotientopt.optim.slices import Slice
 
 COVARIANCE_BETA = 0.95
 # Of orthonormal coordinates, when others wrote to a factor: the change, against their own size,

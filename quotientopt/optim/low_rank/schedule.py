@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quotientopt.optim.checks import marks_of
+from quotientopt.optim.bookkeeping.checks import marks_of
 from quotientopt.optim.update import interval_of
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
+from quotientopt.optim.bookkeeping.slices import SIDES
 from quotientopt.optim.low_rank.coordinates import Coefficients, adam_
 from quotientopt.optim.low_rank.schedule import Due
 from quotientopt.optim.polar import row_polar_factor
-from quotientopt.optim.slices import SIDES
 from quotientopt.optim.update import round_stochastically
 from quotientopt.symmetries import Block, HeadSymmetry
 

@@ -24,7 +24,7 @@ from quotientopt.manifolds.vertical import (
     algebra_right_invariant,
     skew_preconditioned,
 )
-from quotientopt.optim.checks import GradientError, RankError
+from quotientopt.optim.bookkeeping.checks import GradientError, RankError
 from quotientopt.optim.gauge import seen_weights
 from quotientopt.optim.sgd.metrics import (
     PairGrams,

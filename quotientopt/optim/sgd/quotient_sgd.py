@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.checks import full_precision, gradients_of, loss_of, signature_of, takes_part
+from quotientopt.optim.bookkeeping.checks import (
+    full_precision,
+    gradients_of,
+    loss_of,
+    signature_of,
+    takes_part,
+)
+from quotientopt.optim.bookkeeping.slices import Slice, find_slices
 from quotientopt.optim.gauge import (
     Held,
     absorbed_biases,
@@ -35,7 +42,6 @@ from quotientopt.optim.sgd.pairs import (
     refuse_sparse_of_pairs,
 )
 from quotientopt.optim.sgd.plain import BUFFER, sgd_step, sgd_step_of_block
-from quotientopt.optim.slices import Slice, find_slices
 from quotientopt.optim.symmetric_optimizer import SymmetricOptimizer
 from quotientopt.symmetries import HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.block import any_sharded

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from quotientopt._linalg import compute_dtype
+from quotientopt.optim.bookkeeping.slices import Slice, find_slices, planned_groups
 from quotientopt.optim.gauge import absorbed_biases
-from quotientopt.optim.slices import Slice, find_slices, planned_groups
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.block import empty_like_whole
 

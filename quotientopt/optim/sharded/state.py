@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from quotientopt.optim.checks import full_precision
-from quotientopt.optim.saved import arranged, with_names
+from quotientopt.optim.bookkeeping.checks import full_precision
+from quotientopt.optim.bookkeeping.saved import arranged, with_names
 from quotientopt.optim.sharded.ownership import Placed, local_part
 
 if TYPE_CHECKING:

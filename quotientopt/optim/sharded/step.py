@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quotientopt._linalg import compute_dtype, wide_dtype
-from quotientopt.optim.checks import (
+from quotientopt.optim.bookkeeping.checks import (
     LARGEST_NORM,
     GradientError,
     StepRefusedError,

@@ -5,7 +5,7 @@ plan still holds (`signature_of`), the options (`refuse_changed_options`), the g
 (`refuse_sparse`), the state (`refuse_replaced`) and the factors (`WatchedFactors`); then the norms
 of gradients, which on an accelerator nothing waits for (`NonfiniteGate`). Every refusal is one line
 that names the thing and the way out. Those of options are in :mod:`quotientopt.optim.options`, of
-saved states in :mod:`quotientopt.optim.saved`, of group elements in :mod:`quotientopt.optim.gauge`.
+saved states in `saved` beside this, of group elements in :mod:`quotientopt.optim.gauge`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import wide_dtype
+from quotientopt.optim.bookkeeping.saved import refuse_unfit
 from quotientopt.optim.options import (
     PLANNED,
     WHOLE,
     refuse_bad_hyperparameters,
     refuse_mixed_groups,
 )
-from quotientopt.optim.saved import refuse_unfit
 from quotientopt.symmetries import Block
 
 

@@ -1,7 +1,7 @@
 """State dicts as they are given: parameters matched by name, nothing taken that is damaged.
 
 All of it is looked at before an optimizer changes. What depends on the plan of an optimizer, the
-shapes of framed state, is checked where it is taken over: :func:`quotientopt.optim.state.adopt`.
+shapes of framed state, is checked where it is taken over, by `state.adopt` beside this.
 """
 
 from __future__ import annotations

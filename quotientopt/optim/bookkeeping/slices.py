@@ -1,7 +1,7 @@
 """Slices: the pieces of a model's parameters that are updated in frames of their own.
 
-:func:`find_slices` cuts them; :func:`quotientopt.optim.checks.signature_of` tells when that has to
-be done again.
+:func:`find_slices` cuts them; `signature_of`, among the checks, tells when that has to be done
+again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.checks import takes_part
+from quotientopt.optim.bookkeeping.checks import takes_part
 from quotientopt.optim.options import TRANSPORTED
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.pairs import is_lora_pair

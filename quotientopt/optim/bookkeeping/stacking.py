@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quotientopt._linalg import compute_dtype
+from quotientopt.optim.bookkeeping.slices import Slice, frame_kind, stream_of
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
 from quotientopt.optim.low_rank.pairs import LowRankPairs
-from quotientopt.optim.slices import Slice, frame_kind, stream_of
 
 
 def stack_heads(

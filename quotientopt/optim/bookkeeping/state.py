@@ -13,7 +13,7 @@ fused parameter, keys end in ``.0``, ``.1``, …. A factor of a LoRA pair has ``
 either.
 
 What of a state dict can be told without a plan of the parameters is looked at before, in
-:mod:`quotientopt.optim.saved`.
+:mod:`quotientopt.optim.bookkeeping.saved`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide
+from quotientopt.optim.bookkeeping.saved import problem_of, refuse_unfit
+from quotientopt.optim.bookkeeping.slices import Slice, Slices
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.frames import transport_
 from quotientopt.optim.low_rank.pairs import LowRankPairs
-from quotientopt.optim.saved import problem_of, refuse_unfit
-from quotientopt.optim.slices import Slice, Slices
 from quotientopt.optim.update import keeps_wide
 
 # Before the suffix of blocks of a fused parameter.
