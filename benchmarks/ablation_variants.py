@@ -225,12 +225,12 @@ QUESTIONS: dict[str, Question] = {
             "both": DEFAULT,
             "without Nesterov": Variant("without Nesterov", {"nesterov": False}),
             "without polar factor": Variant(
-                "without polar", {"polar": False}, rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+                "without polar", {"polar": False}, rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
             ),
             "without both": Variant(
                 "without Nesterov and polar",
                 {"nesterov": False, "polar": False},
-                rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+                rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
             ),
         },
     ),
@@ -287,6 +287,7 @@ QUESTIONS: dict[str, Question] = {
         "Decay of the moments",
         {
             "0.9, 0.95": DEFAULT,
+            "0.85, 0.95": Variant("betas 0.85, 0.95", {"betas": (0.85, 0.95)}),
             "0.9, 0.98": Variant("betas 0.9, 0.98", {"betas": (0.9, 0.98)}),
             "0.95, 0.95": Variant("betas 0.95, 0.95", {"betas": (0.95, 0.95)}),
         },
