@@ -1,1 +1,1 @@
-"""What an optimizer keeps apart from its algorithm: slices, stacks, options, checks, state."""
+"""What an optimizer keeps apart from its algorithm: slices, stacks, checks, state."""
