@@ -24,9 +24,9 @@ def add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="NAMES",
         help="comma-separated, of adamw, soap, kl-soap, soap-muon, muon, muon2, normuon, adamuon, "
         "compositional-muon, dressed-muon, geoopt-adam, quotient-adam and its forms "
-        "quotient-adam-leading, quotient-adam-fresh, quotient-adam-hidden, quotient-adam-small, "
-        "quotient-adam-stream-only, quotient-adam-heads-only, quotient-adam-no-polar, and "
-        "quotient-adam-0.1, the defaults of that version",
+        "quotient-adam-leading, quotient-adam-fresh, quotient-adam-hidden, quotient-adam-full, "
+        "quotient-adam-small, quotient-adam-stream-only, quotient-adam-heads-only, "
+        "quotient-adam-no-polar, and quotient-adam-0.1, the defaults of that version",
     )
     add(
         "--data",

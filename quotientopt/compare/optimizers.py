@@ -302,6 +302,14 @@ OPTIMIZERS: dict[str, Entry] = {
             EMBEDDING_SCALES,
         ),
         Entry(
+            "quotient-adam-full",
+            _quotient_adam(
+                hidden_frame="per_matrix", embedding_frame="fixed_but_head", refresh_every=5
+            ),
+            QUOTIENT_RATES,
+            EMBEDDING_SCALES,
+        ),
+        Entry(
             "quotient-adam-hidden",
             _quotient_adam(hidden_frame="per_matrix"),
             QUOTIENT_RATES,

@@ -303,11 +303,12 @@ COLORS = {
     "soap-muon": "#56B4E9",
     "quotient-adam-0.1": "#E69F00",
     "geoopt-adam": "#CC79A7",
-    # Four of Tol's, which go with them.
+    # Five of Tol's, which go with them.
     "quotient-adam-hidden": "#882255",
     "quotient-adam-leading": "#AA4499",
     "quotient-adam-small": "#999933",
     "quotient-adam-fresh": "#332288",
+    "quotient-adam-full": "#117733",
 }
 STYLES: dict[str, str | tuple[int, tuple[int, ...]]] = {
     "adamw": "-",

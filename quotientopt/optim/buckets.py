@@ -79,6 +79,7 @@ class Bucket:
         self.device = slices[0].parameter.device
         self.group_index = slices[0].group_index
         self.residual, self.embedding = slices[0].residual, slices[0].embedding
+        self.output = slices[0].output
         self.stream = stream_of(slices[0])
         self.steps = [0] * len(slices)
         shape = (len(slices), *slices[0].shape)
@@ -115,7 +116,7 @@ class Bucket:
     @property
     def orthogonalises(self) -> bool:
         """Whether the singular values of updates are made nearly equal."""
-        matrices = self.framed and not self.embedding and self.columns > 1
+        matrices = self.framed and not (self.embedding or self.output) and self.columns > 1
         return bool(self.options["polar"]) and matrices
 
     @property

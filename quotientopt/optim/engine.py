@@ -49,12 +49,13 @@ class Peers:
     ----------
     have_weights : bool
         Whether the weights are there in every step, to see if others wrote to them.
-    embeddings : set of int, optional
-        ``id`` of this process's embeddings, which may lack the layers that tell them apart.
+    outside : dict of int to bool, optional
+        ``id`` of this process's matrices outside the layers, and whether they lie behind them, for
+        it may lack those layers.
     """
 
     have_weights = True
-    embeddings: set[int] | None = None
+    outside: dict[int, bool] | None = None
 
     def extent(self, steps: Sequence[int]) -> tuple[int, int] | None:
         """Fewest and most updates among the slices that have a gradient; None if there is none."""

@@ -38,7 +38,7 @@ ROW_FRAMES = ("per_head", "per_matrix")
 HIDDEN_FRAMES = ("leading", "per_matrix")
 RESIDUAL_FRAMES = ("per_matrix", "shared")
 SECOND_MOMENTS = ("full", "factored")
-EMBEDDING_FRAMES = ("fixed", "per_matrix")
+EMBEDDING_FRAMES = ("fixed", "fixed_but_head", "per_matrix")
 LORA_FRAMES = (TRANSPORTED, *HEAD_FRAMES)
 # Options on which slices, buckets and the tensors of the state depend.
 PLANNED = (

@@ -108,9 +108,9 @@ class QuotientAdam(SymmetricOptimizer):
         them, at the cost of the rest of a step. No symmetry asks for them.
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
-    embedding_frame : {"fixed", "per_matrix"}
-        Of embeddings, positions, head, all outside the numbered layers. ``"fixed"``: coordinates of
-        the stream made once, from the weights, and no polar step; or as the other matrices.
+    embedding_frame : {"fixed", "fixed_but_head", "per_matrix"}
+        Of what is outside the numbered layers. ``"fixed"``: coordinates of the stream made once,
+        from the weights, and no polar step; or the same, but frames of an untied head follow.
     refresh_every : int
         Steps between fresh frames; an eighth of the steps so far, while that is shorter.
     max_grad_norm : float, optional
@@ -185,7 +185,7 @@ class QuotientAdam(SymmetricOptimizer):
         row_frame: Literal["per_matrix", "per_head"] = "per_matrix",
         hidden_frame: Literal["leading", "per_matrix"] | None = None,
         residual_frame: Literal["per_matrix", "shared"] | None = "per_matrix",
-        embedding_frame: Literal["fixed", "per_matrix"] = "fixed",
+        embedding_frame: Literal["fixed", "fixed_but_head", "per_matrix"] = "fixed",
         refresh_every: int = 10,
         max_grad_norm: float | None = None,
         nesterov: bool = True,
@@ -242,7 +242,7 @@ class QuotientAdam(SymmetricOptimizer):
     def _find_slices(self, also: Container[Tensor] = ()) -> Slices:
         """Slices of the parameters that are trained, and of those in ``also``."""
         groups = planned_groups(self.param_groups, also)
-        return find_slices(groups, self.symmetries, self._names, self._peers.embeddings)
+        return find_slices(groups, self.symmetries, self._names, self._peers.outside)
 
     def _current_engine(self) -> Engine:
         """The engine for the parameters and the state as they are now."""

@@ -44,7 +44,8 @@ class PlainQuotientAdam:
     Each step: the dressing ``section``, the average covariances ``C`` (rows of heads, not dressed)
     and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. Of
     ``embeddings``, matrices ``(rows, d)`` too, the frame stays as it was first made, from the
-    weights, and Adam's direction as it is. ``hidden`` frames the rows of ``matrices`` as well (with
+    weights, and Adam's direction as it is; a frame of ``outputs``, also ``(rows, d)``, follows, and
+    Adam's direction stays as it is. ``hidden`` frames the rows of ``matrices`` as well (with
     ``row_frame="per_matrix"``), all of their directions or the leading ones; ``factored`` keeps
     means of rows and columns of the second moment. The options are those of
     :class:`quotientopt.QuotientAdam`.
@@ -58,6 +59,7 @@ class PlainQuotientAdam:
         betas: tuple[float, float],
         weight_decay: float,
         *,
+        outputs: Sequence[Tensor] = (),
         embeddings: Sequence[Tensor] = (),
         refresh: int = 10,
         residual: bool = True,
@@ -72,14 +74,15 @@ class PlainQuotientAdam:
         self.scale, self.embedding_scale, self.factored = update_scale, embedding_scale, factored
         self.pairs, self.lr, self.betas, self.decay = pairs, lr, betas, weight_decay
         self.refresh, self.residual, self.nesterov, self.t = refresh, residual, nesterov, 0
-        self.params: list[Any] = [p for pair in pairs for p in pair] + [*matrices, *embeddings]
+        self.params: list[Any] = [p for pair in pairs for p in pair]
+        self.params += [*matrices, *outputs, *embeddings]
         self.polar, self.joint = polar, row_frame == "per_matrix"
         self.state: list[State] = [
-            dict.fromkeys(("m", "v", "rows", "columns"), torch.zeros(())) | {"embedding": False}
-            for _ in self.params
+            dict.fromkeys(("m", "v", "rows", "columns"), torch.zeros(()))
+            | {"outside": place >= len(self.params) - len(embeddings) - len(outputs)}
+            | {"fixed": place >= len(self.params) - len(embeddings)}
+            for place in range(len(self.params))
         ]
-        for s in self.state[len(self.params) - len(embeddings) :]:
-            s["embedding"] = True
         for matrix, s in zip(matrices, self.state[2 * len(pairs) :], strict=False):
             if hidden == "per_matrix":
                 # No group acts on the rows; they are turned like those of heads.
@@ -162,7 +165,7 @@ class PlainQuotientAdam:
     def _turn(self, p: Tensor, s: State, pooled: Any) -> None:
         if "section" in s:
             self._turn_rows(p, s)
-        if self.residual and s["embedding"]:
+        if self.residual and s["fixed"]:
             if "Q" not in s:
                 s["Q"] = torch.linalg.eigh(self._break_ties(self._weights_gram(p, s), pooled))[1]
         elif self.residual:
@@ -250,13 +253,14 @@ class PlainQuotientAdam:
             s["along"] = b2 * s["along"] + (1 - b2) * (E.T @ into(gradient)).square()
             along = E.T @ m / ((s["along"] / (1 - b2**t)).sqrt() + 1e-8)
             update = update + E @ along
-        if not s["embedding"]:
+        if not s["outside"]:
             update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update
         rate = self.lr * self.scale if "Q" in s or "frame" in s else self.lr
-        if "Q" in s and s["embedding"]:
-            rate *= self.embedding_scale * 128 / min(max(p.size(-1), 128), 1024)
+        if "Q" in s and s["outside"]:
+            rate *= self.embedding_scale if s["fixed"] else 1.0
+            rate *= 128 / min(max(p.size(-1), 128), 1024)
         p.mul_(1 - rate * self.decay).sub_(rate * update.reshape(p.shape))
 
 

@@ -243,9 +243,9 @@ def scale_of(slice_: Slice, group: Mapping[str, Any]) -> float:
     if not slice_.takes_scale:
         return 1.0
     scale: float = group["update_scale"]
-    if not slice_.embedding:
-        return scale
-    return scale * group["embedding_scale"] * embedding_width_factor(slice_.shape[-1])
+    if slice_.embedding or slice_.output:
+        scale *= embedding_width_factor(slice_.shape[-1])
+    return scale * group["embedding_scale"] if slice_.embedding else scale
 
 
 def decay_scale_of(slice_: Slice, group: Mapping[str, Any]) -> float:

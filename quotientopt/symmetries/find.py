@@ -128,7 +128,9 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
     if residual is None and found.stream is not None:
         residual = _stream_of(found.stream, ownership)
     if residual is not None:
-        residual = replace(residual, dropouts=_dropouts(model))
+        order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        parameters = sorted(residual.parameters.items(), key=lambda item: order[id(item[1])])
+        residual = replace(residual, parameters=dict(parameters), dropouts=_dropouts(model))
     heads, mixed = with_one_dtype([*heads, *found.heads])
     _warn(mixed, "mixes dtypes, which no group element can move as one: left out")
     _warn(

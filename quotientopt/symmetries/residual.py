@@ -136,7 +136,7 @@ class ResidualStream:
     axes : mapping of str to int
         Parameter name to the axis that is the residual stream.
     parameters : mapping of str to Tensor
-        The same names to the parameters.
+        The same names to the parameters, in the order of the model.
     broken_by : tuple of str
         What breaks O(d); empty when the symmetry is exact.
     dropouts : tuple of str

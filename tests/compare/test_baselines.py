@@ -552,6 +552,7 @@ NAMES = (
     "quotient-adam-leading",
     "quotient-adam-fresh",
     "quotient-adam-hidden",
+    "quotient-adam-full",
     "quotient-adam-small",
     "quotient-adam-stream-only",
     "quotient-adam-heads-only",

@@ -180,6 +180,7 @@ def test_float32_differs_no_more_than_adamw(two, name, options):
         ("gpt", {"row_frame": "per_matrix"}),
         ("gpt", {"hidden_frame": "per_matrix"}),
         ("gpt", {"hidden_frame": "leading"}),
+        ("gpt", {"embedding_frame": "fixed_but_head", "refresh_every": 3}),
         ("gpt", {"second_moment": "factored", "embedding_scale": 1.0}),
         ("gpt2", {"second_moment": "factored", "head_frame": "svd"}),
         ("gpt2", {"polar": False, "refresh_every": 3}),

@@ -42,21 +42,31 @@ def kept_frames(optimizer, model):
 
 
 @pytest.mark.parametrize(
-    ("make", "names"),
+    ("make", "names", "head"),
     [
-        (lambda: small_model("gpt"), {"embedding.weight", "positions.weight", "head.weight"}),
-        (hf_llama, {"model.embed_tokens.weight", "lm_head.weight"}),
-        (hf_gpt2, {"transformer.wte.weight", "transformer.wpe.weight"}),
+        (
+            lambda: small_model("gpt"),
+            {"embedding.weight", "positions.weight", "head.weight"},
+            {"head.weight"},
+        ),
+        (hf_llama, {"model.embed_tokens.weight", "lm_head.weight"}, {"lm_head.weight"}),
+        (hf_gpt2, {"transformer.wte.weight", "transformer.wpe.weight"}, set()),
     ],
 )
-def test_which_matrices_they_are(make, names):
-    for embedding_frame in ("fixed", "per_matrix"):
+def test_which_matrices_they_are(make, names, head):
+    """A head that is tied to the embedding is one with it, and stays as that."""
+    expected = {"fixed": names, "fixed_but_head": names - head, "per_matrix": set()}
+    for embedding_frame, kept in expected.items():
         model = make()
         optimizer = qo.QuotientAdam(model, embedding_frame=embedding_frame)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-        assert kept_frames(optimizer, model) == (names if embedding_frame == "fixed" else set())
+        assert kept_frames(optimizer, model) == kept
+        outputs = {
+            s.name for b in optimizer._current_engine().buckets for s in b.slices if s.output
+        }
+        assert outputs == (head if embedding_frame == "fixed_but_head" else set())
 
 
 def test_frames_stay_and_are_orthogonal():
@@ -72,7 +82,7 @@ def test_frames_stay_and_are_orthogonal():
     assert (now[0].mT @ now[0] - torch.eye(now[0].size(-1), dtype=now[0].dtype)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("embedding_frame", ["fixed", "per_matrix"])
+@pytest.mark.parametrize("embedding_frame", ["fixed", "fixed_but_head", "per_matrix"])
 def test_twins_under_rotations_of_the_stream(embedding_frame):
     model = small_model("gpt")
     twin, element = twin_of(model, cond=1.0, only=lambda name: name == "residual")
@@ -160,5 +170,7 @@ def test_a_model_without_numbered_layers_has_none():
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match="embedding_frame must be 'fixed' or 'per_matrix'"):
+    with pytest.raises(
+        ValueError, match="embedding_frame must be 'fixed' or 'fixed_but_head' or 'per_matrix'"
+    ):
         qo.QuotientAdam(small_model("gpt"), embedding_frame="none")

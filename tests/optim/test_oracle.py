@@ -23,8 +23,7 @@ def oracle_losses(model, embedding_frame="fixed", steps=STEPS, **options):
         rows += [(a.output.weight, 1), (a.value.weight, None)]
         views += rows
         matrices += [(block.mlp.up.weight, None), (block.mlp.down.weight, 1)]
-    embeddings = [(m.weight, None) for m in (model.embedding, model.positions, model.head)]
-    matrices += embeddings
+    matrices += [(m.weight, None) for m in (model.head, model.embedding, model.positions)]
 
     def read(tensor, axis):
         return tensor if axis is None else tensor.mT
@@ -35,8 +34,12 @@ def oracle_losses(model, embedding_frame="fixed", steps=STEPS, **options):
     copies = [factor(p.detach(), axis).clone() for p, axis in views]
     copies += [read(p.detach(), axis).clone() for p, axis in matrices]
     pairs = [tuple(copies[i : i + 2]) for i in range(0, len(views), 2)]
-    inner = len(copies) - (len(embeddings) if embedding_frame == "fixed" else 0)
-    options["embeddings"] = copies[inner:]
+    inner, fixed = {
+        "per_matrix": (len(copies), len(copies)),
+        "fixed_but_head": (len(copies) - 3, len(copies) - 2),
+        "fixed": (len(copies) - 3, len(copies) - 3),
+    }[embedding_frame]
+    options |= {"outputs": copies[inner:fixed], "embeddings": copies[fixed:]}
     oracle = PlainQuotientAdam(pairs, copies[len(views) : inner], **SETTINGS, **options)
     losses = []
     for tokens in batches(steps):
@@ -62,6 +65,7 @@ def oracle_losses(model, embedding_frame="fixed", steps=STEPS, **options):
         (True, True, "step", "per_matrix"),
         (True, True, True, "per_matrix"),
         (True, True, True, "fixed"),
+        (True, True, True, "fixed_but_head"),
     ],
 )
 @pytest.mark.parametrize("row_frame", ["per_head", "per_matrix"])

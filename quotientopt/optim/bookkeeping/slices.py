@@ -56,6 +56,9 @@ class Slice:
     embedding : bool
         Whether it is an embedding, or another matrix outside the layers that hold the heads, whose
         residual frame stays as it was made.
+    output : bool
+        Whether it is a matrix behind those layers whose frame follows its gradients; neither its
+        rows are framed nor its singular values made equal.
     rest_of : Slice, optional
         Of what the symmetries of a fused parameter leave uncovered: a slice that they cover.
     """
@@ -69,6 +72,7 @@ class Slice:
     residual: bool
     suffix: str = ""
     embedding: bool = False
+    output: bool = False
     rest_of: Slice | None = None
 
     @functools.cached_property
@@ -89,7 +93,7 @@ class Slice:
         The leading ones are half as many as the columns, of matrices with more rows than columns.
         """
         rows, columns = self.shape[0] * self.shape[1] * self.shape[2], self.shape[3]
-        if not self.residual or self.symmetry is not None or self.embedding:
+        if not self.residual or self.symmetry is not None or self.embedding or self.output:
             return 0
         if group["hidden_frame"] == "leading":
             return columns // LEADING if rows > columns else 0
@@ -138,7 +142,7 @@ def find_slices(
     param_groups: Sequence[Mapping[str, Any]],
     symmetries: SymmetryMap,
     names: Mapping[int, str],
-    embeddings: Container[int] | None = None,
+    outside: Mapping[int, bool] | None = None,
 ) -> Slices:
     """Cut the parameters of an optimizer into slices.
 
@@ -150,8 +154,9 @@ def find_slices(
     symmetries : SymmetryMap
     names : mapping of int to str
         ``id(parameter)`` to name.
-    embeddings : container of int, optional
-        ``id`` of embeddings, where ``symmetries`` are of a part of the model and do not tell.
+    outside : mapping of int to bool, optional
+        ``id`` of matrices outside the layers, and whether they lie behind them, where
+        ``symmetries`` are of a part of the model and do not tell.
 
     Raises
     ------
@@ -163,7 +168,7 @@ def find_slices(
         id(parameter): i for i, group in enumerate(param_groups) for parameter in group["params"]
     }
     residual = symmetries.residual
-    embeddings = _embeddings(symmetries) if embeddings is None else embeddings
+    outside = _outside_of_layers(symmetries) if outside is None else outside
     axes = (
         {}
         if residual is None
@@ -216,6 +221,8 @@ def find_slices(
             ):
                 view = parameter.movedim(axes[id(parameter)], -1).unsqueeze(0)
                 block = Block.of(view, parameter, name_of(parameter))
+                framing, behind = group["embedding_frame"], outside.get(id(parameter))
+                output = framing == "fixed_but_head" and behind is True
                 found.framed.append(
                     Slice(
                         parameter,
@@ -225,8 +232,8 @@ def find_slices(
                         None,
                         "",
                         residual=True,
-                        embedding=group["embedding_frame"] == "fixed"
-                        and id(parameter) in embeddings,
+                        embedding=framing != "per_matrix" and behind is not None and not output,
+                        output=output,
                     )
                 )
             else:
@@ -234,22 +241,25 @@ def find_slices(
     return found
 
 
-def _embeddings(symmetries: SymmetryMap) -> set[int]:
+def _outside_of_layers(symmetries: SymmetryMap) -> dict[int, bool]:
     """``id`` of the stream's matrices outside the numbered layers that hold attention heads.
 
-    Embeddings, positions and heads of a model; none of a model without numbered layers.
+    Embeddings, positions and heads of a model, with True for what it lists behind its layers, which
+    is its head where that is not tied to an embedding; none of a model without numbered layers.
     """
     residual = symmetries.residual
     if residual is None:
-        return set()
+        return {}
     names = {id(parameter): name for name, parameter in residual.parameters.items()}
     blocks = (block for symmetry in symmetries.heads for block in symmetry.blocks)
     of_heads = {names.get(id(block.parameter), block.name) or "" for block in blocks}
     lists = {found[1] for name in of_heads if (found := NUMBERED.match(name))}
+    inside = [(m := NUMBERED.match(name)) is not None and m[1] in lists for name in names.values()]
+    last = max((place for place, own in enumerate(inside) if own), default=len(inside))
     return {
-        key
-        for key, name in names.items()
-        if lists and ((found := NUMBERED.match(name)) is None or found[1] not in lists)
+        key: place > last
+        for place, (key, own) in enumerate(zip(names, inside, strict=True))
+        if lists and not own
     }
 
 

@@ -76,7 +76,7 @@ def stack_slices(
             id(frames.get(id(slice_))),
             slice_.shape,
             slice_.residual,
-            (slice_.takes_scale, slice_.embedding, slice_.rest_of is None),
+            (slice_.takes_scale, slice_.embedding, slice_.output, slice_.rest_of is None),
             slice_.parameter.dtype,
             slice_.parameter.device,
             len(grouped) if param_groups[slice_.group_index]["foreach"] is False else None,

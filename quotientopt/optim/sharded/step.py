@@ -143,7 +143,8 @@ class Sharded:
         inner = QuotientAdam(groups, **options, symmetries=own_map)
         here = [own for own in self._of.values() if own.local is not None]
         inner._names = {id(own.local): self.optimizer._name(own.parameter) for own in here}
-        self.peers.embeddings = {id(q.local) for q in here if q.framed and q.framed.embedding}
+        framed = [(id(own.local), own.framed) for own in here if own.framed]
+        self.peers.outside = {k: s.output for k, s in framed if s.embedding or s.output}
         inner._peers = self.peers
         inner._plan()
         self.release()
