@@ -83,7 +83,8 @@ class PlainQuotientAdam:
             | {"fixed": place >= len(self.params) - len(embeddings)}
             for place in range(len(self.params))
         ]
-        for matrix, s in zip(matrices, self.state[2 * len(pairs) :], strict=False):
+        within = [x for x in outputs if len(x) <= 4 * x.size(-1) and hidden == "per_matrix"]
+        for matrix, s in zip([*matrices, *within], self.state[2 * len(pairs) :], strict=False):
             if hidden == "per_matrix":
                 # No group acts on the rows; they are turned like those of heads.
                 s["section"] = torch.eye(len(matrix), dtype=matrix.dtype)[None]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import quotientopt as qo
+from quotientopt.models import reference_model
 from quotientopt.optim.eigenframes import hidden_eigenframes, orthonormalise_by_cholesky
 from quotientopt.optim.leading import first_leading_frame, next_leading_frame
 from tests.optim.test_oracle import SETTINGS, oracle_losses
@@ -39,6 +40,30 @@ def test_equals_the_oracle_in_float64(kind, polar, factored):
         assert (losses - expected).abs().max() < 1e-9
         # The control: frames of columns alone are another optimizer.
         assert (losses - without).abs().max() > 1e-4
+
+
+def test_rows_of_a_head_that_follows():
+    """Its tokens get a frame too, where they are few; the control has frames of its columns."""
+    model = small_model("gpt")
+    options = {"embedding_frame": "fixed_but_head"}
+    own = options | {"nesterov": True, "polar": True, "row_frame": "per_matrix"}
+    expected = oracle_losses(copy.deepcopy(model), hidden="per_matrix", **own)
+    fast, control = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = with_hidden(fast, **options)
+    apart = (train(fast, optimizer, STEPS) - expected).abs()
+    assert apart[:10].max() < 1e-11
+    assert apart.max() < 1e-9
+    assert "hidden_frame" in optimizer.state[fast.head.weight]
+    without = qo.QuotientAdam(control, **SETTINGS, **options)
+    assert (train(control, without, STEPS) - expected).abs().max() > 1e-4
+    assert "hidden_frame" not in without.state[control.head.weight]
+    many = reference_model("gpt", 0, vocabulary=129, layers=1, width=32, heads=4, context=8)
+    optimizer = with_hidden(many, **options)
+    for parameter in many.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert "hidden_frame" not in optimizer.state[many.head.weight]
+    assert "hidden_frame" in optimizer.state[many.blocks[0].mlp.up.weight]
 
 
 @kinds

@@ -26,6 +26,8 @@ SIDES = ("left", "right")
 
 # Columns of a matrix over the leading directions of its hidden units.
 LEADING = 2
+# Rows of an output over its columns up to which they get a frame: as many as hidden units often.
+TOKENS = 4
 
 # A name in a list of modules: what is before the first number.
 NUMBERED = re.compile(r"((?:[^.]+\.)*?)\d+\.")
@@ -57,8 +59,8 @@ class Slice:
         Whether it is an embedding, or another matrix outside the layers that hold the heads, whose
         residual frame stays as it was made.
     output : bool
-        Whether it is a matrix behind those layers whose frame follows its gradients; neither its
-        rows are framed nor its singular values made equal.
+        Whether it is a matrix behind those layers whose frame follows its gradients; its singular
+        values stay as they are.
     rest_of : Slice, optional
         Of what the symmetries of a fused parameter leave uncovered: a slice that they cover.
     """
@@ -91,12 +93,15 @@ class Slice:
         """How many directions of its rows, hidden units, get a frame: all, the leading ones, or 0.
 
         The leading ones are half as many as the columns, of matrices with more rows than columns.
+        Rows of an output, tokens, get a frame where they are no more than `TOKENS` times as many.
         """
         rows, columns = self.shape[0] * self.shape[1] * self.shape[2], self.shape[3]
-        if not self.residual or self.symmetry is not None or self.embedding or self.output:
+        if not self.residual or self.symmetry is not None or self.embedding:
             return 0
         if group["hidden_frame"] == "leading":
-            return columns // LEADING if rows > columns else 0
+            return columns // LEADING if rows > columns and not self.output else 0
+        if self.output and rows > TOKENS * columns:
+            return 0
         return 0 if group["hidden_frame"] is None else rows
 
 
