@@ -153,6 +153,14 @@ QUESTIONS: dict[str, Question] = {
             "none": DEFAULT,
             "of the leading directions": Variant("leading frames", {"hidden_frame": "leading"}),
             "one per matrix": Variant("hidden frames", {"hidden_frame": "per_matrix"}),
+            "one per matrix, the head's follow, fresh every 5 steps": Variant(
+                "all that lowers the loss",
+                {
+                    "hidden_frame": "per_matrix",
+                    "embedding_frame": "fixed_but_head",
+                    "refresh_every": 5,
+                },
+            ),
         },
     ),
     "embedding": Question(
@@ -161,6 +169,9 @@ QUESTIONS: dict[str, Question] = {
             "fixed frames, twice the size": DEFAULT,
             "fixed frames, the same size": Variant("embeddings once", {"embedding_scale": 1.0}),
             "fixed frames, half the size": Variant("embeddings half", {"embedding_scale": 0.5}),
+            "fixed frames, but the head's follows": Variant(
+                "head follows", {"embedding_frame": "fixed_but_head"}
+            ),
             "as all other matrices": Variant(
                 "embeddings as all others", {"embedding_frame": "per_matrix"}
             ),
