@@ -140,13 +140,14 @@ def test_rates_of_embeddings():
 
 
 def test_the_table_of_the_readme():
-    """Losses, times and states; QuotientAdam's row like the others'."""
+    """Losses, times and states; QuotientAdam's rows like the others'."""
     names = {
         "AdamW (fused)": "adamw",
         "SOAP": "soap",
         "Muon": "muon",
         "SOAP-Muon (plain)": "soap-muon",
         "QuotientAdam": "quotient-adam",
+        "QuotientAdam, all frames": "quotient-adam-full",
     }
     folders = ("gpt-stdlib-600", "llama-shakespeare-400", "vit-fashion-mnist-200")
     records = [json.loads((RESULTS / name / "compare.json").read_text()) for name in folders]
