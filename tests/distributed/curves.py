@@ -125,7 +125,7 @@ def left_behind(name):
 def without_being_told(name):
     """The same where every process takes for an embedding what its own matrices tell."""
     with pytest.MonkeyPatch().context() as patch:
-        patch.setattr(ShardedPeers, "embeddings", property(lambda _: None, lambda *_: None))
+        patch.setattr(ShardedPeers, "outside", property(lambda _: None, lambda *_: None))
         return compared(name, "fsdp", 4, {})["losses"]
 
 
