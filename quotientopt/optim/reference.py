@@ -83,13 +83,13 @@ class PlainQuotientAdam:
             | {"fixed": place >= len(self.params) - len(embeddings)}
             for place in range(len(self.params))
         ]
-        within = [x for x in outputs if len(x) <= 4 * x.size(-1) and hidden == "per_matrix"]
-        for matrix, s in zip([*matrices, *within], self.state[2 * len(pairs) :], strict=False):
-            if hidden == "per_matrix":
+        for matrix, s in zip([*matrices, *outputs], self.state[2 * len(pairs) :], strict=False):
+            rows, columns = matrix.shape
+            if hidden == "per_matrix" and (not s["outside"] or rows <= 4 * columns):
                 # No group acts on the rows; they are turned like those of heads.
-                s["section"] = torch.eye(len(matrix), dtype=matrix.dtype)[None]
-            elif hidden == "leading" and len(matrix) > matrix.size(-1):
-                s["directions"] = matrix.size(-1) // 2
+                s["section"] = torch.eye(rows, dtype=matrix.dtype)[None]
+            elif hidden == "leading" and rows > columns and not s["outside"]:
+                s["directions"] = columns // 2
 
     @torch.no_grad()
     def step(self) -> None:

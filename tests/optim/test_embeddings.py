@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import quotientopt as qo
-from quotientopt.optim.update import embedding_width_factor
+from quotientopt.optim.update import embedding_width_factor, scale_of
 from tests.optim.training import small_model, train, twin_of
 
 OPTIONS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -131,6 +131,20 @@ def test_the_update_is_adams_in_the_frame(width, factor):
         rate = OPTIONS["lr"] * 4.5 * factor
         expected = (1 - rate * OPTIONS["weight_decay"]) * before - rate * update
         assert (table - expected).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize(("width", "factor"), [(128, 1), (192, 2 / 3)])
+def test_sizes_of_a_head_that_follows(width, factor):
+    """Those of the other matrices, less on wide streams as embeddings are; never theirs."""
+    model = small_model("gpt", layers=1, width=width)
+    own = {"update_scale": 3.0, "embedding_scale": 1.5, "embedding_frame": "fixed_but_head"}
+    optimizer = qo.QuotientAdam(model, **OPTIONS, **own)
+    train(model, optimizer, 1)
+    slices = [s for b in optimizer._current_engine().buckets for s in b.slices]
+    sizes = {s.name: scale_of(s, optimizer.param_groups[0]) for s in slices}
+    assert sizes["head.weight"] == pytest.approx(3.0 * factor)
+    assert sizes["embedding.weight"] == pytest.approx(4.5 * factor)
+    assert sizes["blocks.0.mlp.up.weight"] == 3.0
 
 
 def test_embeddings_shrink_with_the_width_between_two():

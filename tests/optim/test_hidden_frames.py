@@ -66,6 +66,16 @@ def test_rows_of_a_head_that_follows():
     assert "hidden_frame" in optimizer.state[many.blocks[0].mlp.up.weight]
 
 
+@pytest.mark.parametrize("build", [small_model, folded_llama])
+def test_twins_with_all_frames(build):
+    model = build()
+    twin, element = twin_of(model, cond=1000.0)
+    assert "residual" in element
+    options = {"embedding_frame": "fixed_but_head", "refresh_every": 5}
+    assert deviation(model, twin, lambda m: with_hidden(m, **options)) < 1e-10
+    assert deviation(model, twin, adamw) > 1e-4
+
+
 @kinds
 @pytest.mark.parametrize("build", [small_model, folded_llama])
 def test_twins_of_heads_and_stream(build, kind):
