@@ -85,7 +85,8 @@ class PlainQuotientAdam:
         ]
         for matrix, s in zip([*matrices, *outputs], self.state[2 * len(pairs) :], strict=False):
             rows, columns = matrix.shape
-            if hidden == "per_matrix" and (not s["outside"] or rows <= 4 * columns):
+            framed = not s["outside"] or (rows <= 4 * columns and not factored)
+            if hidden == "per_matrix" and framed:
                 # No group acts on the rows; they are turned like those of heads.
                 s["section"] = torch.eye(rows, dtype=matrix.dtype)[None]
             elif hidden == "leading" and rows > columns and not s["outside"]:

@@ -8,6 +8,7 @@ import torch
 
 import quotientopt as qo
 from quotientopt.models import reference_model
+from quotientopt.optim.bookkeeping.slices import Slice
 from quotientopt.optim.eigenframes import hidden_eigenframes, orthonormalise_by_cholesky
 from quotientopt.optim.leading import first_leading_frame, next_leading_frame
 from tests.optim.test_oracle import SETTINGS, oracle_losses
@@ -57,6 +58,12 @@ def test_rows_of_a_head_that_follows():
     without = qo.QuotientAdam(control, **SETTINGS, **options)
     assert (train(control, without, STEPS) - expected).abs().max() > 1e-4
     assert "hidden_frame" not in without.state[control.head.weight]
+    # A factored second moment frames its columns alone.
+    expected = oracle_losses(copy.deepcopy(model), hidden="per_matrix", factored=True, **own)
+    fast = copy.deepcopy(model)
+    optimizer = with_hidden(fast, **options, second_moment="factored")
+    assert (train(fast, optimizer, STEPS) - expected).abs().max() < 1e-9
+    assert "hidden_frame" not in optimizer.state[fast.head.weight]
     many = reference_model("gpt", 0, vocabulary=129, layers=1, width=32, heads=4, context=8)
     optimizer = with_hidden(many, **options)
     for parameter in many.parameters():
@@ -64,6 +71,24 @@ def test_rows_of_a_head_that_follows():
     optimizer.step()
     assert "hidden_frame" not in optimizer.state[many.head.weight]
     assert "hidden_frame" in optimizer.state[many.blocks[0].mlp.up.weight]
+
+
+@pytest.mark.parametrize("framed_rows", [False, True])
+def test_a_factored_head_takes_no_step_too_long(framed_rows, monkeypatch):
+    """The control: with frames on both sides of the head its first updates are many times Adam's.
+
+    v is nearly diagonal there, whose mean of rows times mean of columns is far below its diagonal.
+    """
+    if framed_rows:
+        monkeypatch.setattr(
+            Slice, "hidden_directions", lambda self, group: self.shape[2] if self.output else 0
+        )
+    model = small_model("gpt")
+    before = model.head.weight.detach().clone()
+    options = {"embedding_frame": "fixed_but_head", "second_moment": "factored"}
+    train(model, with_hidden(model, **options), 3)
+    of_adam = 3 * SETTINGS["lr"] * 4.0 * before.numel() ** 0.5
+    assert (((model.head.weight - before).norm() / of_adam) > 2) == framed_rows
 
 
 @pytest.mark.parametrize("build", [small_model, folded_llama])

@@ -93,14 +93,17 @@ class Slice:
         """How many directions of its rows, hidden units, get a frame: all, the leading ones, or 0.
 
         The leading ones are half as many as the columns, of matrices with more rows than columns.
-        Rows of an output, tokens, get a frame where they are no more than `TOKENS` times as many.
+        Rows of an output, tokens, get a frame where they are no more than `TOKENS` times as many,
+        and no factored second moment: in frames on both sides v is nearly diagonal, ρ γᵀ is not,
+        and no polar step takes the directions back that are much too long.
         """
         rows, columns = self.shape[0] * self.shape[1] * self.shape[2], self.shape[3]
         if not self.residual or self.symmetry is not None or self.embedding:
             return 0
         if group["hidden_frame"] == "leading":
             return columns // LEADING if rows > columns and not self.output else 0
-        if self.output and rows > TOKENS * columns:
+        factored = group["second_moment"] == "factored"
+        if self.output and (factored or rows > TOKENS * columns):
             return 0
         return 0 if group["hidden_frame"] is None else rows
 
