@@ -66,11 +66,14 @@ def _fused_adamw(
 
 
 def split_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices inside the blocks, which Muon and its kin train, and all other parameters."""
+    """Matrices that Muon and its kin train, and all other parameters.
+
+    The former are those inside the blocks and the linear map of patches, whose gradients are dense.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        inner = parameter.ndim == 2 and name.startswith("blocks.")
+        inner = parameter.ndim == 2 and name.startswith(("blocks.", "patches."))
         (matrices if inner else others).append(parameter)
     return matrices, others
 
@@ -291,7 +294,7 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry("quotient-adam", _quotient_adam(), QUOTIENT_RATES, EMBEDDING_SCALES),
         Entry(
             "quotient-adam-leading",
-            _quotient_adam(hidden_frame="leading"),
+            _quotient_adam(hidden_frame="leading", embedding_frame="fixed_but_head"),
             QUOTIENT_RATES,
             EMBEDDING_SCALES,
         ),

@@ -109,8 +109,8 @@ class QuotientAdam(SymmetricOptimizer):
     residual_frame : {"per_matrix", "shared"} or None
         One frame for each matrix on the residual stream, one for all, or none.
     embedding_frame : {"fixed", "fixed_but_head", "per_matrix"}
-        Of what is outside the numbered layers. ``"fixed"``: coordinates of the stream made once,
-        from the weights, and no polar step; or the same, but frames of an untied head follow.
+        Of tables, heads outside the numbered layers. ``"fixed"``: coordinates of the stream made
+        once, from weights, and no polar step; or the same, but frames of an untied head follow.
     refresh_every : int
         Steps between fresh frames; an eighth of the steps so far, while that is shorter.
     max_grad_norm : float, optional

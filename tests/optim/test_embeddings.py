@@ -1,13 +1,24 @@
 """Embeddings, positions and head: Adam in coordinates of the stream that stay."""
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ElectraConfig,
+    ElectraForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import quotientopt as qo
+from quotientopt.models import reference_model
+from quotientopt.optim.bookkeeping import slices
 from quotientopt.optim.update import embedding_width_factor, scale_of
 from tests.optim.training import small_model, train, twin_of
 
@@ -31,6 +42,38 @@ def hf_gpt2():
     return GPT2LMHeadModel(config)
 
 
+def hf_electra():
+    """Embeddings are narrower than the stream, to which a linear layer takes them."""
+    config = ElectraConfig(
+        vocab_size=13,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return ElectraForMaskedLM(config)
+
+
+def small_vit():
+    return reference_model("vit", 0, layers=2, width=32, heads=4).double()
+
+
+def train_on_images(model, optimizer, steps, seed=1):
+    """Losses of steps on noise of two kinds."""
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        classes = torch.randint(2, (8,), generator=generator)
+        noise = torch.randn(8, 28, 28, generator=generator, dtype=torch.float64)
+        images = noise + classes[:, None, None] * torch.linspace(-1, 1, 28)
+        loss = nn.functional.cross_entropy(model(images), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
 def kept_frames(optimizer, model):
     """Names of the matrices whose frame follows no covariance."""
     return {
@@ -51,10 +94,15 @@ def kept_frames(optimizer, model):
         ),
         (hf_llama, {"model.embed_tokens.weight", "lm_head.weight"}, {"lm_head.weight"}),
         (hf_gpt2, {"transformer.wte.weight", "transformer.wpe.weight"}, set()),
+        (small_vit, {"positions.weight", "head.weight"}, {"head.weight"}),
+        (hf_electra, *[{"generator_predictions.dense.weight"}] * 2),
     ],
 )
 def test_which_matrices_they_are(make, names, head):
-    """A head that is tied to the embedding is one with it, and stays as that."""
+    """A head that is tied to the embedding is one with it, and stays as that.
+
+    Linear layers in front, of patches or of narrower embeddings, are none of them.
+    """
     expected = {"fixed": names, "fixed_but_head": names - head, "per_matrix": set()}
     for embedding_frame, kept in expected.items():
         model = make()
@@ -163,6 +211,69 @@ def test_state_moves_with_a_rotation():
     state.move_state_(element)
     losses = train(model, optimizer, 12, seed=3)
     assert (losses - train(twin, state, 12, seed=3)).abs().max() < 1e-10
+
+
+def test_a_linear_layer_in_front_is_a_matrix_as_those_inside():
+    """Its frame follows, it gets the polar step and no size of embeddings; twins stay together."""
+    model = small_vit()
+    twin, element = twin_of(model, cond=1000.0)
+    assert "residual" in element
+    optimizer = qo.QuotientAdam(model, **OPTIONS)
+    losses = train_on_images(model, optimizer, 30)
+    [bucket] = [
+        b
+        for b in optimizer._current_engine().buckets
+        if any(s.name == "patches.weight" for s in b.slices)
+    ]
+    assert bucket.orthogonalises
+    assert scale_of(bucket.slices[0], optimizer.param_groups[0]) == 4.0
+    other = qo.QuotientAdam(twin, **OPTIONS)
+    assert (train_on_images(twin, other, 30) - losses).abs().max() < 1e-10
+
+
+def test_a_matrix_in_front_that_is_no_layer_may_be_a_head():
+    """Which some models list first, and multiply from the right."""
+    model = small_vit()
+    symmetries = qo.find_symmetries(model)
+    patches = id(model.patches.weight)
+    assert patches not in slices._outside_of_layers(symmetries)
+    stream = symmetries.residual
+    own = {
+        name: {
+            key.removesuffix(".weight") if key == "patches.weight" else key: value
+            for key, value in getattr(stream, name).items()
+        }
+        for name in ("axes", "parameters")
+    }
+    stream = dataclasses.replace(stream, **own)
+    renamed = SimpleNamespace(heads=symmetries.heads, residual=stream)
+    assert slices._outside_of_layers(renamed)[patches] is False
+
+
+def test_a_state_in_which_a_layer_in_front_was_an_embedding(monkeypatch):
+    """As in version 0.2.0: it goes on from the frame; the control lacks one of another matrix."""
+    of_now, model = slices._outside_of_layers, small_vit()
+    front = {id(model.patches.weight): False}
+    monkeypatch.setattr(slices, "_outside_of_layers", lambda found: of_now(found) | front)
+    optimizer = qo.QuotientAdam(model, **OPTIONS)
+    train_on_images(model, optimizer, 12)
+    assert "patches.weight" in kept_frames(optimizer, model)
+    monkeypatch.setattr(slices, "_outside_of_layers", of_now)
+    other = copy.deepcopy(model)
+    again = qo.QuotientAdam(other, **OPTIONS)
+    saved = optimizer.state_dict()
+    again.load_state_dict(saved)
+    assert torch.equal(
+        again.state[other.patches.weight]["residual_frame"],
+        optimizer.state[model.patches.weight]["residual_frame"],
+    )
+    losses = train_on_images(other, again, 30, seed=2)
+    assert losses.isfinite().all()
+    assert again.state[other.patches.weight]["residual_covariance"].norm() > 0
+    inner = [n for n, _ in model.named_parameters()].index("blocks.0.mlp.up.weight")
+    del saved["state"][inner]["residual_covariance"]
+    with pytest.raises(ValueError, match=r"'residual_covariance' of 'blocks.0.mlp.up.weight' is"):
+        qo.QuotientAdam(small_vit(), **OPTIONS).load_state_dict(saved)
 
 
 def test_a_model_without_numbered_layers_has_none():

@@ -91,13 +91,14 @@ def test_a_factored_head_takes_no_step_too_long(framed_rows, monkeypatch):
     assert (((model.head.weight - before).norm() / of_adam) > 2) == framed_rows
 
 
+@kinds
 @pytest.mark.parametrize("build", [small_model, folded_llama])
-def test_twins_with_all_frames(build):
+def test_twins_with_all_frames(build, kind):
     model = build()
     twin, element = twin_of(model, cond=1000.0)
     assert "residual" in element
     options = {"embedding_frame": "fixed_but_head", "refresh_every": 5}
-    assert deviation(model, twin, lambda m: with_hidden(m, **options)) < 1e-10
+    assert deviation(model, twin, lambda m: with_hidden(m, kind, **options)) < 1e-10
     assert deviation(model, twin, adamw) > 1e-4
 
 

@@ -253,7 +253,9 @@ def _outside_of_layers(symmetries: SymmetryMap) -> dict[int, bool]:
     """``id`` of the stream's matrices outside the numbered layers that hold attention heads.
 
     Embeddings, positions and heads of a model, with True for what it lists behind its layers, which
-    is its head where that is not tied to an embedding; none of a model without numbered layers.
+    is its head where that is not tied to an embedding; none of a model without numbered layers. A
+    linear layer in front of them that writes to the stream (patches of an image, features, what
+    other models put out) is a matrix as those inside: all of its rows have gradients.
     """
     residual = symmetries.residual
     if residual is None:
@@ -264,10 +266,12 @@ def _outside_of_layers(symmetries: SymmetryMap) -> dict[int, bool]:
     lists = {found[1] for name in of_heads if (found := NUMBERED.match(name))}
     inside = [(m := NUMBERED.match(name)) is not None and m[1] in lists for name in names.values()]
     last = max((place for place, own in enumerate(inside) if own), default=len(inside))
+    axes = residual.axes.items()
+    writes = {name for name, axis in axes if axis == 0 and name.endswith(".weight")}
     return {
         key: place > last
-        for place, (key, own) in enumerate(zip(names, inside, strict=True))
-        if lists and not own
+        for place, (key, name) in enumerate(names.items())
+        if lists and not inside[place] and (place > last or name not in writes)
     }
 
 

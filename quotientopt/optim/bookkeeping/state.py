@@ -34,7 +34,7 @@ from torch import Tensor
 
 from quotientopt._linalg import compute_dtype, wide
 from quotientopt.optim.bookkeeping.saved import problem_of, refuse_unfit
-from quotientopt.optim.bookkeeping.slices import Slice, Slices
+from quotientopt.optim.bookkeeping.slices import NUMBERED, Slice, Slices
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.frames import transport_
 from quotientopt.optim.low_rank.pairs import LowRankPairs
@@ -286,6 +286,9 @@ def adopt(buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State
         own = state.get(slice_.parameter, {})
         saved = own.get(key + slice_.suffix)
         lost = saved is None and bool(own) and key not in OPTIONAL_KEYS
+        if key == "residual_covariance" and "residual_frame" in own:
+            # Version 0.2.0 kept none of linear layers in front of the numbered ones.
+            lost &= slice_.symmetry is not None or NUMBERED.match(slice_.name) is not None
         problem = None if saved is None else problem_of(key, saved)
         if problem is not None:
             raise ValueError(
