@@ -250,6 +250,18 @@ def test_a_matrix_in_front_that_is_no_layer_may_be_a_head():
     assert slices._outside_of_layers(renamed)[patches] is False
 
 
+def test_a_head_stays_one_whichever_way_it_is_stored():
+    """As GPT-2's layers are, the stream on their first axis."""
+    model = small_vit()
+    symmetries = qo.find_symmetries(model)
+    stream = symmetries.residual
+    axes = dict(stream.axes) | {"head.weight": 0}
+    turned = SimpleNamespace(
+        heads=symmetries.heads, residual=dataclasses.replace(stream, axes=axes)
+    )
+    assert slices._outside_of_layers(turned)[id(model.head.weight)] is True
+
+
 def test_a_state_in_which_a_layer_in_front_was_an_embedding(monkeypatch):
     """As in version 0.2.0: it goes on from the frame; the control lacks one of another matrix."""
     of_now, model = slices._outside_of_layers, small_vit()
