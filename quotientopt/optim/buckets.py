@@ -83,7 +83,7 @@ class Bucket:
         self.stream = stream_of(slices[0])
         self.steps = [0] * len(slices)
         shape = (len(slices), *slices[0].shape)
-        if heads is not None and heads.joint:
+        if not slices[0].stacked if heads is None else heads.joint:
             shape = (*shape[:2], 1, shape[2] * shape[3], shape[4])
         self.shape = shape
         self.rows, self.columns = shape[1] * shape[2] * shape[3], shape[4]
@@ -103,7 +103,7 @@ class Bucket:
         if options["master_weights"] and slices[0].parameter.dtype != dtype:
             self.state["master"] = self.weights()
         self.oriented = [False] * len(slices)
-        self.places = [heads.place(slice_) for slice_ in slices] if heads is not None else []
+        self.places = [] if heads is None else [heads.place(slice_) for slice_ in slices]
         self._index = torch.tensor(self.places, device=self.device)
         self._views: list[Tensor] = []
         self._pointers: tuple[int, ...] = ()
@@ -355,39 +355,39 @@ class Bucket:
     ) -> Tensor:
         """Turn an update back from its frames, its singular values made nearly equal.
 
-        Those of the whole matrix, or with ``polar="step"`` of each head by itself. ``left`` is uᵀ
-        of frames of rows, ``(L, 1, heads, r, r)``, ``frame`` is Q, ``(L, n, n)``.
+        Those of the whole matrix, of each one of a stack, or with ``polar="step"`` of each head.
+        ``left`` is uᵀ of frames of rows, ``(L, 1, heads, r, r)``, ``frame`` is Q, ``(L, n, n)``.
         """
         back = None if frame is None else frame.mT
-        if self.orthogonalises and self.options["polar"] != "step":
-            whole = polar_direction(update.flatten(1, -2), back, multiply).view(update.shape)
-            return whole if left is None else multiply(left, whole)
-        if left is not None:
-            if self.orthogonalises:
-                left = multiply(left, row_polar_factor(update))
-            return two_sided(None, multiply(left, update), back, multiply)
+        step = self.options["polar"] == "step"
+        polar = orthogonalise if step else polar_direction
         if not self.orthogonalises:
-            return two_sided(None, update, back, multiply)
-        return orthogonalise(update.flatten(1, -2), back, multiply).view(update.shape)
+            update = update if left is None else multiply(left, update)
+        elif self.slices[0].stacked:
+            update = polar(update.flatten(0, 2), None, multiply).view(update.shape)
+        elif step and left is not None:
+            update = multiply(multiply(left, row_polar_factor(update)), update)
+        else:
+            whole = polar(update.flatten(1, -2), back, multiply).view(update.shape)
+            return whole if left is None else multiply(left, whole)
+        return two_sided(None, update, back, multiply)
 
     def _add_to_parameters(
         self, rows: slice, update: Tensor, group: Mapping[str, Any], gate: Tensor | None
     ) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            lr = lr.reshape(())
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         if gate is not None:
             lr = gate * lr
         first = self.slices[0]
         rate = lr * scale_of(first, group)
         kept = 1 - lr * decay_scale_of(first, group) * weight_decay
-        blocks = len(self.slices[0].blocks)
+        blocks = len(first.blocks)
         views = self.views()[rows.start * blocks : rows.stop * blocks]
-        update = update.reshape(-1, blocks, *self.slices[0].shape[1:])
+        update = update.reshape(-1, blocks, *first.shape[1:])
         if views[0].dtype != self.dtype:
-            master = None
-            if "master" in self.state:
-                master = self.state["master"][rows].view(update.shape)
+            own = "master" in self.state
+            master = self.state["master"][rows].view(update.shape) if own else None
             stochastic = self.options["stochastic_rounding"]
             add_and_round(views, update.mul_(rate), kept, master, stochastic=stochastic)
             return

@@ -30,7 +30,8 @@ from quotientopt.optim.bookkeeping.checks import (
     signature_of,
     takes_part,
 )
-from quotientopt.optim.bookkeeping.slices import Slices, find_slices, planned_groups
+from quotientopt.optim.bookkeeping.slices import Slices, find_slices
+from quotientopt.optim.bookkeeping.stacking import planned_groups
 from quotientopt.optim.bookkeeping.state import (
     KEYS,
     PLAIN_KEYS,
@@ -103,11 +104,11 @@ class QuotientAdam(SymmetricOptimizer):
         What an eigenframe turns: the rows of all heads of a matrix together, framed on both sides
         then as by SOAP, by orthogonal iteration; or each head's, by r × r eigen-decompositions.
     hidden_frame : {"leading", "per_matrix"} or None
-        Of the hidden units of MLPs, the other axis of the stream's matrices without heads: frames
+        Of hidden units, the other axis of the stream's matrices without heads, but experts': frames
         of d/2 leading directions of their gradients' covariance, or eigenframes of all, as SOAP has
         them, at the cost of the rest of a step. No symmetry asks for them.
     residual_frame : {"per_matrix", "shared"} or None
-        One frame for each matrix on the residual stream, one for all, or none.
+        One frame for each matrix, or stack of experts, on the residual stream; one for all; none.
     embedding_frame : {"fixed", "fixed_but_head", "per_matrix"}
         Of tables, heads outside the numbered layers. ``"fixed"``: coordinates of the stream made
         once, from weights, and no polar step; or the same, but frames of an untied head follow.
@@ -128,8 +129,7 @@ class QuotientAdam(SymmetricOptimizer):
         weight decay, ηsλ. Its singular values being nearly equal, its spectral norm is several
         times smaller: with four AdamW's learning rate is right. Biases, LoRA pairs: Adam's size.
     embedding_scale : float
-        The same of embeddings in fixed frames, over the other matrices'; 128/d of it, or an eighth,
-        on streams of width d > 128.
+        The same of embeddings in fixed frames, over others'; of width d > 128 128/d of it, or ⅛.
     precision : {"highest", "high", "fast"}
         Of rotations and polar steps in float32: as they are, in TF32 on CUDA devices, or of factors
         rounded to bfloat16. Twins part by the rounding. No switch of torch's changes the rest.

@@ -41,6 +41,8 @@ def dressing(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 class PlainQuotientAdam:
     """Adam on dressed fields for pairs ``(heads, r, n)`` under GL(r) and matrices ``(rows, d)``.
 
+    Matrices ``(experts, rows, d)`` share their frame on the residual axis; each has a polar factor.
+
     Each step: the dressing ``section``, the average covariances ``C`` (rows of heads, not dressed)
     and ``R`` (residual axis), their eigenframes, Adam there, the polar factor, and back. Of
     ``embeddings``, matrices ``(rows, d)`` too, the frame stays as it was first made, from the
@@ -84,6 +86,9 @@ class PlainQuotientAdam:
             for place in range(len(self.params))
         ]
         for matrix, s in zip([*matrices, *outputs], self.state[2 * len(pairs) :], strict=False):
+            if matrix.ndim == 3:
+                s["stacked"] = True
+                continue
             rows, columns = matrix.shape
             framed = not s["outside"] or (rows <= 4 * columns and not factored)
             if hidden == "per_matrix" and framed:
@@ -255,7 +260,9 @@ class PlainQuotientAdam:
             s["along"] = b2 * s["along"] + (1 - b2) * (E.T @ into(gradient)).square()
             along = E.T @ m / ((s["along"] / (1 - b2**t)).sqrt() + 1e-8)
             update = update + E @ along
-        if not s["outside"]:
+        if "stacked" in s:
+            update = torch.stack([self._toward_polar(matrix) for matrix in update])
+        elif not s["outside"]:
             update = self._toward_polar(update)
         update = update @ s["Q"].T if "Q" in s else update
         update = s["frame"].mT @ update if "frame" in s else update

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.optim.bookkeeping.checks import StepRefusedError
+from tests.optim.training import Experts
 
 from .models import batches, gpt, local, loss_of, part_of, shard, train
 
@@ -123,12 +124,15 @@ def thawed():
     return max(float((p - q.full_tensor()).detach().abs().max()) for p, q in pairs)
 
 
-def found_before_sharding():
+def found_before_sharding(experts):
     """Symmetries found from a batch on whole parameters, then on the shards."""
     data = batches(4)
     losses = []
     for way in (None, "fsdp"):
         model = gpt()
+        torch.manual_seed(1)
+        for block in model.blocks if experts else ():
+            block.mlp = Experts(32, 24).double()
         symmetries = find_symmetries(model, data[0][:, :-1])
         if way:
             shard(model, way)

@@ -56,8 +56,10 @@ def test_layers_that_are_trained_later(two):
     assert max(two.run(thawed)) < 1e-7
 
 
-def test_symmetries_that_were_found_before_sharding(two):
-    for deviation, message in two.run(found_before_sharding):
+@pytest.mark.parametrize("experts", [False, True])
+def test_symmetries_that_were_found_before_sharding(two, experts):
+    """Three experts are split over two processes unevenly."""
+    for deviation, message in two.run(found_before_sharding, experts):
         assert deviation < 1e-10
         assert "belong to another model" in message
 

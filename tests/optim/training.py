@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 import quotientopt as qo
@@ -13,12 +14,33 @@ from quotientopt.models import reference_model
 VOCABULARY, CONTEXT = 32, 16
 # From this step on frames last ten steps, and covariances take every second gradient.
 GROWN = 80
+EXPERTS = 3
 
 
 def small_model(name="gpt", seed=0, dtype=torch.float64, **options):
     """A reference model of width 32 with 4 heads."""
     options = {"layers": 2, "width": 32, "heads": 4, "context": CONTEXT} | options
     return reference_model(name, seed, vocabulary=VOCABULARY, **options).to(dtype)
+
+
+class Experts(nn.Module):
+    """Small MLPs in two parameters, as transformers keeps them, mixed by a router."""
+
+    def __init__(self, width, hidden, transposed=False):
+        super().__init__()
+        self.router = nn.Linear(width, EXPERTS, bias=False)
+        self.transposed = transposed
+        shapes = [(EXPERTS, hidden, width), (EXPERTS, width, hidden)]
+        self.up, self.down = (
+            nn.Parameter(torch.randn(s[0], *(s[:0:-1] if transposed else s[1:])) / s[2] ** 0.5)
+            for s in shapes
+        )
+
+    def forward(self, x):
+        weights = self.router(x).softmax(-1)
+        up, down = (w.mT if self.transposed else w for w in (self.up, self.down))
+        hidden = functional.silu(torch.einsum("...d,ehd->...eh", x, up))
+        return torch.einsum("...eh,edh,...e->...d", hidden, down, weights)
 
 
 def random_gains_(model, seed=0):

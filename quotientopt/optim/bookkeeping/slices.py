@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.bookkeeping.checks import takes_part
 from quotientopt.optim.options import TRANSPORTED
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
 from quotientopt.symmetries.pairs import is_lora_pair
@@ -46,7 +45,7 @@ class Slice:
         Its param group.
     blocks : tuple of Block
         M views ``(heads, r, n)``; several for grouped queries. A matrix outside attention is one
-        block ``(1, rows, d)`` with the residual axis last.
+        block ``(1, rows, d)`` with the residual axis last; see :func:`matrices_on`.
     symmetry : HeadSymmetry, optional
         Whose group acts on the rows; None for a matrix without head frame.
     side : str
@@ -83,6 +82,12 @@ class Slice:
         return (len(self.blocks), *self.blocks[0].size)
 
     @functools.cached_property
+    def stacked(self) -> bool:
+        """Whether it is several matrices that share their residual frame, one for each expert."""
+        several = self.residual and self.symmetry is None and self.shape[1] > 1
+        return several and self.parameter.ndim == 3 and self.blocks[0].column_axis != 0
+
+    @functools.cached_property
     def takes_scale(self) -> bool:
         """Whether its updates are ``update_scale`` times Adam's: matrices in frames, but LoRA's."""
         framed = self.residual or self.symmetry is not None
@@ -93,12 +98,13 @@ class Slice:
         """How many directions of its rows, hidden units, get a frame: all, the leading ones, or 0.
 
         The leading ones are half as many as the columns, of matrices with more rows than columns.
+        None of a stack, whose hidden units differ from matrix to matrix.
         Rows of an output, tokens, get a frame where they are no more than `TOKENS` times as many,
         and no factored second moment: in frames on both sides v is nearly diagonal, ρ γᵀ is not,
         and no polar step takes the directions back that are much too long.
         """
         rows, columns = self.shape[0] * self.shape[1] * self.shape[2], self.shape[3]
-        if not self.residual or self.symmetry is not None or self.embedding:
+        if not self.residual or self.symmetry is not None or self.embedding or self.stacked:
             return 0
         if group["hidden_frame"] == "leading":
             return columns // LEADING if rows > columns and not self.output else 0
@@ -218,16 +224,13 @@ def find_slices(
     for i, group in enumerate(param_groups):
         for parameter in group["params"]:
             own = slices.get(id(parameter), [])
-            if id(parameter) in transported:
-                continue
             if own:
                 found.framed += _with_suffixes([*own, *_uncovered(own)])
-            elif (
-                group["residual_frame"] is not None
-                and id(parameter) in axes
-                and parameter.ndim == 2
-            ):
-                view = parameter.movedim(axes[id(parameter)], -1).unsqueeze(0)
+            if own or id(parameter) in transported:
+                continue
+            axis = axes.get(id(parameter)) if group["residual_frame"] is not None else None
+            if axis is not None and parameter.ndim > 1:
+                view = matrices_on(parameter, axis)
                 block = Block.of(view, parameter, name_of(parameter))
                 framing, behind = group["embedding_frame"], outside.get(id(parameter))
                 output = framing == "fixed_but_head" and behind is True
@@ -247,6 +250,17 @@ def find_slices(
             else:
                 found.plain[i].append(parameter)
     return found
+
+
+def matrices_on(parameter: Tensor, axis: int) -> Tensor:
+    """A parameter as matrices ``(stack, rows, d)`` with the residual stream, its ``axis``, last.
+
+    Three axes of which the stream is not the first are a stack of matrices, those of experts. All
+    others have one matrix, ``stack`` times ``rows`` of it: a convolution that writes to the stream
+    one of (channels, kernel), which is a view in any memory format.
+    """
+    rows = parameter.movedim(axis, -1)
+    return rows.unsqueeze(0) if rows.ndim == 2 else rows.flatten(1, -2)
 
 
 def _outside_of_layers(symmetries: SymmetryMap) -> dict[int, bool]:
@@ -315,7 +329,7 @@ def _uncovered(slices: Sequence[Slice]) -> list[Slice]:
         if bool((lines == lines[:, :1]).all()):
             return [
                 _uncovered_slice(slices[0], parameter.narrow(axis, start, length))
-                for start, length in _runs(lines[:, 0] == 0)
+                for start, length in runs((lines[:, 0] == 0).nonzero().flatten().tolist())
             ]
     raise ValueError(
         f"parameter {slices[0].name!r} is covered only partly by the blocks of its symmetries, and "
@@ -324,44 +338,26 @@ def _uncovered(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def _uncovered_slice(sibling: Slice, uncovered: Tensor) -> Slice:
-    rows = (
-        uncovered.unsqueeze(0)
-        if uncovered.ndim == 1
-        else uncovered.flatten(1)
-        if uncovered.ndim > 2
-        else uncovered
-    )
+    rows = uncovered.unsqueeze(0) if uncovered.ndim == 1 else uncovered.flatten(1)
     block = Block.of(rows.unsqueeze(0), sibling.parameter, sibling.name)
     return replace(
         sibling, blocks=(block,), symmetry=None, side="", residual=False, rest_of=sibling
     )
 
 
-def _runs(mask: Tensor) -> list[tuple[int, int]]:
-    """Start and length of every run of True."""
-    runs: list[tuple[int, int]] = []
-    for i in mask.nonzero().flatten().tolist():
-        if runs and i == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((i, 1))
-    return runs
+def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of every run of ascending numbers without a gap."""
+    start = 0
+    for end in range(1, len(indices) + 1):
+        if end == len(indices) or indices[end] != indices[end - 1] + 1:
+            yield indices[start], end - start
+            start = end
 
 
 def _with_suffixes(slices: Sequence[Slice]) -> list[Slice]:
     if len(slices) == 1:
         return list(slices)
     return [replace(slice_, suffix=f".{i}") for i, slice_ in enumerate(slices)]
-
-
-def planned_groups(
-    param_groups: Sequence[Mapping[str, Any]], also: Container[Tensor] = ()
-) -> list[dict[str, Any]]:
-    """The param groups with the parameters that are trained, and those in ``also``."""
-    return [
-        {**group, "params": [p for p in group["params"] if takes_part(p) or p in also]}
-        for group in param_groups
-    ]
 
 
 def state_sizes(

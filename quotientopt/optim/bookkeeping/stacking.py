@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from quotientopt._linalg import compute_dtype
+from quotientopt.optim.bookkeeping.checks import takes_part
 from quotientopt.optim.bookkeeping.slices import Slice, frame_kind, stream_of
 from quotientopt.optim.buckets import Bucket
 from quotientopt.optim.frames import HeadFrames, SharedResidualFrame
 from quotientopt.optim.low_rank.pairs import LowRankPairs
+
+
+def planned_groups(
+    param_groups: Sequence[Mapping[str, Any]], also: Container[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """The param groups with the parameters that are trained, and those in ``also``."""
+    return [
+        {**group, "params": [p for p in group["params"] if takes_part(p) or p in also]}
+        for group in param_groups
+    ]
 
 
 def stack_heads(

@@ -1,8 +1,8 @@
 """The state of QuotientAdam: what is loaded, refused, taken over by stacks, and filed.
 
 Of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, shape ``(M, heads, r,
-n)`` (M > 1 for grouped queries; a matrix without head frame has ``(1, 1, rows, d)``, one whose
-heads share a frame ``(M, 1, heads r, n)``); ``head_frame``, ``head_covariance`` of shape ``(heads,
+n)`` (M > 1 for grouped queries; a matrix without head frame has ``(1, 1, rows, d)``, a stack of
+experts ``(1, experts, rows, d)``, one whose heads share a frame ``(M, 1, heads r, n)``); ``head_frame``, ``head_covariance`` of shape ``(heads,
 r, r)``, or ``(1, heads r, heads r)``; ``residual_frame``, ``residual_covariance`` of shape ``(d,
 d)``; ``hidden_frame``, ``hidden_covariance`` of shape ``(rows, rows)``, or of k leading directions
 ``hidden_frame``, ``hidden_image`` of shape ``(rows, k)`` and the moments along them,
@@ -60,7 +60,6 @@ KEYS = (
     "partner_coordinates",
     "coordinates_made",
 )
-
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PLAIN_KEYS = ("step", *MOMENTS)
@@ -280,6 +279,10 @@ def adopt(buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State
         If a saved tensor has another shape: the state is not that of QuotientAdam with the same
         options on the same model. Buckets and pairs are of no use then.
     """
+    several = [
+        slice_ for bucket in buckets for slice_ in bucket.slices if slice_.parameter.ndim > 2
+    ]
+    state = {**state, **{s.parameter: _in_frames(s, state.get(s.parameter, {})) for s in several}}
     entries = list(entries_of(buckets))
     of_pairs = [entry for own in pairs for entry in own.entries()]
     for slice_, key, tensor in [*entries, *of_pairs]:
@@ -335,6 +338,20 @@ def adopt(buckets: Sequence[Bucket], pairs: Sequence[LowRankPairs], state: State
             bucket.shared.oriented = bool(bucket.shared.frame.any())
         for i, slice_ in enumerate(bucket.slices):
             _carry_moments(bucket, i, state.get(slice_.parameter, {}))
+
+
+def _in_frames(slice_: Slice, own: dict[str, Any]) -> dict[str, Any]:
+    """State of matrices in more than two axes; AdamW's, as version 0.2.0 had it, in the frame 1."""
+    block, average = slice_.blocks[0], own.get("exp_avg")
+    framed = "residual_frame" in own or not slice_.residual or slice_.symmetry is not None
+    if framed or average is None or average.shape != slice_.parameter.shape:
+        return own
+    frame = torch.eye(slice_.shape[-1], device=average.device)
+    end = slice_.shape[:2] if slice_.stacked else (1, 1)
+    kept = [key for key in (*MOMENTS, "master") if key in own]
+    moments = {key: block.view(own[key]).reshape(*end, -1, len(frame)) for key in kept}
+    covariance = {} if slice_.embedding else {"residual_covariance": torch.zeros_like(frame)}
+    return own | moments | {"residual_frame": frame} | covariance
 
 
 def refuse_framed_state(

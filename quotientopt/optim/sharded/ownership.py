@@ -8,7 +8,7 @@ deals them, :func:`kinds_of` tells which travel together.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from quotientopt._linalg import compute_dtype
-from quotientopt.optim.bookkeeping.slices import Slice, find_slices, planned_groups
+from quotientopt.optim.bookkeeping.slices import Slice, find_slices, runs
+from quotientopt.optim.bookkeeping.stacking import planned_groups
 from quotientopt.optim.gauge import absorbed_biases
 from quotientopt.symmetries import SymmetryMap
 from quotientopt.symmetries.block import empty_like_whole
@@ -58,7 +59,7 @@ class Region(NamedTuple):
             held = tuple(parameter.to_local().shape)
             if held != tuple(map(len, indices)):
                 raise ValueError(f"a shard has shape {held}, expected {tuple(map(len, indices))}")
-        return cls(tuple(tuple(_runs(index.tolist())) for index in indices))
+        return cls(tuple(tuple(runs(index.tolist())) for index in indices))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,14 +96,6 @@ class Region(NamedTuple):
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write this part of a whole tensor."""
         whole[self._index(whole.device)] = part.view(self.shape)
-
-
-def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for end in range(1, len(indices) + 1):
-        if end == len(indices) or indices[end] != indices[end - 1] + 1:
-            yield indices[start], end - start
-            start = end
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -332,6 +325,6 @@ def _state_size(slice_: Slice, options: Mapping[str, Any]) -> int:
         joint = options["row_frame"] == "per_matrix"
         count += 2 * (heads * rank) ** 2 if joint else 2 * heads * rank**2
     elif directions := slice_.hidden_directions(options):
-        count += 2 * rank * directions
-        count += 2 * directions * columns if directions < rank else 0
+        count += 2 * heads * rank * directions
+        count += 2 * directions * columns if directions < heads * rank else 0
     return count
