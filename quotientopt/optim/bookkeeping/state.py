@@ -2,15 +2,15 @@
 
 Of a framed parameter: ``step``; ``exp_avg`` and ``exp_avg_sq`` in the frame, shape ``(M, heads, r,
 n)`` (M > 1 for grouped queries; a matrix without head frame has ``(1, 1, rows, d)``, a stack of
-experts ``(1, experts, rows, d)``, one whose heads share a frame ``(M, 1, heads r, n)``); ``head_frame``, ``head_covariance`` of shape ``(heads,
-r, r)``, or ``(1, heads r, heads r)``; ``residual_frame``, ``residual_covariance`` of shape ``(d,
-d)``; ``hidden_frame``, ``hidden_covariance`` of shape ``(rows, rows)``, or of k leading directions
-``hidden_frame``, ``hidden_image`` of shape ``(rows, k)`` and the moments along them,
-``hidden_exp_avg``, ``hidden_exp_avg_sq`` of shape ``(1, 1, k, d)``. Where several blocks share a
-fused parameter, keys end in ``.0``, ``.1``, …. A factor of a LoRA pair has ``exp_avg`` and
-``exp_avg_sq`` of shape ``(r, n)``, ``head_frame`` and ``head_covariance`` of shape ``(r, r)`` and
-``partner_coordinates``, of the shape ``(r, m)`` of its partner, which do not change with the gauge
-either.
+experts ``(1, experts, rows, d)``, one whose heads share a frame ``(M, 1, heads r, n)``);
+``head_frame``, ``head_covariance`` of shape ``(heads, r, r)``, or ``(1, heads r, heads r)``;
+``residual_frame``, ``residual_covariance`` of shape ``(d, d)``; ``hidden_frame``,
+``hidden_covariance`` of shape ``(rows, rows)``, or of k leading directions ``hidden_frame``,
+``hidden_image`` of shape ``(rows, k)`` and the moments along them, ``hidden_exp_avg``,
+``hidden_exp_avg_sq`` of shape ``(1, 1, k, d)``. Where several blocks share a fused parameter, keys
+end in ``.0``, ``.1``, …. A factor of a LoRA pair has ``exp_avg`` and ``exp_avg_sq`` of shape ``(r,
+n)``, ``head_frame`` and ``head_covariance`` of shape ``(r, r)`` and ``partner_coordinates``, of the
+shape ``(r, m)`` of its partner, which do not change with the gauge either.
 
 What of a state dict can be told without a plan of the parameters is looked at before, in
 :mod:`quotientopt.optim.bookkeeping.saved`.
