@@ -31,7 +31,7 @@ from quotientopt.compare.train import (
     SerialWorkers,
     Workers,
     build_model,
-    time_alone,
+    time_in_turn,
 )
 from quotientopt.compare.tuning import Plan, parse_grid, plan
 
@@ -258,11 +258,14 @@ class Comparison:
         """Time the best settings in this process, now that nothing else runs."""
         protocol = self.record.protocol
         torch.set_num_threads(protocol.threads)
-        for name in optimizers_of(self.record.runs):
-            best = best_run(self.record.runs, name)
-            if best is not None and best.status == "finished":
-                progress.say(f"timing {name} alone")
-                self.record.timings[name] = time_alone(best.trial, protocol, self.task)
+        best = (best_run(self.record.runs, name) for name in optimizers_of(self.record.runs))
+        trials = [run.trial for run in best if run is not None and run.status == "finished"]
+        if not trials:
+            return
+        progress.say(f"timing {', '.join(trial.optimizer for trial in trials)}, a step in turn")
+        timings = time_in_turn(trials, protocol, self.task)
+        for trial, timing in zip(trials, timings, strict=True):
+            self.record.timings[trial.optimizer] = timing
         self._save()
 
 

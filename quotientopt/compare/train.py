@@ -1,6 +1,6 @@
 """Training runs: one, the cost of one step, and many at a time.
 
-In reading order: `Training` and `train`, one run; `time_alone` and `state_bytes`, what a step
+In reading order: `Training` and `train`, one run; `time_in_turn` and `state_bytes`, what a step
 costs; `Workers`, which run trials in this process or several at a time in processes.
 """
 
@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -162,23 +162,33 @@ def train(
     )
 
 
-def time_alone(
-    trial: Trial, protocol: Protocol, task: Task, skipped: int = 2, young: int = 98, grown: int = 30
-) -> Timing:
-    """Mean cost of a run's step with nothing else running.
+def time_in_turn(
+    trials: Sequence[Trial],
+    protocol: Protocol,
+    task: Task,
+    skipped: int = 2,
+    young: int = 98,
+    grown: int = 30,
+) -> list[Timing]:
+    """Mean cost of a step of each of some runs, with nothing else running.
+
+    They take a step each in turn, so that a machine whose speed varies slows all alike; on an
+    accelerator, whose memory may not hold all at once, one after the other.
 
     The first steps are skipped: they allocate state and compute the first bases. As frames are made
     more often at first, the `young` steps after them count once each; the `grown` ones that
     follow, whole periods of what is done every ten steps, stand for the rest of the run. A run
     with fewer steps is young to its end.
     """
-    training = Training(trial, protocol, task)
+    if protocol.device != "cpu" and len(trials) > 1:
+        every = (time_in_turn([trial], protocol, task, skipped, young, grown) for trial in trials)
+        return [timing for own in every for timing in own]
+    trainings = [Training(trial, protocol, task) for trial in trials]
     rest = max(protocol.steps - skipped - young, 0)
     counted = young + grown if rest else max(protocol.steps - skipped, grown)
-    steps = [training.step() for _ in range(skipped + counted)][skipped:]
-    if not rest:
-        return _timing(steps)
-    return _timing(steps, [1.0] * young + [rest / grown] * grown)
+    weights = [1.0] * young + [rest / grown] * grown if rest else None
+    turns = [[own.step() for own in trainings] for _ in range(skipped + counted)][skipped:]
+    return [_timing(list(steps), weights) for steps in zip(*turns, strict=True)]
 
 
 def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:

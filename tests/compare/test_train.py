@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quotientopt.compare import train as compare_train
 from quotientopt.compare.optimizers import OPTIMIZERS
 from quotientopt.compare.protocol import Run, Seconds, Trial
-from quotientopt.compare.train import Step, Training, state_bytes, time_alone, train
+from quotientopt.compare.train import Step, Training, state_bytes, time_in_turn, train
 from quotientopt.models import REFERENCE_MODELS
 
 ADAMW = Trial("adamw", 3e-3, {"beta2": 0.95})
@@ -157,7 +158,7 @@ def test_state_is_counted_once_per_storage():
 
 
 def test_timing_alone_measures_a_step(protocol, corpus):
-    timing = time_alone(ADAMW, protocol, corpus, skipped=1, young=2, grown=3)
+    [timing] = time_in_turn([ADAMW], protocol, corpus, skipped=1, young=2, grown=3)
     assert 0 < timing.optimizer.mean < timing.model.mean < timing.step
 
 
@@ -172,9 +173,30 @@ def test_timing_alone_weighs_young_steps_as_a_run_does(protocol, corpus, monkeyp
 
     monkeypatch.setattr(Training, "step", step)
     exact = (98 * 8 + 500 * 1) / 598
-    assert time_alone(ADAMW, whole, corpus).optimizer.mean == pytest.approx(exact)
+    assert time_in_turn([ADAMW], whole, corpus)[0].optimizer.mean == pytest.approx(exact)
     short = replace(protocol, steps=80)
-    assert time_alone(ADAMW, short, corpus).optimizer == Seconds(8.0, 8.0)
+    assert time_in_turn([ADAMW], short, corpus)[0].optimizer == Seconds(8.0, 8.0)
+
+
+@pytest.mark.parametrize(("device", "order"), [("cpu", "ab" * 10), ("cuda", "a" * 10 + "b" * 10)])
+def test_runs_are_timed_in_turn(protocol, monkeypatch, device, order):
+    """On an accelerator one after the other; each gets the seconds of its own steps."""
+    taken = []
+
+    class Fake:
+        def __init__(self, trial, protocol, task):
+            self.name = trial.optimizer
+
+        def step(self):
+            taken.append(self.name)
+            return Step(0.0, 1.0, 2.0 if self.name == "a" else 3.0, 5.0)
+
+    monkeypatch.setattr(compare_train, "Training", Fake)
+    trials = [Trial(name, 1e-3) for name in "ab"]
+    own = replace(protocol, device=device, steps=10)
+    timings = time_in_turn(trials, own, None, skipped=1, young=9, grown=1)
+    assert [timing.optimizer.mean for timing in timings] == [2.0, 3.0]
+    assert "".join(taken) == order
 
 
 def test_every_optimizer_has_a_centre_for_every_model():

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from quotientopt import QuotientAdam, find_symmetries
 from quotientopt.optim.bookkeeping.checks import StepRefusedError
-from tests.optim.training import Experts
+from tests.optim.training import Experts, in_two_axes_alone
 
 from .models import batches, gpt, local, loss_of, part_of, shard, train
 
@@ -144,6 +144,27 @@ def found_before_sharding(experts):
     except ValueError as error:
         return max(abs(a - b) for a, b in zip(*losses, strict=True)), str(error)
     return None
+
+
+def older_state_of_experts():
+    """Moments that AdamW had of experts, as in version 0.2.0, go on in frames."""
+    data = batches(6)
+    losses = []
+    for way in (None, "fsdp"):
+        model = gpt()
+        torch.manual_seed(1)
+        for block in model.blocks:
+            block.mlp = Experts(32, 24).double()
+        found = find_symmetries(model, data[0][:, :-1])
+        if way:
+            shard(model, way)
+            found = found.for_model(model)
+        older = QuotientAdam(model, lr=5e-3, symmetries=in_two_axes_alone(found))
+        train(model, older, data[:3], way)
+        optimizer = QuotientAdam(model, lr=5e-3, symmetries=found)
+        optimizer.load_state_dict(older.state_dict())
+        losses.append(train(model, optimizer, data[3:], way))
+    return max(abs(a - b) for a, b in zip(*losses, strict=True))
 
 
 def added_group(tensor_rate, row_frame):

@@ -13,6 +13,7 @@ from .faults import (
     missing_gradient,
     nan_on_one,
     no_gradients,
+    older_state_of_experts,
     thawed,
 )
 
@@ -62,6 +63,10 @@ def test_symmetries_that_were_found_before_sharding(two, experts):
     for deviation, message in two.run(found_before_sharding, experts):
         assert deviation < 1e-10
         assert "belong to another model" in message
+
+
+def test_a_state_in_which_experts_were_adamws(two):
+    assert max(two.run(older_state_of_experts)) < 1e-10
 
 
 # The first gradient of a group makes both of its frames, and in frames of all heads some entries of

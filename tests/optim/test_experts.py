@@ -1,7 +1,6 @@
 """Matrices in parameters of more than two axes: experts, convolutions of patches, positions."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -10,7 +9,14 @@ from torch.nn import functional
 
 import quotientopt as qo
 from quotientopt.optim.reference import PlainQuotientAdam
-from tests.optim.training import EXPERTS, Experts, batches, loss_of, small_model
+from tests.optim.training import (
+    EXPERTS,
+    Experts,
+    batches,
+    in_two_axes_alone,
+    loss_of,
+    small_model,
+)
 
 SETTINGS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -274,14 +280,6 @@ def test_a_state_goes_over_to_another_memory_format():
     again.load_state_dict(optimizer.state_dict())
     losses = [train_on_images(m, o, 12) for m, o in ((model, optimizer), (other, again))]
     assert (losses[0] - losses[1]).abs().max() < 1e-11
-
-
-def in_two_axes_alone(found):
-    """Symmetries as version 0.2.0 used them: what has more than two axes was AdamW's."""
-    stream = found.residual
-    kept = {n: p for n, p in stream.parameters.items() if p.ndim <= 2}
-    axes = {name: axis for name, axis in stream.axes.items() if name in kept}
-    return qo.SymmetryMap(found.heads, dataclasses.replace(stream, axes=axes, parameters=kept))
 
 
 def test_a_state_of_adamw_goes_on_in_the_frame_it_was_in():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import nn
@@ -99,3 +100,11 @@ def twin_of(model, *, cond, seed=2, only=None):
         element = {name: g for name, g in element.items() if only(name)}
     symmetries.act_(element)
     return twin, element
+
+
+def in_two_axes_alone(found):
+    """Symmetries as version 0.2.0 used them: what has more than two axes was AdamW's."""
+    stream = found.residual
+    kept = {n: p for n, p in stream.parameters.items() if p.ndim <= 2}
+    axes = {name: axis for name, axis in stream.axes.items() if name in kept}
+    return qo.SymmetryMap(found.heads, dataclasses.replace(stream, axes=axes, parameters=kept))
