@@ -27,6 +27,7 @@ WITHOUT_CLAIMS = {
     "diffllama": 2,
     "muse_spark_text": 2,
 }
+SLOW = "muse_spark_text"
 
 
 def require_exact(kind, *, examined=False):
@@ -47,7 +48,13 @@ def test_claims_of_copies_are_exact(kind):
     assert verdict.missed == verdict.smaller == 0
 
 
-@pytest.mark.parametrize("kind", WITHOUT_CLAIMS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(kind for kind in WITHOUT_CLAIMS if kind != SLOW),
+        pytest.param(SLOW, marks=pytest.mark.long),
+    ],
+)
 def test_models_without_claims_show_their_pairs_to_inputs(kind):
     verdict = require_exact(kind, examined=True)
     assert verdict.problem == verdict.not_examined == ""
