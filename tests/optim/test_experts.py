@@ -16,6 +16,7 @@ from tests.optim.training import (
     in_two_axes_alone,
     loss_of,
     small_model,
+    train,
 )
 
 SETTINGS = {"lr": 7.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -38,17 +39,6 @@ def adam(model, **options):
     return qo.QuotientAdam(
         model, **SETTINGS | options, symmetries=qo.find_symmetries(model, example())
     )
-
-
-def train(model, optimizer, steps, seed=1):
-    losses = []
-    for tokens in batches(steps, seed):
-        optimizer.zero_grad()
-        loss = loss_of(model, tokens)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses, dtype=torch.float64)
 
 
 def slices_of(optimizer, name):
@@ -267,6 +257,20 @@ def test_its_update_is_that_of_the_matrix(convolution):
     assert not slices_of(optimizer, "stem.weight")[0].stacked
     sigma = torch.linalg.svdvals((model.stem.weight.detach() - before).flatten(1))
     assert sigma.amin() / sigma.amax() > 0.8
+
+
+def test_a_convolution_shares_no_stack_with_experts_of_its_shape():
+    """Three channels of 4 × 4 and three experts of 16 rows: one matrix, and three."""
+    torch.manual_seed(4)
+    model = Patches()
+    model.blocks[0].mlp = Experts(32, 16)
+    model.double()
+    optimizer = adam_on_patches(model)
+    buckets = [[s.name for s in b.slices] for b in optimizer._current_engine().buckets]
+    [stem] = [names for names in buckets if "stem.weight" in names]
+    assert stem == ["stem.weight"]
+    shapes = [slices_of(optimizer, name)[0].shape for name in ("stem.weight", "blocks.0.mlp.up")]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_state_goes_over_to_another_memory_format():

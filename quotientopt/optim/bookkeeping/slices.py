@@ -223,10 +223,10 @@ def find_slices(
     transported = {id(slice_.parameter) for slice_ in found.transported}
     for i, group in enumerate(param_groups):
         for parameter in group["params"]:
-            own = slices.get(id(parameter), [])
-            if own:
+            if id(parameter) in transported:
+                continue
+            if own := slices.get(id(parameter)):
                 found.framed += _with_suffixes([*own, *_uncovered(own)])
-            if own or id(parameter) in transported:
                 continue
             axis = axes.get(id(parameter)) if group["residual_frame"] is not None else None
             if axis is not None and parameter.ndim > 1:

@@ -88,7 +88,7 @@ def stack_slices(
             slice_.group_index,
             id(frames.get(id(slice_))),
             slice_.shape,
-            slice_.residual,
+            (slice_.residual, slice_.stacked),
             (slice_.takes_scale, slice_.embedding, slice_.output, slice_.rest_of is None),
             slice_.parameter.dtype,
             slice_.parameter.device,
