@@ -486,6 +486,24 @@ def test_rates_of_embeddings_are_measured_apart(script, tmp_path, monkeypatch):
     assert (tmp_path / "embedding-rates.png").stat().st_size > 10_000
 
 
+def test_experts_are_compared_with_those_of_adamw(script, tmp_path, monkeypatch):
+    experts = script("experts")
+    for name, plain in ((experts.APART, 6), ("QuotientAdam", 0)):
+        optimizer = experts.optimizer_of(name, experts.model_of(0), 1e-3)
+        own = [p for group in optimizer._slices.plain for p in group if p.ndim > 1]
+        assert len(own) == plain
+    monkeypatch.setattr(experts, "RATES", dict.fromkeys(experts.RATES, (8e-3,)))
+    short = replace(experts.PROTOCOL, validation_batches=2)
+    monkeypatch.setattr(experts, "PROTOCOL", short)
+    arguments = ["experts.py", "--steps", "2", "--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert experts.main() == 0
+    runs = json.loads((tmp_path / "experts.json").read_text())["runs"]
+    assert len({runs[name]["0.008"]["0"] for name in runs}) == 3
+    shown = (tmp_path / "experts.md").read_text()
+    assert f"| AdamW | 0.008 (edge) | 1 | {runs['AdamW']['0.008']['0']:.3f} |" in shown
+
+
 def test_the_gpu_run_asks_for_a_gpu(script, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -139,6 +139,22 @@ def test_rates_of_embeddings():
             assert rule == min(losses)
 
 
+def test_losses_of_experts():
+    report = rows_of((RESULTS / "experts" / "experts.md").read_text())
+    losses = {row[0]: row[-1] for row in report[2:]}
+    text = " ".join(page("docs/quotient_adam.md").split())
+    wanted = [losses[n] for n in ("QuotientAdam", "QuotientAdam, experts by AdamW", "AdamW")]
+    assert (
+        "ends at {} after 150 steps, with AdamW for its experts at {}, under AdamW at {} (".format(
+            *wanted
+        )
+        in text
+    )
+    assert {row[2] for row in report[2:]} == {"3"}
+    changes = " ".join(page("CHANGELOG.md").split())
+    assert "ends at {:.5} instead of {:.5} nats".format(*wanted) in changes
+
+
 def test_the_table_of_the_readme():
     """Losses, times and states; QuotientAdam's rows like the others'."""
     names = {
