@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quotientopt.optim.bookkeeping.slices import Slice, state_sizes, stream_of
+from quotientopt.optim.bookkeeping.slices import Slice, stream_of
 from quotientopt.optim.eigenframes import (
     embedding_frames,
     hidden_eigenframes,
     residual_eigenframes,
     rotate_,
 )
-from quotientopt.optim.frames import HeadFrames, SharedResidualFrame, transport_
+from quotientopt.optim.frames import HeadFrames, SharedResidualFrame, state_sizes, transport_
 from quotientopt.optim.leading import along_and_rest, begin_, turn_
 from quotientopt.optim.polar import orthogonalise, polar_direction, products_at, row_polar_factor
 from quotientopt.optim.update import (

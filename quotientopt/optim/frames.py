@@ -236,6 +236,42 @@ class SharedResidualFrame:
         self.frame.copy_(frame)
 
 
+def state_sizes(
+    shape: tuple[int, ...], directions: int, *, factored: bool, framed: bool, fixed: bool
+) -> dict[str, tuple[int, ...]]:
+    """Sizes of the tensors of the state of L stacked slices, by their keys.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the slices, ``(L, M, heads, r, n)``.
+    directions : int
+        How many of hidden units are framed; fewer than rows with moments of their own.
+    factored : bool
+        Whether of the second moment only means of rows and of columns are kept.
+    framed, fixed : bool
+        Whether the slices have residual frames of their own, and whether these stay as first made.
+    """
+    L, rows, n = shape[0], shape[1] * shape[2] * shape[3], shape[4]
+    sizes: dict[str, tuple[int, ...]] = {"exp_avg": shape}
+    if factored:
+        sizes["exp_avg_sq_rows"] = (*shape[:-1], 1)
+        sizes["exp_avg_sq_columns"] = (*shape[:2], 1, 1, n)
+    else:
+        sizes["exp_avg_sq"] = shape
+    if framed:
+        if not fixed:
+            sizes["residual_covariance"] = (L, n, n)
+        sizes["residual_frame"] = (L, n, n)
+    leading = 0 < directions < rows
+    if directions:
+        sizes["hidden_frame"] = (L, rows, directions)
+        sizes["hidden_image" if leading else "hidden_covariance"] = (L, rows, directions)
+    if leading:
+        sizes["hidden_exp_avg"] = sizes["hidden_exp_avg_sq"] = (L, 1, 1, directions, n)
+    return sizes
+
+
 def transport_(state: Mapping[str, Tensor], left: Tensor | None, right: Tensor | None) -> None:
     """Carry moments to other frames, m ← R m S and v ← (R∘R) v (S∘S).
 

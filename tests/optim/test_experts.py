@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import quotientopt as qo
+from quotientopt.optim.bookkeeping import slices
 from quotientopt.optim.reference import PlainQuotientAdam
 from tests.optim.training import (
     EXPERTS,
@@ -222,6 +223,46 @@ def train_on_images(model, optimizer, steps):
 def adam_on_patches(model, **options):
     found = qo.find_symmetries(model, next(images(1))[0])
     return qo.QuotientAdam(model, **SETTINGS | options, symmetries=found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "name", "expected", "stacked"),
+    [
+        ((4, 96, 64), 2, "layers.0.experts.gate_up_proj", (4, 96, 64), True),
+        ((4, 64, 96), 1, "layers.0.experts.gate_up_proj", (4, 96, 64), True),
+        ((1, 17, 64), 2, "embeddings.position_embeddings", (1, 17, 64), True),
+        ((64, 3, 4, 4), 0, "stem.weight", (3, 16, 64), False),
+        ((64, 1, 4, 4), 0, "stem.weight", (1, 16, 64), False),
+        ((96, 64, 3), 1, "layers.0.conv.weight", (96, 3, 64), False),
+        ((64, 96, 3), 0, "layers.0.conv.weight", (96, 3, 64), False),
+        ((1, 4, 5, 64), 3, "positions", (1, 20, 64), False),
+        ((96, 64), 1, "layers.0.up.weight", (1, 96, 64), False),
+        ((64, 1, 31), 0, "layers.0.conv.depthwise.weight", None, False),
+        ((64, 4, 31), 0, "encoder.convolution.parametrizations.weight.original1", None, False),
+        ((64,), 0, "layers.0.up.bias", None, False),
+    ],
+)
+def test_which_axes_are_rows(shape, axis, name, expected, stacked):
+    """What takes every coordinate of the stream for itself is no matrix."""
+    parameter = torch.empty(shape)
+    view = slices.matrices_on(parameter, axis, name)
+    assert (None if view is None else tuple(view.shape)) == expected
+    assert slices._is_stack(parameter, axis) == stacked
+
+
+def test_what_is_no_matrix_is_adamws():
+    """A convolution along time of every channel for itself, in a numbered layer."""
+    model = on_patches()
+    for block in model.blocks:
+        block.mix = nn.Conv1d(32, 32, 3, padding=1, groups=32, bias=False).double()
+        forward = block.forward
+        block.forward = lambda x, b=block, f=forward: f(x) + b.mix(x.mT).mT
+    optimizer = adam_on_patches(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    plain = {names[id(p)] for own in optimizer._slices.plain for p in own if p.ndim > 1}
+    assert plain == {"blocks.0.mix.weight", "blocks.1.mix.weight"}
+    losses = train_on_images(model, optimizer, 12)
+    assert losses.isfinite().all()
 
 
 def test_a_convolution_is_one_matrix_in_any_memory_format():

@@ -85,7 +85,7 @@ class Slice:
     def stacked(self) -> bool:
         """Whether it is several matrices that share their residual frame, one for each expert."""
         several = self.residual and self.symmetry is None and self.shape[1] > 1
-        return several and self.parameter.ndim == 3 and self.blocks[0].column_axis != 0
+        return several and _is_stack(self.parameter, self.blocks[0].column_axis)
 
     @functools.cached_property
     def takes_scale(self) -> bool:
@@ -186,7 +186,7 @@ def find_slices(
     axes = (
         {}
         if residual is None
-        else {id(residual.parameters[name]): axis for name, axis in residual.axes.items()}
+        else {id(residual.parameters[name]): (axis, name) for name, axis in residual.axes.items()}
     )
 
     def name_of(parameter: Tensor) -> str:
@@ -205,7 +205,7 @@ def find_slices(
                 kind = frame_kind(group, symmetry)
                 if kind is None:
                     continue
-                axis = axes.get(id(parameter))
+                axis, _ = axes.get(id(parameter), (None, ""))
                 framed = group["residual_frame"] is not None and axis is not None
                 slice_ = Slice(
                     parameter,
@@ -228,9 +228,10 @@ def find_slices(
             if own := slices.get(id(parameter)):
                 found.framed += _with_suffixes([*own, *_uncovered(own)])
                 continue
-            axis = axes.get(id(parameter)) if group["residual_frame"] is not None else None
-            if axis is not None and parameter.ndim > 1:
-                view = matrices_on(parameter, axis)
+            view = None
+            if group["residual_frame"] is not None and id(parameter) in axes:
+                view = matrices_on(parameter, *axes[id(parameter)])
+            if view is not None:
                 block = Block.of(view, parameter, name_of(parameter))
                 framing, behind = group["embedding_frame"], outside.get(id(parameter))
                 output = framing == "fixed_but_head" and behind is True
@@ -252,15 +253,30 @@ def find_slices(
     return found
 
 
-def matrices_on(parameter: Tensor, axis: int) -> Tensor:
+def matrices_on(parameter: Tensor, axis: int, name: str) -> Tensor | None:
     """A parameter as matrices ``(stack, rows, d)`` with the residual stream, its ``axis``, last.
 
-    Three axes of which the stream is not the first are a stack of matrices, those of experts. All
-    others have one matrix, ``stack`` times ``rows`` of it: a convolution that writes to the stream
-    one of (channels, kernel), which is a view in any memory format.
+    Of three axes, see :func:`_is_stack`, they may be those of experts. All others have one matrix,
+    ``stack`` times ``rows`` of it, which is a view in any memory format: convolutions that read the
+    stream, tables, and weights of convolutions that write to it, but those of numbered layers with
+    a single channel, which take every coordinate for itself. None where there is no matrix.
     """
+    if parameter.ndim < 2:
+        return None
+    if axis == 0 and parameter.ndim > 2:
+        depthwise = parameter.size(1) == 1 and NUMBERED.match(name) is not None
+        if depthwise or not name.endswith(".weight"):
+            return None
     rows = parameter.movedim(axis, -1)
     return rows.unsqueeze(0) if rows.ndim == 2 else rows.flatten(1, -2)
+
+
+def _is_stack(parameter: Tensor, axis: int | None) -> bool:
+    """Whether three axes are those of experts: the first is not the stream, and no other is less.
+
+    Of a convolution that reads the stream the kernel is.
+    """
+    return parameter.ndim == 3 and axis != 0 and parameter.size(0) == min(parameter.shape)
 
 
 def _outside_of_layers(symmetries: SymmetryMap) -> dict[int, bool]:
@@ -358,39 +374,3 @@ def _with_suffixes(slices: Sequence[Slice]) -> list[Slice]:
     if len(slices) == 1:
         return list(slices)
     return [replace(slice_, suffix=f".{i}") for i, slice_ in enumerate(slices)]
-
-
-def state_sizes(
-    shape: tuple[int, ...], directions: int, *, factored: bool, framed: bool, fixed: bool
-) -> dict[str, tuple[int, ...]]:
-    """Sizes of the tensors of the state of L stacked slices, by their keys.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Of the slices, ``(L, M, heads, r, n)``.
-    directions : int
-        How many of hidden units are framed; fewer than rows with moments of their own.
-    factored : bool
-        Whether of the second moment only means of rows and of columns are kept.
-    framed, fixed : bool
-        Whether the slices have residual frames of their own, and whether these stay as first made.
-    """
-    L, rows, n = shape[0], shape[1] * shape[2] * shape[3], shape[4]
-    sizes: dict[str, tuple[int, ...]] = {"exp_avg": shape}
-    if factored:
-        sizes["exp_avg_sq_rows"] = (*shape[:-1], 1)
-        sizes["exp_avg_sq_columns"] = (*shape[:2], 1, 1, n)
-    else:
-        sizes["exp_avg_sq"] = shape
-    if framed:
-        if not fixed:
-            sizes["residual_covariance"] = (L, n, n)
-        sizes["residual_frame"] = (L, n, n)
-    leading = 0 < directions < rows
-    if directions:
-        sizes["hidden_frame"] = (L, rows, directions)
-        sizes["hidden_image" if leading else "hidden_covariance"] = (L, rows, directions)
-    if leading:
-        sizes["hidden_exp_avg"] = sizes["hidden_exp_avg_sq"] = (L, 1, 1, directions, n)
-    return sizes
