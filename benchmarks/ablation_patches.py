@@ -113,9 +113,8 @@ def unrotated_second_moment() -> Patch:
 def covariances(every: int, beta: float) -> Patch:
     """Covariances take every `every`-th gradient and decay by `beta` each time, at any age."""
 
-    def at_any_age(extent: tuple[int, int], group: Mapping[str, Any]) -> Sampling:
-        fewest, most = extent
-        return Sampling(fewest == 0 or (most + 1) % every == 0, beta)
+    def at_any_age(most: int, group: Mapping[str, Any]) -> Sampling:
+        return Sampling(every, beta)
 
     with mock.patch.object(engine_module, "sampling", at_any_age):
         yield

@@ -40,8 +40,8 @@ from quotientopt.optim.update import scale_of
 
 RESULTS = Path(__file__).parent / "results" / "wrappers"
 # The best of the comparison.
-RATE, SETTINGS = 2e-3, {"embedding_scale": 2.0}
-SOAP_MUON_RATE, SOAP_MUON_SETTINGS = 8e-3, {"adamw_rate": 1.6e-2}
+RATE, SETTINGS = 4e-3, {"embedding_scale": 2.0}
+SOAP_MUON_RATE, SOAP_MUON_SETTINGS = 8e-3, {"adamw_rate": 1.6e-2, "every": 5}
 DECAY = 0.1
 AVERAGE, AVERAGED = 0.95, 0.4
 

@@ -27,6 +27,7 @@ from quotientopt.canonical.reading import (
     untranslated,
 )
 from quotientopt.symmetries import Block, HeadSymmetry, ScaleSymmetry, SymmetryMap
+from quotientopt.symmetries.block import laid_out_as
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 from quotientopt.symmetries.registry import follows
 
@@ -209,7 +210,7 @@ def gradient_view(block: Block) -> Tensor:
     parameter = block.parameter
     assert parameter.grad is not None
     if parameter.grad.stride() != parameter.stride():
-        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        parameter.grad = laid_out_as(parameter.shape, parameter.stride(), parameter.grad)
     return block.view(parameter.grad)
 
 

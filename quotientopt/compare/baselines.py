@@ -258,7 +258,8 @@ class SOAPMuon(StackedOptimizer):
         taken, beta = step % group["covariance_every"] == 0, group["covariance_beta"]
         every = group["every"]
         if group["young"]:
-            taken, beta = sampling((step - 1,) * 2, {"refresh_every": every, "capturable": False})
+            own = sampling(step - 1, {"refresh_every": every, "capturable": False})
+            taken, beta = own.takes(step - 1), own.beta
             every = interval_of(step, every)
         samples = {}
         if taken:  # Also in the first step, which is number 0.

@@ -158,10 +158,9 @@ class Bucket:
         return self._stack([block.view() for slice_ in self.slices for block in slice_.blocks])
 
     def gradients(self) -> Tensor:
-        """The gradients, stacked like :meth:`weights`.
+        """The gradients, stacked like :meth:`weights`, as :meth:`Block.view` reads them.
 
-        As :meth:`Block.view` reads them; whether parameters still fit their blocks is looked at
-        where slices are found, anew after every change.
+        Whether parameters still fit their blocks is looked at where slices are found.
         """
         views = []
         for block in (block for slice_ in self.slices for block in slice_.blocks):
@@ -238,7 +237,8 @@ class Bucket:
         """
         left = None if change is None else self.of_heads(change).squeeze(1)
         if self.leading:
-            turn_(self.state)
+            frames = self.residual_frames()
+            turn_(self.state, lambda: two_sided(None, self.weights(), frames).flatten(1, -2))
         elif "hidden_frame" in self.state:
             old, new = self.state["hidden_frame"], [step == 0 for step in self.steps]
             norms = self.weights().flatten(1, -2).square().sum(-1) if any(new) else None
@@ -270,9 +270,7 @@ class Bucket:
     def update_(
         self, dressed: Tensor, group: Mapping[str, Any], gate: Tensor | None = None
     ) -> None:
-        """One step of Adam in the frame.
-
-        On a CPU a few slices are taken at a time, so that intermediate results stay in its cache.
+        """One step of Adam in the frame; on a CPU of a few slices at a time, which its cache holds.
 
         Parameters
         ----------
@@ -328,7 +326,8 @@ class Bucket:
         steps = self.steps[rows]
         step: int | Tensor = steps[0]
         if self.device_steps is not None:
-            step = self.device_steps[rows].to(self.dtype)[:, None, None, None, None]
+            # Behind a closed gate a first step is not counted.
+            step = self.device_steps[rows].clamp_min(1).to(self.dtype)[:, None, None, None, None]
         elif len(set(steps)) > 1:
             step = torch.tensor(steps, dtype=self.dtype, device=self.device)
             step = step[:, None, None, None, None]

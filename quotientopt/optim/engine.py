@@ -24,7 +24,7 @@ from quotientopt.optim.dressing import FreshDressing
 from quotientopt.optim.frames import HeadFrames
 from quotientopt.optim.low_rank.pairs import LowRankPairs
 from quotientopt.optim.low_rank.stack import Prepared
-from quotientopt.optim.update import Sampling, ema_at_, interval_of, sampling
+from quotientopt.optim.update import Sampling, ema_at_, gate_on, interval_of, sampling
 
 Dressings = Mapping[int, FreshDressing]
 
@@ -82,8 +82,7 @@ class PreparedStep(NamedTuple):
     """A step that is ready to be taken.
 
     ``sample`` tells what covariances take, None where no slice has a gradient, ``look`` whether the
-    host need not wait for the device; ``norms`` are those of what was ``measured``, dressed
-    gradients and plain ones.
+    host need not wait; ``norms`` are those of what was ``measured``, dressed and plain gradients.
     """
 
     engine: Engine
@@ -166,10 +165,10 @@ class Engine:
         extent = self.extent(active)
         group = self.param_groups[0]
         capturing = is_recorded(group["capturable"], lambda: self.is_new(active))
-        sample = None if extent is None else sampling(extent, group)
+        sample = None if extent is None else sampling(extent[1], group)
         dressings = None
         if extent is not None and not capturing:
-            dressings = self.due_dressings(active, extent, before, look=look)
+            dressings = self.due_dressings(extent, before, look=look)
         prepared = [(pairs, pairs.prepare(capturing, look=look)) for pairs in self.pairs]
         own_pairs = [(pairs, own) for pairs, own in prepared if own is not None]
         if dressings is None and any(own.turns for _, own in own_pairs):
@@ -181,39 +180,25 @@ class Engine:
         """Take a prepared step, its gradients times ``scale``."""
         if scale is not None:
             for stack in prepared.dressed_stacks:
-                stack.mul_(scale)
+                stack.mul_(scale.to(stack.device))
         if prepared.sample is not None:
             sample = prepared.sample
             self.step(prepared.active, prepared.dressed, prepared.dressings, sample, gate)
         for pairs, own in prepared.pairs:
-            pairs.step(own, self.param_groups[pairs.group_index], gate)
+            pairs.step(own, self.param_groups[pairs.group_index], gate_on(pairs.device, gate))
 
     def extent(self, active: Sequence[tuple[Bucket, list[int]]]) -> tuple[int, int] | None:
         """Fewest and most updates of the slices that have a gradient; None if there is none."""
         return self.peers.extent([bucket.steps[i] for bucket, rows in active for i in rows])
 
     def due_dressings(
-        self,
-        active: Sequence[tuple[Bucket, list[int]]],
-        extent: tuple[int, int],
-        before: Callable[[], None],
-        *,
-        look: bool,
+        self, extent: tuple[int, int], before: Callable[[], None], *, look: bool
     ) -> Dressings | None:
         """Dressing fields where frames are made in this step: by schedule, or if they do not fit.
 
         Others may have written to factors since the last step. As far as torch tells, a sample of
         the values differs, or :meth:`ask` was called, the host looks whether the frames still fit;
-        values that came back leave the path as it is.
-
-        Parameters
-        ----------
-        active : sequence
-            From :meth:`active`.
-        extent : (int, int)
-            From :meth:`extent`.
-        before, look
-            As in :meth:`prepare`.
+        values that came back leave the path as it is. ``before``, ``look``: see :meth:`prepare`.
         """
         due = frames_are_due(extent, self.param_groups[0])
         if not due and not (self.peers.have_weights and self._factors.were_written(look)):
@@ -223,6 +208,11 @@ class Engine:
         if due or any(bool(h.strays(dressings[id(h)].field)) for h in self.heads):
             return dressings
         return None
+
+    def were_written(self) -> bool:
+        """Whether others wrote to factors since the last step, as far as can be told here."""
+        of_pairs = (own for pairs in self.pairs for own in pairs.schedule.written())
+        return self._factors.were_written(True) or any(of_pairs)
 
     def ask(self) -> None:
         """Look in the next step whether frames and coordinates still fit."""
@@ -277,13 +267,13 @@ class Engine:
         With a ``gate`` of zero, and dressed gradients of zero, no average and no parameter changes.
         """
         changes = {} if dressings is None else self._begin_refresh(dressings)
-        if sample.taken:
-            self._accumulate(active, dressed, sample.beta, gate)
+        self._accumulate(active, dressed, sample, gate)
         if dressings is not None:
             dressed = self._refresh(active, dressed, dressings, changes)
         for (bucket, rows), gradients in zip(active, dressed, strict=True):
             part = self._part(bucket, rows)
-            part.update_(gradients, self.param_groups[bucket.group_index], gate)
+            group = self.param_groups[bucket.group_index]
+            part.update_(gradients, group, gate_on(part.device, gate))
             if part is not bucket:
                 bucket.absorb(part, rows)
             self.peers.stepped(slice_.parameter for slice_ in part.slices)
@@ -307,17 +297,26 @@ class Engine:
         self,
         active: Sequence[tuple[Bucket, list[int]]],
         dressed: Sequence[Tensor],
-        beta: float,
+        sample: Sampling,
         gate: Tensor | None,
     ) -> None:
         samples: dict[int, list[Tensor]] = defaultdict(list)
         places: dict[int, list[int]] = defaultdict(list)
-        for (bucket, rows), gradients in zip(active, dressed, strict=True):
+        beta = sample.beta
+        pooled: set[int] = set()
+        for (bucket, active_rows), gradients in zip(active, dressed, strict=True):
+            taken = [sample.takes(bucket.steps[i]) for i in active_rows]
+            rows = [i for i, own in zip(active_rows, taken, strict=True) if own]
+            if not rows:
+                continue
+            if len(rows) < len(active_rows):
+                gradients = gradients[[place for place, own in enumerate(taken) if own]]
             part = self._part(bucket, rows)
             if bucket.heads is not None and bucket.heads.turns:
                 samples[id(bucket.heads)].append(part.head_covariance(gradients))
                 places[id(bucket.heads)] += part.places
-            part.accumulate(gradients, beta, gate)
+            part.accumulate(gradients, beta, gate_on(part.device, gate))
+            pooled.add(id(bucket.shared))
             if part is not bucket:
                 bucket.absorb(part, rows)
         for heads in self.heads:
@@ -334,7 +333,8 @@ class Engine:
                     gate,
                 )
         for shared in self.shared.values():
-            shared.accumulate(beta, gate)
+            if id(shared) in pooled:
+                shared.accumulate(beta, gate)
 
     def _index(self, places: Sequence[int], heads: HeadFrames) -> Tensor:
         """Places on the device, copied there once: a recorded step may copy nothing."""

@@ -32,6 +32,7 @@ from quotientopt.optim.bookkeeping.slices import SIDES, Slices
 from quotientopt.optim.eigenframes import rotate_
 from quotientopt.optim.update import keeps_wide, round_stochastically, working_copy
 from quotientopt.symmetries import Block, HeadSymmetry, SymmetryMap
+from quotientopt.symmetries.block import laid_out_as
 from quotientopt.symmetries.map import RESIDUAL, TRANSLATION
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def begin(
             changed = gradient_at_fixed_bias(symmetry, block)
             if parameter not in replaced:
                 replaced[parameter] = parameter.grad
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+                parameter.grad = laid_out_as(parameter.shape, parameter.stride(), parameter.grad)
             block.view(parameter.grad).copy_(changed)
         put_out = _put_out(symmetry)
         kept, decay = put_out, group["weight_decay"]
@@ -134,7 +135,8 @@ def begin(
             kept = put_out * (1 - group["lr"] * decay)
         elif decay != 0:
             replaced[sink.parameter] = own
-            sink.parameter.grad = torch.empty_like(sink.parameter).copy_(own)
+            own = laid_out_as(sink.parameter.shape, sink.parameter.stride(), own)
+            sink.parameter.grad = own
             view = sink.view(sink.parameter.grad)
             view.add_((put_out * (-decay if group["maximize"] else decay)).to(view.dtype))
         held.append(Held(symmetry, kept, replaced))

@@ -29,7 +29,7 @@ def first_leading_frame(gradient: Tensor, weights: Tensor, directions: int) -> T
     """Leading left singular vectors of a gradient and a tenth of the weights, each of norm one.
 
     Permutations of the rows move them along, rotations of the columns leave them. Directions that
-    both lack stay zero.
+    both lack are zero.
 
     Parameters
     ----------
@@ -43,15 +43,41 @@ def first_leading_frame(gradient: Tensor, weights: Tensor, directions: int) -> T
     Tensor
         Shape ``(L, rows, k)``.
     """
+    both = _gradient_and_weights(gradient, weights)
+    return _leading_directions(both, both, directions)
+
+
+def _gradient_and_weights(gradient: Tensor, weights: Tensor) -> Tensor:
     tiny = torch.finfo(weights.dtype).tiny
     gradient, weights = (
         x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(tiny) for x in (gradient, weights)
     )
-    both = gradient + LEADING_TIES * weights
-    values, vectors = torch.linalg.eigh(both.mT @ both)
-    least = vectors.size(-1) * torch.finfo(values.dtype).eps * values[..., -1:]
-    leading = torch.where((values > least)[..., None, :], both @ vectors, 0)
+    return gradient + LEADING_TIES * weights
+
+
+def _leading_directions(matrix: Tensor, whole: Tensor, directions: int) -> Tensor:
+    """Leading left singular vectors; zero where its Gram, or the whole, does not resolve them."""
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    rounding = vectors.size(-1) * torch.finfo(values.dtype).eps
+    of_whole = rounding**2 * whole.square().sum((-2, -1))[..., None]
+    least = torch.maximum(rounding * values[..., -1:], of_whole)
+    leading = torch.where((values > least)[..., None, :], matrix @ vectors, 0)
     return orthonormalise(leading[..., -directions:].flip(-1))
+
+
+def completed(frame: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
+    """A frame with directions in place of those that are missing: what leads beside it.
+
+    A gradient of few rows beside weights of zero (an output projection at its start) tells fewer
+    than k directions, and the Gram of a wide matrix resolves no small ones beside large ones.
+    ``mean``, of the gradients, and ``weights`` are ``(L, rows, d)``.
+    """
+    both = _gradient_and_weights(mean, weights)
+    beside = _leading_directions(both - frame @ (frame.mT @ both), both, frame.size(-1))
+    missing = (frame == 0).all(-2, keepdim=True)
+    places = (missing.cumsum(-1) - 1).clamp_min(0).expand_as(frame)
+    filled = orthonormalise(torch.where(missing, beside.gather(-1, places), frame))
+    return torch.where(missing.any(-1, keepdim=True), filled, frame)
 
 
 def next_leading_frame(image: Tensor, frame: Tensor) -> Tensor:
@@ -86,10 +112,11 @@ def begin_(
     """
     frame = state["hidden_frame"]
     first = first_leading_frame(gradient, weights, frame.size(-1))
+    first = completed(first, gradient, weights)
     frame.copy_(torch.where(new[:, None, None], first, frame))
 
 
-def turn_(state: MutableMapping[str, Tensor]) -> None:
+def turn_(state: MutableMapping[str, Tensor], weights: Callable[[], Tensor]) -> None:
     """Turn the frame, and divide the moments anew into what is along it and the rest.
 
     The second moment goes along as (R∘R) v_E with R = E_newᵀ E; what is new along E takes the mean
@@ -99,12 +126,16 @@ def turn_(state: MutableMapping[str, Tensor]) -> None:
     ----------
     state : mapping
         Of a bucket.
+    weights : callable
+        Returns the weights in the frame of the columns, ``(L, rows, d)``.
     """
     frame, image = state["hidden_frame"], state["hidden_image"]
-    fresh = next_leading_frame(image, frame)
-    change = fresh.mT @ frame
     mean, along = state["exp_avg"].flatten(1, -2), state["hidden_exp_avg"].flatten(1, -2)
     whole = mean + frame @ along
+    fresh = next_leading_frame(image, frame)
+    if bool((fresh == 0).all(-2).any()):
+        fresh = completed(fresh, whole, weights())
+    change = fresh.mT @ frame
     along.copy_(fresh.mT @ whole)
     mean.copy_(whole - fresh @ along)
     rest = state["exp_avg_sq_columns" if "exp_avg_sq_columns" in state else "exp_avg_sq"]

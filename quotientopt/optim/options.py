@@ -53,6 +53,8 @@ PLANNED = (
     "master_weights",
     "capturable",
 )
+# Those that no schedule changes, which are looked at when they differ from those of the last step.
+UNSCHEDULED = tuple(option for option in OPTIONS if option not in ("lr", "betas", "weight_decay"))
 # Of QuotientSGD.
 PAIR_METRICS = ("preconditioned", "right-invariant")
 

@@ -94,12 +94,12 @@ class QuotientAdam(SymmetricOptimizer):
     example_inputs : Tensor, tuple, list or mapping, optional
         A batch, from which what no class tells is found (:func:`quotientopt.find_symmetries`).
     hidden_units : bool
-        Dress the scales of hidden units as well (``symmetries.hidden_units``: gated, ReLU layers),
-        which the trajectory then does not see. Meant for ``polar=True``; else units are apart.
+        Dress the scales of hidden units (``symmetries.hidden_units``: gated, ReLU layers) as well;
+        these units have no ``hidden_frame`` then. Meant for ``polar=True``; else units are apart.
     head_frame : {"balanced", "orthonormal", "svd"} or None
         Of attention heads. ``"balanced"``: the section with AAᵀ = BBᵀ, turned into the eigenframe
-        of the dressed covariance; ``"orthonormal"``: orthonormal coordinates of the partner,
-        likewise turned; ``"svd"``: singular vectors of AᵀB. For groups of rotations: eigenframes.
+        of the dressed covariance; ``"orthonormal"``: coordinates of the partner, also turned;
+        ``"svd"``: singular vectors of AᵀB. For groups of rotations: eigenframes.
     row_frame : {"per_matrix", "per_head"}
         What an eigenframe turns: the rows of all heads of a matrix together, framed on both sides
         then as by SOAP, by orthogonal iteration; or each head's, by r × r eigen-decompositions.
@@ -117,13 +117,12 @@ class QuotientAdam(SymmetricOptimizer):
     max_grad_norm : float, optional
         Clips the norm of all dressed gradients together, which no gauge changes.
     nesterov : bool
-        Nesterov momentum for the framed parameters (``benchmarks/results/ablation``).
+        For the framed parameters.
     second_moment : {"full", "factored"}
         Of framed matrices: by entry, or from means of rows and columns (as in Adafactor).
     polar : bool or "step"
-        True: a framed matrix's update is replaced by its polar factor at the same norm, all heads
-        of a matrix together, by polynomials that end within 7.5 %. "step": one polynomial, head by
-        head, as in version 0.1.0. Both commute with rotations. False: Adam's direction as it is.
+        True: a framed matrix's update becomes its polar factor at the same norm, heads together, by
+        polynomials, within 7.5 %. "step": one, head by head, as in version 0.1.0. False: Adam's.
     update_scale : float
         Size s of the update of a framed matrix over that of Adam's, ‖ΔW‖_F = ηs ‖D‖_F, and of its
         weight decay, ηsλ. Its singular values being nearly equal, its spectral norm is several
@@ -134,22 +133,21 @@ class QuotientAdam(SymmetricOptimizer):
         Of rotations and polar steps in float32: as they are, in TF32 on CUDA devices, or of factors
         rounded to bfloat16. Twins part by the rounding. No switch of torch's changes the rest.
     lora_frame : {"transported", "orthonormal", "balanced", "svd"} or None
-        Of LoRA pairs (see :mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
-        coordinates of its partner, made at every step at first and every ``refresh_every`` later,
-        which moments follow; defined where a factor is zero. Else as ``head_frame``; None is AdamW.
+        Of LoRA pairs (:mod:`quotientopt.peft`). ``"transported"``: each factor in orthonormal
+        coordinates of its partner, which moments follow; defined where a factor is zero. Else as
+        ``head_frame``; None is AdamW.
     lora_polar : bool
         ``polar`` for LoRA pairs with ``lora_frame="transported"``.
     maximize : bool
         Maximize the objective.
     foreach : bool, optional
-        Unless False, slices of equal shape are stacked; plain parameters as torch chooses.
-    master_weights : bool
-        Keep float32 copies of narrower parameters in the state and round only what is stored.
-    stochastic_rounding : bool
-        Round narrower parameters to one of their two neighbours at odds that keep the mean.
+        False: slices of equal shape are not stacked. Plain parameters as torch chooses.
+    master_weights, stochastic_rounding : bool
+        Keep float32 copies of narrower parameters in the state; round them to one of their two
+        neighbours at odds that keep the mean.
     capturable : bool
-        Make steps alike, to be recorded as a CUDA graph: counts are on the device, covariances take
-        every gradient, frames are made in steps taken directly and by :meth:`refresh_frames`.
+        Steps that are alike, to be recorded as a CUDA graph: counts on the device, covariances of
+        every gradient, frames made in steps taken directly and by :meth:`refresh_frames`.
 
     Raises
     ------
@@ -229,6 +227,8 @@ class QuotientAdam(SymmetricOptimizer):
 
             self._sharded, self._absorbed = planned(self, self._sharded), []
         else:
+            if self._engine is not None:  # A new one could not tell.
+                self._asked |= self._engine.were_written()
             self._slices, self._engine = self._find_slices(), None
             self._absorbed = absorbed_biases(self.symmetries.heads, self.param_groups)
         self._signature = signature_of(self.param_groups)
@@ -386,6 +386,7 @@ class QuotientAdam(SymmetricOptimizer):
             self._refuse_options(group)
         slices = self._find_slices(also=self.state)
         settle(self.state, self.param_groups, loaded, slices, self._name)
+        self._engine = None
         self._plan()
         if self.state:
             self._current_engine()
@@ -394,7 +395,7 @@ class QuotientAdam(SymmetricOptimizer):
         self._nonfinite = NonfiniteGate()
         self.__dict__.setdefault("_peers", Peers())
         self.__dict__.setdefault("_sharded", None)
-        self._checked_options = []
+        self._engine, self._checked_options = None, []
         for group in state.get("param_groups", ()):
             follow_version(group)
         super().__setstate__(state)

@@ -185,13 +185,16 @@ class SymmetricOptimizer(Optimizer):
             ``params`` and the options that differ from the defaults.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group, before = self.param_groups[-1], (self._held, self._places)
         try:
             self._refuse_options(group)
             if self._signature:
                 self._plan()
         except (ValueError, TypeError):
             self.param_groups.pop()
+            self._held, self._places = before
+            if self._signature:
+                self._plan()
             raise
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
             self._names.setdefault(id(parameter), name)

@@ -34,10 +34,17 @@ LONGEST = 10
 
 
 class Sampling(NamedTuple):
-    """Whether covariances take the gradients of a step, and what they keep of themselves then."""
+    """How often covariances take gradients, and what they keep of themselves then."""
 
-    taken: bool
+    every: int
     beta: float
+
+    def takes(self, updates: int) -> bool:
+        """Whether that of a slice with so many updates so far, counted by itself.
+
+        By a common count one with gradients in every second step might never be taken.
+        """
+        return updates == 0 or (updates + 1) % self.every == 0
 
 
 def interval_of(step: int, longest: int, part: int = PART_OF_AGE) -> int:
@@ -45,19 +52,17 @@ def interval_of(step: int, longest: int, part: int = PART_OF_AGE) -> int:
     return min(max(step // part, 1), longest)
 
 
-def sampling(extent: tuple[int, int], group: Mapping[str, Any]) -> Sampling:
+def sampling(most: int, group: Mapping[str, Any]) -> Sampling:
     """What covariances take in a step: R ← β R + (1 − β)(u∂)ᵀ(u∂), remembering 2 K(t) steps.
 
     At most twice `LONGEST`. There every second gradient is taken, which saves half of a product of
     the parameters' size, with β = 0.9. Steps that are to be alike (``capturable``) take every
-    gradient, with β = 0.95 at any age. ``extent``: fewest and most updates, so far, of the slices
-    that have a gradient.
+    gradient, with β = 0.95 at any age. ``most``: updates, so far, of the slice that has most.
     """
-    (fewest, most), alike = extent, group["capturable"]
-    longest = min(group["refresh_every"], LONGEST)
+    alike, longest = group["capturable"], min(group["refresh_every"], LONGEST)
     interval = LONGEST if alike else interval_of(most + 1, longest)
     every = 2 if interval == LONGEST and not alike else 1
-    return Sampling(fewest == 0 or (most + 1) % every == 0, 1 - every / (2 * interval))
+    return Sampling(every, 1 - every / (2 * interval))
 
 
 def two_sided(
@@ -109,10 +114,8 @@ def ema_at_(
 
     Parameters
     ----------
-    average : Tensor
-        Shape ``(E, …)``.
-    samples : Tensor
-        Shape ``(K, …)``.
+    average, samples : Tensor
+        Shape ``(E, …)`` and ``(K, …)``.
     places : Tensor
         The entry of each sample, ``(K,)``.
     touched : Tensor, optional
@@ -186,6 +189,11 @@ def gated(value: float, gate: Tensor | None) -> float | Tensor:
     return value if gate is None else gate * value
 
 
+def gate_on(device: torch.device, gate: Tensor | None) -> Tensor | None:
+    """The gate of a part of the model that may lie on another device."""
+    return None if gate is None else gate.to(device)
+
+
 def direction(
     gradient: Tensor,
     exp_avg: Tensor,
@@ -254,22 +262,11 @@ def decay_scale_of(slice_: Slice, group: Mapping[str, Any]) -> float:
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to one of the two nearest numbers of ``dtype``, at odds that keep the mean.
+    """Round wider values to one of the two nearest numbers of ``dtype``, so that the mean is kept.
 
     x between neighbours a < b becomes b with probability (x − a)/(b − a). Small updates of bfloat16
-    weights, which rounding to nearest would lose, then count on average.
-
-    Parameters
-    ----------
-    values : Tensor
-        In a wider dtype.
-    dtype : torch.dtype
-
-    Returns
-    -------
-    Tensor
-        Of ``dtype``. What overflows or is not finite stays as rounding to nearest makes it. The
-        random numbers are those of torch's global generator.
+    weights, which rounding to nearest would lose, then count on average. What overflows or is not
+    finite stays as rounding to nearest makes it; the random numbers are torch's global ones.
     """
     nearest = values.to(dtype)
     back = nearest.to(values.dtype)
@@ -334,17 +331,8 @@ def adamw_step(
 ) -> None:
     """One step of torch's AdamW on ``parameters``, all of which have a gradient.
 
-    Parameters
-    ----------
-    group : dict
-        Hyperparameters.
-    parameters : sequence of Tensor
-    state : mapping
-        The optimizer's state; made as torch makes it where missing.
-    scale : Tensor, optional
-        Factor of the gradients, from clipping.
-    gate : Tensor, optional
-        One, or zero for a step that may change nothing.
+    Their state is made as torch makes it where it is missing. ``scale`` is a factor of the
+    gradients, from clipping; a ``gate`` of zero, on an accelerator, leaves everything as it is.
     """
     if not parameters:
         return
@@ -355,19 +343,25 @@ def adamw_step(
         working_copy(parameter, state[parameter]) if keeps_wide(group, parameter) else parameter
         for parameter in parameters
     ]
-    gradients = [grad.to(copy.dtype) for grad, copy in zip(gradients, working, strict=True)]
+    gradients = [
+        grad.to(copy.dtype)
+        if grad.stride() == copy.stride()
+        else torch.empty_like(copy).copy_(grad)
+        for grad, copy in zip(gradients, working, strict=True)
+    ]
+    on_device = group["capturable"] or gate is not None
     for parameter, copy in zip(parameters, working, strict=True):
         own = state[parameter]
         if "exp_avg" not in own:
             double = torch.get_default_dtype() == torch.float64
             own["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
-            if group["capturable"] or gate is not None:
-                own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 own[key] = torch.zeros_like(copy, memory_format=torch.preserve_format)
         for key in ("exp_avg", "exp_avg_sq"):
             # The parameter may have another dtype than it had.
             own[key] = own[key].to(copy.dtype)
+        if on_device:  # As the fused form needs it; a state may have been loaded to the host.
+            own["step"] = own["step"].to(parameter.device, torch.float32)
     states = [state[parameter] for parameter in parameters]
     on_host = parameters[0].device.type == "cpu"
     adamw(

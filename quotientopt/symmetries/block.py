@@ -134,11 +134,7 @@ class Block:
             )
         tensor = self.parameter.detach() if tensor is None else tensor
         if tensor.stride() != self.layout:
-            # Not empty_like, which does not keep the strides of a slice of a larger tensor.
-            copy = torch.empty_strided(
-                self.parameter.shape, self.layout, dtype=tensor.dtype, device=tensor.device
-            )
-            tensor = copy.copy_(tensor)
+            tensor = laid_out_as(self.parameter.shape, self.layout, tensor)
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
     @property
@@ -290,6 +286,15 @@ def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
         whole = parameter.detach().full_tensor().cpu()  # type: ignore[attr-defined]
         return nn.Parameter(whole, requires_grad=parameter.requires_grad)
     return nn.Parameter(empty_like_whole(parameter), requires_grad=parameter.requires_grad)
+
+
+def laid_out_as(shape: Sequence[int], stride: Sequence[int], values: Tensor) -> Tensor:
+    """A copy of values with these strides: what is written to its blocks is written to it.
+
+    Not by ``empty_like``, which does not keep the strides of a slice of a larger tensor.
+    """
+    copy = torch.empty_strided(shape, stride, dtype=values.dtype, device=values.device)
+    return copy.copy_(values)
 
 
 def empty_like_whole(parameter: Tensor, device: torch.device | str = "cpu") -> Tensor:

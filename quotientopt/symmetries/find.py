@@ -46,6 +46,8 @@ from quotientopt.symmetries.residual import (
 from quotientopt.symmetries.verification import arguments_of
 
 _SHOWN = 3
+# Why inputs show no residual stream.
+NO_ATTENTION = "no attention was found in it, whose heads would tell"
 
 
 @dataclass
@@ -127,6 +129,8 @@ def find_symmetries(model: nn.Module, *inputs: Any, **kwargs: Any) -> SymmetryMa
         found, overlapping = _beside([*heads, *units], discover(model, inputs, kwargs))
     if residual is None and found.stream is not None:
         residual = _stream_of(found.stream, ownership)
+    if residual is None and (inputs or kwargs):
+        reason = NO_ATTENTION
     if residual is not None:
         order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         parameters = sorted(residual.parameters.items(), key=lambda item: order[id(item[1])])
@@ -219,6 +223,8 @@ def gaps(model: nn.Module, symmetries: SymmetryMap) -> str:
         )
     if symmetries.residual is None and not all(map(is_lora_pair, symmetries.heads)):
         reason = symmetries.residual_reason
+        if reason == NO_ATTENTION:
+            return f"example inputs show no residual stream of {kind} ({reason})"
         return f"the residual stream of {kind} is not understood ({reason}): {call}"
     return ""
 

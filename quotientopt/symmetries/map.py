@@ -37,7 +37,7 @@ class SymmetryMap:
     residual_reason : str
         Why ``residual`` is None.
     unrecognized : sequence of str
-        Names of attention modules that are not understood. They are left to plain Adam.
+        Names of attention modules that are not understood. They have no head frames.
     gauge_free : sequence of str
         Names of attention modules that hold or read invariants: no group acts on their heads.
     hidden_units : sequence of HeadSymmetry
@@ -440,7 +440,7 @@ class SymmetryMap:
         if self.not_exercised:
             lines.append("not exercised by the example inputs: " + ", ".join(self.not_exercised))
         if self.unrecognized:
-            lines.append("not understood, left to plain Adam: " + ", ".join(self.unrecognized))
+            lines.append("not understood, without head frames: " + ", ".join(self.unrecognized))
         return "\n".join(lines)
 
 

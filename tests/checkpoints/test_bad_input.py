@@ -159,7 +159,7 @@ def test_an_architecture_that_no_class_tells_is_found_from_inputs(tmp_path, capf
     assert "all exact" in output
     assert main(["inspect", str(tmp_path / "source"), "--no-verify"]) == 0
     output = capfd.readouterr().out
-    assert "not understood, left to plain Adam: model.layers.0.self_attn" in output
+    assert "not understood, without head frames: model.layers.0.self_attn" in output
     assert "not verified" in output
     assert main([str(word) for word in command("dress", tmp_path / "source")]) == 0
 

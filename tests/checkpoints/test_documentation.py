@@ -9,6 +9,7 @@ import pytest
 
 from quotientopt.cli import build_parser, main
 from tests.symmetries.families import FAMILIES
+from tests.symmetries.trained import ENCODERS, located
 
 PAGE = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
 
@@ -31,6 +32,19 @@ def test_commands_run(folder):
         assert main(shlex.split(command)[1:]) == 0
     for name in ("found.json", "spectra.png", "DRESSED_DIR", "dressed.safetensors"):
         assert (folder / name).exists()
+
+
+def test_what_inspect_is_shown_to_print(capsys):
+    """Line by line, up to the dots that shorten it; but for the model's run, which rounds."""
+    model = located(*ENCODERS["minilm"][1:])
+    assert main(["inspect", str(model), "--no-verify"]) == 0
+    printed = capsys.readouterr().out.replace(str(model), "MODEL_DIR").splitlines()
+    (sample,) = re.findall(r"```text\nMODEL_DIR(.*?)```", PAGE, re.DOTALL)
+    shown = [line for line in f"MODEL_DIR{sample}".splitlines() if line.strip("… ")]
+    assert len(shown) > 15
+    for line in shown:
+        if not line.startswith("verified in float64: "):
+            assert any(own.startswith(line.rstrip("… ")) for own in printed), line
 
 
 @pytest.mark.parametrize("command", ["inspect", "dress"])

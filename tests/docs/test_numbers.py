@@ -123,6 +123,30 @@ def test_cost_on_a_gpu():
     ) in sentence
 
 
+def test_the_longest_step_on_a_gpu():
+    record = json.loads((RESULTS / "gpu" / "gpu.json").read_text())
+    laps = {
+        (r["shape"], r["optimizer"]): sorted(1e3 * lap for lap in r["step"]["periods"][0])
+        for r in record["step times"]
+        if "step" in r and r.get("precision") in (None, "highest")
+    }
+    text = " ".join(page("docs/cost.md").split("## What the state holds")[1].split())
+    own, llama, soap_muon = (
+        laps[key]
+        for key in (
+            ("gpt2-small", "quotient-adam"),
+            ("llama-1b", "quotient-adam"),
+            ("gpt2-small", "soap-muon"),
+        )
+    )
+    for sentence in (
+        f"{own[-1]:.0f} ms of GPT-2 small, where the others take {own[0]:.0f} to {own[-2]:.0f}",
+        f"{llama[-1]:.0f} ms of the Llama, where they take {llama[0]:.0f} to {llama[-2]:.0f}",
+        f"plain form {soap_muon[-1]:.0f} and {soap_muon[0]:.0f} ms of GPT-2 small",
+    ):
+        assert sentence in text, sentence
+
+
 def test_rates_of_embeddings():
     """The table of the page, and what it is said to show of the built-in rule."""
     report = (RESULTS / "embedding-rates" / "embedding-rates.md").read_text()

@@ -801,7 +801,7 @@ def test_controls_of_the_schedule(monkeypatch):
         model = Adapted()
         kept = scenario(model, quotient_adam(model))
         with monkeypatch.context() as patch:
-            patch.setattr(Schedule, "_written", lambda self: [False] * len(self.partners))
+            patch.setattr(Schedule, "written", lambda self: [False] * len(self.partners))
             patch.setattr(Schedule, "_due", only_regular)
             other = Adapted()
             assert scenario(other, quotient_adam(other)) > 3 * kept

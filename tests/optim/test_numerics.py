@@ -228,17 +228,18 @@ def test_frames_last_an_eighth_of_the_steps_so_far():
     # At any age where steps are to be alike, and at once for a slice without a frame.
     assert due(10, capturable=True) == [1, *range(10, 101, 10)]
     assert frames_are_due((0, 82), group(10))
-    taken = [sampling((t - 1, t - 1), group(10)) for t in range(1, 101)]
-    assert taken == [sampling((t - 1, t - 1), group(50)) for t in range(1, 101)]
-    assert [t for t, own in enumerate(taken, 1) if own.taken] == [
+    taken = [sampling(t - 1, group(10)) for t in range(1, 101)]
+    assert taken == [sampling(t - 1, group(50)) for t in range(1, 101)]
+    assert [t for t, own in enumerate(taken, 1) if own.takes(t - 1)] == [
         *range(1, 80),
         *range(80, 101, 2),
     ]
     assert [taken[t - 1].beta for t in (1, 15, 16, 40, 79, 80, 100)] == pytest.approx(
         [1 / 2, 1 / 2, 3 / 4, 9 / 10, 17 / 18, 9 / 10, 9 / 10]
     )
-    assert {sampling((t, t), group(10, capturable=True)) for t in range(100)} == {(True, 0.95)}
-    assert {sampling((t, t), group(5)) for t in range(40, 100)} == {(True, 0.9)}
+    assert {sampling(t, group(10, capturable=True)) for t in range(100)} == {(1, 0.95)}
+    assert {sampling(t, group(5)) for t in range(40, 100)} == {(1, 0.9)}
+    assert taken[99].takes(0)  # The first gradient of a slice, whatever the age of the others.
 
 
 @pytest.mark.parametrize("residual_frame", ["per_matrix", "shared"])
@@ -326,6 +327,52 @@ def test_steps_on_cuda_wait_for_nothing_between_fresh_frames():
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_state_that_was_read_to_the_host_goes_on_on_the_device():
+    """As trainers resume; the gains are plain parameters, whose counts the fused form needs."""
+    model = small_model("llama", dtype=torch.float32).cuda()
+    optimizer = quotient_adam(model)
+    loss_of(model, next(batches(1)).cuda()).backward()
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    loaded = quotient_adam(other)
+    loaded.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    optimizer.step()
+    loaded.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(other))
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="needs two GPUs: python -m pytest -m gpu on such a machine",
+)
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}])
+def test_a_model_on_two_devices(options):
+    whole = small_model("llama", dtype=torch.float32)
+    parts = copy.deepcopy(whole)
+    parts.blocks[1].to("cuda:1")
+    for model in (whole, parts):
+        for module in (model.embedding, model.blocks[0], model.norm, model.head):
+            module.to("cuda:0")
+    whole.blocks[1].to("cuda:0")
+    optimizers = [quotient_adam(model, **options) for model in (whole, parts)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+            q.grad = p.grad.to(q.device)
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = torch.cat([p.detach().cpu().double().flatten() for p in parts.parameters()])
+    assert (moved - flat_parameters(whole).cpu()).abs().max() < 1e-4
 
 
 def orthogonal(n, generator):

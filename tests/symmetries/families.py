@@ -440,7 +440,7 @@ FAMILIES = {
     "seed-oss": decoder("SeedOss", "SeedOssForCausalLM", attention_bias=True),
     "ministral": decoder("Ministral", "MinistralForCausalLM", **WINDOW),
     "llama4": decoder(
-        "Llama 4, text (some layers without positions)",
+        "Llama 4, text (some layers without positions; `use_qk_norm=False`)",
         "Llama4ForCausalLM",
         groups=(*INTERLEAVED, *UNROTATED),
         no_rope_layers=[1, 0],

@@ -360,8 +360,8 @@ def _compared(built: list[Verdict]) -> str:
     none = sum(not v.found for v in examined if not v.pairs)
     return (
         f"From inputs, without any class, {len(examined)} can be examined: in {whole} of "
-        f"{len(claimed)} with claims every claimed head is found; of those without claims {more} "
-        f"have pairs that inputs show, and {none} have none."
+        f"{len(claimed)} with claims every claimed head that the batch reaches is found; of those "
+        f"without claims {more} have pairs that inputs show, and {none} have none."
     )
 
 

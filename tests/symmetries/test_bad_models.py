@@ -23,7 +23,7 @@ def test_an_unknown_architecture_is_listed():
     assert symmetries.heads == ()
     assert symmetries.residual is None
     assert symmetries.unrecognized == ATTENTIONS
-    assert "not understood, left to plain Adam: model.layers.0" in str(symmetries)
+    assert "not understood, without head frames: model.layers.0" in str(symmetries)
 
 
 def test_known_embeddings_around_unknown_layers_claim_no_rotations():

@@ -194,6 +194,36 @@ def test_linear_chains_and_latent_projections():
     assert max(symmetries.verify(model, tokens()).values()) < 1e-12
 
 
+class Gated(nn.Module):
+    """No attention: a low-rank map of the inner width makes the gates, as in state-space models."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.into, self.out = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+        self.down, self.up = nn.Linear(24, 3, bias=False), nn.Linear(3, 24)
+        self.head = nn.Linear(16, VOCABULARY, bias=False)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        inner = gelu(self.into(x)).cumsum(1)
+        x = x + self.out(inner * torch.nn.functional.softplus(self.up(self.down(inner))))
+        return self.head(rms_norm(x, (16,)))
+
+
+def test_a_chain_tells_no_residual_stream():
+    model = Gated()
+    symmetries = qo.find_symmetries(model, tokens())
+    assert [(s.rank, s.heads) for s in symmetries.heads] == [(3, 1)]
+    assert symmetries.residual is None
+    with pytest.warns(UserWarning, match="example inputs show no residual stream of Gated"):
+        optimizer = qo.QuotientAdam(model, example_inputs=tokens())
+    model(tokens()).logsumexp(-1).sum().backward()
+    optimizer.step()
+    assert "residual_frame" not in optimizer.state[model.out.weight]
+    assert "head_frame" in optimizer.state[model.down.weight]
+
+
 def test_factors_that_cannot_have_full_rank_are_no_pairs():
     found = discover(Latent(latent=3), (tokens(),), {}).heads
     assert sorted(s.rank for s in found) == [3, 5, 6]

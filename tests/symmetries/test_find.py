@@ -239,7 +239,7 @@ def test_table_is_readable():
     assert max(map(len, text.splitlines())) < 250
     assert "O(24) exact" in str(find_symmetries(small_gpt()))
     listed = str(find_symmetries(nn.ModuleList([HomeMadeAttention()])))
-    assert "not understood, left to plain Adam: 0" in listed
+    assert "not understood, without head frames: 0" in listed
 
 
 def test_acting_with_an_unknown_name_changes_nothing():

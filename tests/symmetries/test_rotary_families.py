@@ -54,6 +54,19 @@ def test_long_and_partial_rotary_embedding():
     assert max(verify(symmetries, model, family).values()) <= TOLERANCE
 
 
+def test_a_rotary_embedding_for_each_type_of_layer():
+    """As OLMo 3 has them unless told otherwise; its attentions name their type as no others do."""
+    family = FAMILIES["olmo3"]
+    rope = {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 100.0}}
+    types = ["sliding_attention", "full_attention"]
+    model = family.model(rope_parameters=rope, layer_types=types)
+    symmetries = find_symmetries(model)
+    assert not symmetries.unrecognized
+    assert [symmetry.name.rpartition(".")[2] for symmetry in symmetries.heads] == ["vo", "vo"]
+    assert len(symmetries.left_alone) == 2
+    assert max(verify(symmetries, model, family).values()) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt-neox"])
 @pytest.mark.parametrize("factor", [0.25, 1.0])
 def test_rows_that_are_rotated(name, factor):

@@ -22,7 +22,7 @@ from quotientopt._linalg import wide_dtype
 from quotientopt.optim.bookkeeping.saved import refuse_unfit
 from quotientopt.optim.options import (
     PLANNED,
-    WHOLE,
+    UNSCHEDULED,
     refuse_bad_hyperparameters,
     refuse_mixed_groups,
 )
@@ -108,14 +108,14 @@ def takes_part(parameter: Tensor) -> bool:
 def refuse_changed_options(
     param_groups: Sequence[Mapping[str, Any]], checked: list[list[Any]]
 ) -> list[list[Any]]:
-    """Refuse what options may not be, if those of the whole optimizer are not as ``checked``.
+    """Refuse what options may not be, if those that no schedule changes are not as ``checked``.
 
     Returns
     -------
     list of list
         The options that are checked now.
     """
-    options = [[group[name] for name in WHOLE] for group in param_groups]
+    options = [[group[name] for name in UNSCHEDULED] for group in param_groups]
     if options != checked:
         for group in param_groups:
             refuse_bad_hyperparameters(group)
@@ -371,7 +371,7 @@ class NonfiniteGate:
         """
         finite = torch.stack(list(norms)).isfinite().all()
         for stack in dressed:
-            stack.masked_fill_(~finite, 0)
+            stack.masked_fill_(~finite.to(stack.device), 0)
         gate = finite.to(norms[0].dtype)
         if self._skipped is None:
             self._skipped = torch.zeros_like(gate)

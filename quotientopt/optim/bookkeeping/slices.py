@@ -25,7 +25,7 @@ SIDES = ("left", "right")
 
 # Columns of a matrix over the leading directions of its hidden units.
 LEADING = 2
-# Rows of an output over its columns up to which they get a frame: as many as hidden units often.
+# Tokens over the columns of a matrix up to which they get a frame: as many as hidden units often.
 TOKENS = 4
 
 # A name in a list of modules: what is before the first number.
@@ -54,11 +54,12 @@ class Slice:
         Whether the columns are the residual stream and get a residual frame.
     suffix : str
         Distinguishes the slices of one parameter in its optimizer state; empty if there is one.
+    outside : bool
+        Whether it is a matrix outside the layers that hold the heads: embedding, positions, head.
     embedding : bool
-        Whether it is an embedding, or another matrix outside the layers that hold the heads, whose
-        residual frame stays as it was made.
+        Whether it is one of these whose residual frame stays as it was made.
     output : bool
-        Whether it is a matrix behind those layers whose frame follows its gradients; its singular
+        Whether it is one behind those layers whose frame follows its gradients; its singular
         values stay as they are.
     rest_of : Slice, optional
         Of what the symmetries of a fused parameter leave uncovered: a slice that they cover.
@@ -72,6 +73,7 @@ class Slice:
     side: str
     residual: bool
     suffix: str = ""
+    outside: bool = False
     embedding: bool = False
     output: bool = False
     rest_of: Slice | None = None
@@ -99,9 +101,10 @@ class Slice:
 
         The leading ones are half as many as the columns, of matrices with more rows than columns.
         None of a stack, whose hidden units differ from matrix to matrix.
-        Rows of an output, tokens, get a frame where they are no more than `TOKENS` times as many,
-        and no factored second moment: in frames on both sides v is nearly diagonal, ρ γᵀ is not,
-        and no polar step takes the directions back that are much too long.
+        Rows of a matrix outside the layers, tokens, get one where they are no more than `TOKENS`
+        times as many; those of an output none where the second moment is factored: in frames on
+        both sides v is nearly diagonal, ρ γᵀ is not, and no polar step takes the directions back
+        that are much too long.
         """
         rows, columns = self.shape[0] * self.shape[1] * self.shape[2], self.shape[3]
         if not self.residual or self.symmetry is not None or self.embedding or self.stacked:
@@ -109,7 +112,7 @@ class Slice:
         if group["hidden_frame"] == "leading":
             return columns // LEADING if rows > columns and not self.output else 0
         factored = group["second_moment"] == "factored"
-        if self.output and (factored or rows > TOKENS * columns):
+        if (self.outside and rows > TOKENS * columns) or (self.output and factored):
             return 0
         return 0 if group["hidden_frame"] is None else rows
 
@@ -244,6 +247,7 @@ def find_slices(
                         None,
                         "",
                         residual=True,
+                        outside=behind is not None,
                         embedding=framing != "per_matrix" and behind is not None and not output,
                         output=output,
                     )
@@ -259,7 +263,8 @@ def matrices_on(parameter: Tensor, axis: int, name: str) -> Tensor | None:
     Of three axes, see :func:`_is_stack`, they may be those of experts. All others have one matrix,
     ``stack`` times ``rows`` of it, which is a view in any memory format: convolutions that read the
     stream, tables, and weights of convolutions that write to it, but those of numbered layers with
-    a single channel, which take every coordinate for itself. None where there is no matrix.
+    a single channel, which take every coordinate for itself. None where there is no matrix, nor in
+    a table of biases, of experts say, whose rows have nothing to do with each other.
     """
     if parameter.ndim < 2:
         return None
@@ -268,7 +273,12 @@ def matrices_on(parameter: Tensor, axis: int, name: str) -> Tensor | None:
         if depthwise or not name.endswith(".weight"):
             return None
     rows = parameter.movedim(axis, -1)
-    return rows.unsqueeze(0) if rows.ndim == 2 else rows.flatten(1, -2)
+    if rows.ndim == 2:
+        return None if name.endswith("bias") else rows.unsqueeze(0)
+    try:
+        return rows.view(rows.size(0), -1, rows.size(-1))
+    except RuntimeError:  # Axes that no view takes together.
+        return None
 
 
 def _is_stack(parameter: Tensor, axis: int | None) -> bool:

@@ -90,6 +90,7 @@ def stack_slices(
             slice_.shape,
             (slice_.residual, slice_.stacked),
             (slice_.takes_scale, slice_.embedding, slice_.output, slice_.rest_of is None),
+            slice_.hidden_directions(param_groups[slice_.group_index]),
             slice_.parameter.dtype,
             slice_.parameter.device,
             len(grouped) if param_groups[slice_.group_index]["foreach"] is False else None,

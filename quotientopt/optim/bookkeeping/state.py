@@ -164,13 +164,7 @@ OPTIONAL_KEYS = ("master", "coordinates_made")
 def refuse_singular_frames(
     slices: Iterable[Slice], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
-    """Refuse saved frames that are none, and covariances that are not positive.
-
-    Raises
-    ------
-    ValueError
-        Naming parameter and entry.
-    """
+    """Refuse saved frames that are none, and covariances that are not positive, by name."""
     for slice_ in slices:
         own = state.get(slice_.parameter, {})
         for key in FRAME_KEYS:
@@ -191,10 +185,12 @@ def _problem_of_frame(key: str, saved: Tensor) -> str | None:
         return None
     matrix = wide(matrix)
     if key in ("residual_frame", "hidden_frame"):
-        # Zero before there is one, else orthogonal.
-        identity = torch.eye(matrix.size(-1), dtype=matrix.dtype, device=matrix.device)
+        # Zero before there is one, else orthogonal; of leading directions some may be missing.
+        there = (matrix != 0).any(-2)
+        if matrix.size(-1) == matrix.size(-2):
+            there = there.any(-1, keepdim=True).expand_as(there)
+        identity = there.to(matrix.dtype).diag_embed()
         sound = (matrix.mT @ matrix - identity).abs().amax((-2, -1)) < ORTHOGONAL
-        sound = sound | (matrix == 0).flatten(-2).all(-1)
         return None if bool(sound.all()) else "is not orthogonal"
     if key == "head_frame":
         pivots = torch.linalg.lu_factor_ex(matrix).LU.diagonal(dim1=-2, dim2=-1).abs()

@@ -70,7 +70,7 @@ class Schedule:
         moved : callable, optional
             Tells of factors that were written to which have other values; else all of them.
         """
-        written, steps, partners = self._written(), self.steps, self.partners
+        written, steps, partners = self.written(), self.steps, self.partners
         if moved is not None and any(written):
             written = moved(written)
         # Most sides are at the same point.
@@ -125,7 +125,7 @@ class Schedule:
         """Take all factors for written to, until the next mark: torch does not count all writes."""
         self._asked = True
 
-    def _written(self) -> list[bool]:
+    def written(self) -> list[bool]:
         """Factors that were written to by others since the last mark, as far as torch tells."""
         if self._marks is None or self._asked:
             return [self._asked] * len(self.partners)

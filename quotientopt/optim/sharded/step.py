@@ -102,8 +102,10 @@ class Sharded:
         self.placed = placed[: len(parameters)]
         self._of = {id(own.parameter): own for own in placed}
         self.units, streams, symmetries = deal(optimizer, self._of, self.size)
-        if groups[0]["stochastic_rounding"] and any(
-            own.unit is None and len(own.holders) < self.size for own in self.placed
+        rounded = {id(p) for g in groups if g["stochastic_rounding"] for p in g["params"]}
+        if any(
+            own.unit is None and len(own.holders) < self.size and id(own.parameter) in rounded
+            for own in self.placed
         ):
             raise ValueError(
                 "stochastic_rounding would round copies of one shard differently on different "

@@ -67,7 +67,7 @@ def rotary_attention(
     sinks = getattr(module, "sinks", None) is not None
     group: StructureGroup = GL(rank)
     if _is_rotated(module):
-        layer_type = getattr(module, "layer_type", None)
+        layer_type = getattr(module, "layer_type", getattr(module, "attention_type", None))
         group = rotary_group(
             module.config, rank, partial=partial, layout=layout, layer_type=layer_type
         )

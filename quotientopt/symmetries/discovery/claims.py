@@ -260,7 +260,7 @@ def find_stream(
     Returns
     -------
     FoundStream, optional
-        None without heads. Nothing is claimed of it yet.
+        None without heads of an attention. Nothing is claimed of it yet.
     """
     columns = {
         block.name: block.column_axis
@@ -268,8 +268,10 @@ def find_stream(
         for block in symmetry.blocks
         if block.size[2] > 1
     }
+    # What a linear chain reads may be anything: the inner width of a state-space layer, say.
+    of_attention = [symmetry for symmetry in heads if "chain" not in symmetry.name]
     widths = Counter(
-        block.size[2] for symmetry in heads for block in symmetry.blocks if block.size[2] > 1
+        block.size[2] for symmetry in of_attention for block in symmetry.blocks if block.size[2] > 1
     )
     if not widths:
         return None
