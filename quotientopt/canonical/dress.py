@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import first_largest, gram, outside_autocast, row_signs, wide_dtype
+from quotientopt._linalg import first_largest, gram, outside_autocast, row_signs, wide, wide_dtype
 from quotientopt.canonical.elements import (
     Element,
     SectionKind,
@@ -195,12 +195,26 @@ def dress_(
 
     with unchanged_outputs(model, example_inputs, f"the {section} section", put_back=True):
         if example_inputs is not None:
-            symmetries.act_(element)
             symmetries.act_(shifts())
-    move_(symmetries, element, optimizer)
+            symmetries.act_(element)
+    # First, while the weights are as they were: those in the section are rounded, and biases along
+    # weak directions large there, by which output biases would take their rounding many times over.
     translation = shifts()
     move_(symmetries, translation)
-    return Dressing(element | translation, section, gaps)
+    move_(symmetries, element, optimizer)
+    return Dressing(element | _moved(affine, element, translation), section, gaps)
+
+
+def _moved(
+    affine: Sequence[HeadSymmetry], element: Mapping[str, Tensor], translation: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Translations as they are after the group elements: t ↦ g t, of the biases b ↦ g b."""
+    found = {}
+    for symmetry in affine:
+        name = symmetry.name + TRANSLATION
+        g, t = element.get(symmetry.name), translation[name]
+        found[name] = t if g is None else (wide(g) @ wide(t)[..., None])[..., 0].to(t.dtype)
+    return found
 
 
 def _of_heads(symmetries: SymmetryMap) -> SymmetryMap:

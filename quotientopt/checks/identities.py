@@ -208,8 +208,9 @@ def check_section(
     element : optional
         The group element h; by default a random one of ``manifold.group``.
     residual : {"trivial", "orthogonal"}, optional
-        What k may be. By default trivial for the kinds ``"svd"`` and ``"polar"``, orthogonal
-        for everything else, and where points have a stabiliser (tokens fewer than dimensions).
+        What k may be. By default trivial for the kinds ``"svd"`` and ``"polar"``, and where group
+        elements are orthogonal anyway; orthogonal for everything else, and where points have a
+        stabiliser (tokens fewer than dimensions).
     cond : float
         Condition number of h.
     tolerance : float, optional
@@ -226,10 +227,7 @@ def check_section(
     ValueError
         If `residual` is unknown.
     """
-    if residual is None:
-        free = getattr(manifold, "acts_freely", True)
-        residual = "trivial" if free and section in ("svd", "polar") else "orthogonal"
-    if residual not in RESIDUALS:
+    if residual is not None and residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
     subject = Subject(manifold, x, tolerance=tolerance, generator=generator, dtype=dtype)
     manifold, x = subject.manifold, subject.x
@@ -239,6 +237,10 @@ def check_section(
         return manifold.section(point, section) if isinstance(section, str) else section(point)
 
     h = subject.random_element(cond) if element is None else element
+    if residual is None:
+        free = getattr(manifold, "acts_freely", True)
+        turns = deviation(h.mT @ h, group.compose(h, group.inverse(h))) < 1e-3
+        residual = "trivial" if free and (turns or section in ("svd", "polar")) else "orthogonal"
     dressed, g = dress(x)
     again, _ = dress(dressed)
     other, g_other = dress(manifold.act(h, x))

@@ -6,7 +6,7 @@ manifolds of other packages under the names that the checks use (:func:`as_view`
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -102,12 +102,23 @@ class Subject:
 
     def random_vertical_vector(self) -> Point:
         """A random vector tangent to the orbit, or None where there are no orbits."""
-        if not (self.has("vertical_vector") and hasattr(self.manifold, "group")):
+        manifold = self.manifold
+        known = hasattr(manifold, "group") or hasattr(manifold, "manifolds")
+        if not (self.has("vertical_vector") and known):
             return None
-        group = self.manifold.group
-        shape = (*self.manifold.batch_shape, group.r, group.r)
+        return manifold.vertical_vector(self.x, self._random_algebra_element(manifold))
+
+    def _random_algebra_element(self, manifold: Any) -> Any:
+        """Of the group of a manifold, or of those of a product's factors."""
+        if hasattr(manifold, "manifolds"):
+            factors = manifold.manifolds
+            if isinstance(factors, Mapping):
+                return {name: self._random_algebra_element(M) for name, M in factors.items()}
+            return type(factors)(self._random_algebra_element(M) for M in factors)
+        group = manifold.group
+        shape = (*manifold.batch_shape, group.r, group.r)
         matrix = standard_normal(shape, generator=self.generator).to(**self._placement())
-        return self.manifold.vertical_vector(self.x, group.algebra_projection(matrix))
+        return group.algebra_projection(matrix)
 
     def exponential(self, u: Point) -> Callable[[Point, Point], Point] | None:
         """``manifold.exp``, or None where there is none or it refuses the metric."""

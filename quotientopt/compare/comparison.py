@@ -170,7 +170,7 @@ class Comparison:
             }
             self._execute(plans, workers, progress)
             workers.close()
-            if self.jobs > 1 or self.record.earlier_commands:
+            if self.jobs > 1 or self.record.resumed:
                 self._time_alone(progress)
         finally:
             if workers is not None:

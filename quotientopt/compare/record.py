@@ -213,6 +213,8 @@ class Record:
         where runs were made one at a time, which makes their own timings good.
     earlier_commands : list of str
         Those that made the runs taken over by `resume`.
+    resumed : bool
+        Whether there were any.
     """
 
     command: str
@@ -221,6 +223,7 @@ class Record:
     runs: list[Run] = field(default_factory=list)
     timings: dict[str, Timing] = field(default_factory=dict)
     earlier_commands: list[str] = field(default_factory=list)
+    resumed: bool = False
 
     def find(self, trial: Trial) -> Run | None:
         """The run of `trial`, if it was made."""
@@ -280,6 +283,7 @@ class Record:
                 f"cannot resume from {path}: it was made with {'; '.join(differences)}"
             )
         self.runs = [run for run in runs if run.trial.optimizer not in redo]
+        self.resumed = bool(self.runs)
         # Each once: the same command may have gone on several times.
         self.earlier_commands = [c for c in dict.fromkeys(commands) if c != self.command]
 

@@ -247,6 +247,12 @@ def _remarks(rows: list[Row], record: Record) -> str:
         if record.timings
         else f"Seconds are the runs' own ({record.protocol.threads} thread(s) each).",
     ]
+    if len({row.seeds for row in rows}) > 1:
+        counts = ", ".join(f"{row.optimizer} {row.seeds}" for row in rows)
+        remarks.append(
+            f"Seeds: {counts}. Means over other seeds differ by more than their standard errors; "
+            "compare seed by seed."
+        )
     edge = [row.optimizer for row in rows if not row.interior]
     if edge:
         remarks.append(

@@ -86,7 +86,10 @@ def plan(
     if rates is None and entry.decays and math.isfinite(optimum.loss):
         yield from _search_decays(entry, best_settings, optimum)
     best = best_run(finished, entry.name)
-    if best is not None and seeds > 1:
+    # A new best setting takes the seeds of the one before.
+    own = (run.trial.seed for run in finished if run.trial.optimizer == entry.name)
+    seeds = max(seeds, 1 + max(own, default=0))
+    if best is not None and math.isfinite(best.score) and seeds > 1:
         trial = best.trial
         yield [Trial(entry.name, trial.rate, trial.settings, seed) for seed in range(1, seeds)]
 

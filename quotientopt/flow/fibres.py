@@ -163,7 +163,13 @@ class PairGeometry:
 
     def isotropic_share(self, x: Pair) -> float:
         """Mean share of the squared length that is vertical, of directions drawn evenly."""
-        return self.group.dim / sum(X.shape[-2] * X.shape[-1] for X in x)
+        dim = self.group.dim
+        if isinstance(self.group, O):
+            # Less the rotations that leave few columns as they are.
+            moving = self.group.r - isinstance(self.group, StabilizerOfOnes)
+            free = max(0, moving - sum(X.shape[-1] for X in x))
+            dim -= free * (free - 1) // 2
+        return dim / sum(X.shape[-2] * X.shape[-1] for X in x)
 
     def _reduced(self, S: Tensor) -> Tensor:
         """The part of a Gram matrix that the normal equations in the Lie algebra see."""

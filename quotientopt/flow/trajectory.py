@@ -164,7 +164,7 @@ class VerticalMotion:
     def __str__(self) -> str:
         lines = [f"{'pair':<32} {'vertical':>10} {'horizontal':>11} {'share':>7} {'isotropic':>10}"]
         for name, vertical in self.vertical.items():
-            lengths = [part.flatten(1).norm(dim=1) for part in (vertical, self.horizontal[name])]
+            lengths = [_over_batch(part) for part in (vertical, self.horizontal[name])]
             share = float(_share(lengths[0].norm(), lengths[1].norm()))
             lines.append(
                 f"{name:<32} {lengths[0].sum().item():10.3e} {lengths[1].sum().item():11.3e} "
@@ -402,8 +402,13 @@ def _refuse_aliases(points: Sequence[Sequence[Tensor]]) -> None:
             )
 
 
+def _over_batch(part: Tensor) -> Tensor:
+    """Lengths ``(K, *batch)`` as those of all items of the batch together, ``(K,)``."""
+    return part.reshape(len(part), -1).norm(dim=1)
+
+
 def _over_pairs(lengths: dict[str, Tensor], like: Tensor) -> Tensor:
-    squares = [part.flatten(1).square().sum(dim=1) for part in lengths.values()]
+    squares = [_over_batch(part).square() for part in lengths.values()]
     return torch.stack([torch.zeros_like(like), *squares]).sum(dim=0).sqrt()
 
 

@@ -136,7 +136,8 @@ def random_factors(
     device: torch.device | str | None,
 ) -> Tensor:
     """Factors ``(*batch_shape, 1)``, their logarithms uniform over ±½ log `cond`."""
-    uniform = torch.rand(*batch_shape, 1, generator=generator, device=device)
+    drawn_on = device if generator is None else generator.device
+    uniform = torch.rand(*batch_shape, 1, generator=generator, device=drawn_on).to(device)
     return torch.exp((uniform.to(wide_dtype(uniform.device)) - 0.5) * math.log(cond))
 
 
@@ -204,7 +205,7 @@ class O(StructureGroup):  # noqa: E742 -- the group's own name
         return h
 
     def _wide_inverse(self, g: Tensor) -> Tensor:
-        return g.mT
+        return g.mT.clone()
 
 
 class StabilizerOfOnes(O):

@@ -279,7 +279,7 @@ class RotaryPhases(StructureGroup):
         self.commutant.check_element(g)
 
     def _wide_inverse(self, g: Tensor) -> Tensor:
-        return g.mT
+        return g.mT.clone()
 
     def _parameters(self) -> tuple[object, ...]:
         return (self.commutant,)

@@ -1,5 +1,6 @@
 """The quotient of factor pairs by a structure group: attention circuits and low-rank adapters."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
@@ -18,6 +19,9 @@ from quotientopt.manifolds.base import (
 )
 from quotientopt.manifolds.factor_geometry import FactorGeometry, in_blocks
 from quotientopt.manifolds.nearest import nearest_element, relative_charge
+
+# Of the charge over its size, beyond which a representative is not taken for the nearest one.
+NEAREST = 1e-6
 
 
 class FactorQuotient(QuotientManifold[Pair]):
@@ -263,11 +267,28 @@ class FactorQuotient(QuotientManifold[Pair]):
         return_charge : bool
             Return the norm of that charge over ``‖A Aᵀ‖ + ‖B Bᵀ‖`` as well, of shape `batch_shape`:
             the certificate, about 1e-13.
+
+        Warns
+        -----
+        RuntimeWarning
+            Where Newton's method ended before the charge was below 1e-6: the result is nearer than
+            that of :meth:`align_balanced`, but not the nearest. Pairs whose singular values are
+            spread over orders of magnitude, or a y far larger than x, may be such.
         """
         pair, other = self._aligned_input(x, y)
         g, contragredient = self._orbits.aligning_element(pair, other, check=self.check)
         if not isinstance(self.group, O):
-            g, contragredient, _ = nearest_element(self.group, pair, other, (g, contragredient))
+            g, contragredient, certificate = nearest_element(
+                self.group, pair, other, (g, contragredient)
+            )
+            if bool((certificate > NEAREST).any()):
+                warnings.warn(
+                    "align: the nearest representative was not reached, the charge of the "
+                    f"difference is {certificate.max().item():.0e} of its size (return_charge=True "
+                    "returns it)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         wide_pair = contragredient @ pair[0], g @ pair[1]
         result = self._like(x, wide_pair), g.to(compute_dtype(x[0].dtype))
         if not return_charge:

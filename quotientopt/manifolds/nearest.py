@@ -22,7 +22,8 @@ from quotientopt.groups import RotaryCommutant, StructureGroup
 
 _STEPS, _INNER_STEPS, _HALVINGS = 100, 30, 40
 _PRECISION = 1e-13
-_LONGEST = 1.0
+# Lengths of steps: that of the first, and the longest, to which accepted ones grow.
+_FIRST, _LONGEST = 1.0, 8.0
 
 
 class Nearest(NamedTuple):
@@ -108,13 +109,17 @@ def _descend(group: StructureGroup, state: _Products) -> tuple[Tensor, Tensor, _
     element = group.identity(state.SA.shape[:-2], state.SA.dtype, state.SA.device)
     inverse = element
     done = torch.zeros(state.SA.shape[:-2], dtype=torch.bool, device=state.SA.device)
+    longest = torch.full_like(state.SA[..., 0, 0], _FIRST)
     for _ in range(_STEPS):
         charge = _charge(group, state)
         done = done | (torch.linalg.matrix_norm(charge) <= _PRECISION * state.size())
         if bool(done.all()):
             break
         direction = _newton_direction(group, state, charge)
-        step, state = _shortened(state, charge, direction, done)
+        step, state = _shortened(state, charge, direction, done, longest)
+        taken = torch.linalg.matrix_norm(step)
+        grown = torch.where(taken > 0.9 * longest, 2 * longest, (2 * taken).clamp_min(_FIRST))
+        longest = torch.minimum(grown, longest.new_tensor(_LONGEST))
         done = done | (step == 0).all(dim=-1).all(dim=-1)
         element, inverse = torch.matrix_exp(step) @ element, inverse @ torch.matrix_exp(-step)
     return element, inverse, state
@@ -181,11 +186,11 @@ def _newton_direction(group: StructureGroup, state: _Products, charge: Tensor) -
 
 
 def _shortened(
-    state: _Products, charge: Tensor, direction: Tensor, done: Tensor
+    state: _Products, charge: Tensor, direction: Tensor, done: Tensor, longest: Tensor
 ) -> tuple[Tensor, _Products]:
     """The step, halved until the distance falls, zero where it does not; and the products there."""
     length = torch.linalg.matrix_norm(direction)
-    scale = torch.where(done, 0, _LONGEST / length.clamp_min(_LONGEST))
+    scale = torch.where(done, 0, longest / torch.maximum(length, longest))
     slope = frobenius_inner(charge, direction)
     before = state.value()
     # The distance itself is only known to rounding.

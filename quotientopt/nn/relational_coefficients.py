@@ -174,7 +174,8 @@ class CoefficientStream:
         squares, mean = self.squares.unsqueeze(-1), None
         if norm.centres:
             mean = self.read(ONES) / self.width
-            squares = squares - self.width * mean.square()
+            # Where the mean is much larger than the rest this is rounding, of either sign.
+            squares = (squares - self.width * mean.square()).clamp_min(0)
         return (squares / self.width + norm.eps).rsqrt(), mean
 
 

@@ -341,6 +341,8 @@ class RelationalForm(nn.Module):
     def _checked_ids(self, inputs: object) -> Tensor:
         if not isinstance(inputs, Tensor) or inputs.is_floating_point() or inputs.ndim < 1:
             raise TypeError("this form has embeddings: pass token numbers of shape (*batch, N)")
+        if bool((inputs < 0).any()):
+            raise IndexError(f"token numbers are not negative, got {int(inputs.min())}")
         if self.plan.context is not None and inputs.shape[-1] > self.plan.context:
             raise ValueError(
                 f"{inputs.shape[-1]} tokens, but the model has only {self.plan.context} positions"

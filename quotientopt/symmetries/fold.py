@@ -73,6 +73,8 @@ def fold_norms_(
     try:
         if untie:
             copies = _untie_(model, _Plan.of(*_known_stream(model)).shared)
+            if copies:
+                copies += _untie_(model, _tied_by_the_flag(model))
         stream, ownership = _known_stream(model)
         plan = _Plan.of(stream, ownership)
         if plan.tied:
@@ -94,6 +96,8 @@ def fold_norms_(
             if plan.centred:
                 _centre_(stream, ownership)
                 _uncentre_(model, plan.centred, stream, ownership)
+        for parameter in model.parameters():
+            parameter.grad = None  # They were those of other weights.
     except BaseException:
         _recentre_(model, plan.centred)
         for parameter, flag, gradient in trained:
@@ -258,6 +262,24 @@ def _untie_(model: nn.Module, names: list[str]) -> list[tuple[nn.Module, str, nn
     return replaced
 
 
+def _tied_by_the_flag(model: nn.Module) -> list[str]:
+    """What transformers ties again only while ``tie_word_embeddings`` is set, and would not save.
+
+    Embeddings that share a parameter and are not among the names that it knows as tied (Pegasus'
+    encoder and decoder).
+    """
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is None:
+        return []
+    known = getattr(model, "_tied_weights_keys", None) or {}
+    covered = {*known, *(known.values() if isinstance(known, dict) else ())}
+    first: dict[int, str] = {}
+    return [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name and name not in covered
+    ]
+
+
 def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
     assert norm.gain is not None
     gain = ownership.parameter(norm.gain)
@@ -278,7 +300,6 @@ def _fold_gain_(norm: Norm, ownership: Ownership) -> None:
             rows.copy_(wide(rows) * factor)
         gain.fill_(norm.neutral)
     gain.requires_grad_(False)
-    gain.grad = None
 
 
 def _factor(norm: Norm, ownership: Ownership) -> Tensor:
@@ -384,8 +405,11 @@ class UncentredLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axes of `x`."""
-        x = functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return x if self.bias is None else x + self.bias
+        # Marked entries, as `functional_call` puts in those of a state dict, have an axis more.
+        own = (self.weight, self.bias)
+        weight, bias = (None if p is None else p.view(self.normalized_shape) for p in own)
+        x = functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return x if bias is None else x + bias
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -18,7 +18,11 @@ from quotientopt.symmetries.head import HeadSymmetry, ScaleSymmetry, head_blocks
 from quotientopt.symmetries.orbits import length_dimension, orbit_dimension, rotation_dimension
 from quotientopt.symmetries.registry import plain
 from quotientopt.symmetries.residual import ResidualStream
-from quotientopt.symmetries.verification import deviations, unchanged_outputs
+from quotientopt.symmetries.verification import (
+    deviations,
+    require_same_model,
+    unchanged_outputs,
+)
 
 RESIDUAL = "residual"
 # After the name of a head symmetry: its translations, elements of shape (heads, r).
@@ -332,9 +336,12 @@ class SymmetryMap:
         Raises
         ------
         ValueError
-            If a name is unknown, an element has the wrong shape or is not in its group, or the
-            outputs on `example_inputs` change. Nothing is changed then.
+            If a name is unknown, an element has the wrong shape or is not in its group, the
+            symmetries are not those of `model`, or the outputs on `example_inputs` change. Nothing
+            is changed then.
         """
+        if model is not None:
+            require_same_model(self, model)
         if example_inputs is not None:
             if model is None:
                 raise ValueError(

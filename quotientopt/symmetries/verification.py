@@ -75,7 +75,7 @@ def deviations(
     than ``float``, ``to``, ``type`` and ``dtype=`` arguments, inside compiled code for example,
     stay.
     """
-    _require_same_model(symmetries, model)
+    require_same_model(symmetries, model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     result = {}
     with _float64_copies(model, train_mode=train_mode) as restore:
@@ -201,7 +201,8 @@ def unchanged_outputs(
             raise ValueError(
                 f"{what} would change the outputs of {type(model).__name__} by {deviation:.1e} of "
                 f"the largest, {allowed:.1e} allowed: the model computes something else than its "
-                "classes say (a hook, a patched function?); nothing was changed"
+                "classes say (a hook, a patched function? or padded queries that see no key: take "
+                "inputs without padding); nothing was changed"
             )
     finally:
         if put_back or not same:
@@ -267,7 +268,8 @@ def _grouped_product(
     return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[-1])])
 
 
-def _require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
+def require_same_model(symmetries: SymmetryMap, model: nn.Module) -> None:
+    """Refuse symmetries of tensors that are no parameters of the model (any more)."""
     own = {id(parameter) for parameter in model.parameters()}
     for name in symmetries.names:
         if any(id(p) not in own for p in symmetries.parameters_of(name)):

@@ -6,7 +6,7 @@ import torch
 from quotientopt import checks
 from quotientopt.checks.subject import Subject
 from quotientopt.groups import GL, O
-from quotientopt.manifolds import FactorQuotient, GramQuotient
+from quotientopt.manifolds import FactorQuotient, GramQuotient, ProductManifold
 from tests.checks.cases import (
     add,
     build,
@@ -250,4 +250,14 @@ def test_wrong_sections_are_caught():
 
     fails(checks.check_section(M, nothing), r"residual group \(orthogonal\) off by")
     fails(checks.check_section(M, another_element), r"g·x = σ\(x\) off by")
+    # Under a group of rotations the identity leaves all of the group, and it is orthogonal anyway.
+    for compact in (GramQuotient(8, 3), FactorQuotient(3, 6, 5, group=O(3), metric="euclidean")):
+        fails(checks.check_section(compact, nothing), r"residual group \(trivial\) off by")
     fails(checks.check_section(M, another_orbit), "canonical projection off by 1.0e-03")
+
+
+def test_an_identity_in_place_of_a_products_projection_is_caught():
+    M = ProductManifold({"pair": FactorQuotient(3, 7, 5), "tokens": GramQuotient(6, 3)})
+    checks.check_projection(M).require()
+    result = checks.check_projection(M, projection=lambda x, u: u)
+    fails(result, "zero on vertical vectors off by")

@@ -340,3 +340,30 @@ def test_bad_input(run, error, words):
     with pytest.raises(error, match=ONE_LINE) as caught:
         run()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("manifold", [FactorQuotient(3, 8, 6), GramQuotient(5, 3)])
+def test_one_pair_without_a_batch(manifold):
+    generator = torch.Generator().manual_seed(0)
+    x = manifold.random_point(generator=generator, dtype=torch.float64)
+    y = manifold.retract(x, manifold.random_tangent(x, generator=generator))
+    z = manifold.act(manifold.group.random(generator=generator, dtype=torch.float64), y)
+    motion = vertical_motion(manifold, [x, y, z])
+    assert motion.vertical_length.shape == motion.horizontal_length.shape == (2,)
+    assert motion.share[0] < 0.1 < motion.share[1]
+    assert (motion.cumulative_vertical.diff() > 0).all()
+    assert "of the motion of the pairs is gauge" in str(motion)
+
+
+@pytest.mark.parametrize(("N", "d"), [(1, 10), (3, 8), (8, 3)])
+def test_isotropic_share_of_few_tokens(N, d):
+    """Of directions drawn evenly: the dimension of the orbit over that of the space."""
+    manifold = GramQuotient(N, d)
+    generator = torch.Generator().manual_seed(0)
+    x = manifold.random_point(generator=generator, dtype=torch.float64)
+    motion = vertical_motion(manifold, [x, x + 1e-3 * torch.randn_like(x)])
+    (share,) = motion.isotropic_share.values()
+    assert share == pytest.approx((N * d - manifold.dim) / (N * d), abs=1e-12)
+    directions = torch.randn(400, N, d, generator=generator, dtype=torch.float64)
+    vertical = torch.stack([manifold.vertical_component(x, u) for u in directions])
+    assert vertical.square().sum() / directions.square().sum() == pytest.approx(share, abs=0.05)

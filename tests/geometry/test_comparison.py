@@ -1,5 +1,7 @@
 """Distances, alignment, exponential and logarithm."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -133,6 +135,24 @@ def test_align_of_ill_conditioned_pairs_and_of_float32():
     aligned, _ = M.align(*single)
     assert aligned[0].dtype == torch.float32
     assert (apart(aligned, single[1]) - expected).abs().max() < 1e-5
+
+
+def test_align_warns_where_it_did_not_reach_the_nearest():
+    """A y a hundred times larger than x: nearer than the closed form, and said to be no more."""
+    M = FactorQuotient(3, 6, 5, batch_shape=(40,))
+    x, y = (M.random_point(generator=generator(s), dtype=torch.float64) for s in (2, 3))
+    y = tuple(100 * part for part in y)
+    with pytest.warns(RuntimeWarning, match="the nearest representative was not reached"):
+        aligned, _, charge = M.align(x, y, return_charge=True)
+    assert charge.max() > 1e-6
+    assert (apart(aligned, y) <= apart(M.align_balanced(x, y)[0], y) * (1 + 1e-12)).all()
+    assert (M.distance(aligned, x) / M.distance(y, x)).max() < 1e-8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        *_, charge = M.align(
+            y, M.act(M.group.random((40,), dtype=torch.float64), y), return_charge=True
+        )
+    assert charge.max() < 1e-10
 
 
 @batches

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quotientopt.groups import GL, O, RotaryCommutant, StabilizerOfOnes
+from quotientopt.groups import GL, O, RotaryCommutant, RotaryPhases, StabilizerOfOnes
 from quotientopt.manifolds import FactorQuotient, GramQuotient
 from tests.geometry.cases import BATCH_SHAPES, Case, deviation, generator, relative
 
@@ -287,3 +287,25 @@ def test_rotary_alignment_is_closest_in_the_balanced_gauge(batch_shape):
         assert (gap(group.act(turn.expand(*batch_shape, 5, 5), aligned)) > gap(aligned)).all()
     # A plane without overlap keeps its phase.
     assert deviation(group.unitary_factor(torch.zeros(5, 5)), torch.eye(5)) == 0
+
+
+@pytest.mark.parametrize("group", [O(3), GL(3), RotaryPhases(4, 2)])
+def test_an_inverse_is_no_view(group):
+    g = group.random(generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = g.clone()
+    group.inverse(g).zero_()
+    assert torch.equal(g, before)
+
+
+def test_factors_are_drawn_where_the_generator_is(monkeypatch):
+    """A generator of the host serves for every device, as that of all other random elements."""
+    seen = []
+    draw = torch.rand
+
+    def rand(*shape, generator=None, device=None, **more):
+        seen.append(torch.device(device or "cpu") == generator.device)
+        return draw(*shape, generator=generator, device=device, **more)
+
+    monkeypatch.setattr(torch, "rand", rand)
+    GL(1).random((2,), generator=torch.Generator(), device="meta", dtype=torch.float32)
+    assert seen == [True]

@@ -232,6 +232,13 @@ def test_first_layer_of_trained_weights():
     assert (control - expected).abs().max() > 1e-1
 
 
+@models
+def test_negative_token_numbers_are_refused(name):
+    form = relational_form(model_of(name))
+    with pytest.raises(IndexError, match="not negative"):
+        form(torch.tensor([[-1, 2]]))
+
+
 # ---- invariance and gradients --------------------------------------------------------------------
 
 

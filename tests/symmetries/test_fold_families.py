@@ -260,3 +260,26 @@ def test_low_precision_is_kept_and_rounded_once(dtype):
     torch.testing.assert_close(
         reader.weight.double(), exact, rtol=torch.finfo(dtype).eps / 1.9, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_untied_models_are_saved_whole(name, tmp_path):
+    """What was tied by the flag that unties the head is in the file too."""
+    family = FAMILIES[name]
+    model, inputs = family.model(**tie(name, True)), family.inputs()
+    fold_norms_(model, untie=True)
+    before = run(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    fold_norms_(loaded, untie=True)
+    assert deviation(run(loaded.eval(), inputs), before) < 1e-5
+
+
+def test_gradients_of_the_weights_before_are_gone():
+    family = FAMILIES["llama"]
+    model = family.model()
+    model(**family.inputs()).logits.square().mean().backward()
+    fold_norms_(model)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -147,3 +147,16 @@ def test_head_symmetry_refuses_what_does_not_fit():
         HeadSymmetry([weight], [bias], GL(2), "pair")
     with pytest.raises(ValueError, match="shape"):
         HeadSymmetry([weight], [weight], GL(2), "pair").act_(torch.eye(2))
+
+
+def test_acting_on_a_model_whose_tensors_were_replaced_is_refused():
+    model = small_gpt()
+    symmetries = find_symmetries(model)
+    element = symmetries.random_element(generator=torch.Generator().manual_seed(0))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="no parameter of this GPT"):
+        symmetries.act_(element, model=model)
+    assert all(map(torch.equal, before, model.parameters()))
+    find_symmetries(model).act_(element, model=model)
+    assert not all(map(torch.equal, before, model.parameters()))
