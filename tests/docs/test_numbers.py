@@ -73,16 +73,22 @@ def test_what_wraps_around_the_optimizer():
         "cautious weight decay: where the update is towards zero, 0.2": (
             "cautious weight decay (decay): 0.2"
         ),
-        "matrices whose norm stays what it was, a relative rate of 0.045": (
-            "matrices of fixed norm (rate): 0.045"
+        "matrices whose norm stays what it was, a relative rate of 0.06": (
+            "matrices of fixed norm (rate): 0.06"
         ),
     }
     assert listed.keys() - {"", "---"} == rows.keys()
     for own, key in rows.items():
         seeds, _, difference = found[key]
         assert listed[own] == [seeds, difference.replace("-", "−")], own
-    for name in ("SOAP-Muon", "SOAP-Muon, averaged weights"):
+    for name in (
+        "SOAP-Muon",
+        "SOAP-Muon, averaged weights",
+        "matrices of fixed norm (rate): 0.06",
+    ):
         assert found[name][1] in " ".join(text.split()), name
+    seed_0 = [float(found[f"matrices of fixed norm (rate): {rate}"][2]) for rate in (0.045, 0.12)]
+    assert min(seed_0) > 0
 
 
 def test_cost_on_a_gpu():
