@@ -338,7 +338,8 @@ def places_of(
         if not places:
             raise CheckpointError(
                 f"{name!r} is stored in {checkpoint.path} in another form than the model's: load "
-                "the model with transformers, save_pretrained it, and take that folder"
+                "the model with transformers, save_pretrained it, and take that folder; experts, "
+                "which it splits again when it saves them, need quotientopt.dress_ on the model"
             )
         if len(owners[before[name]]) == 1:
             found[name] = places
