@@ -156,7 +156,7 @@ def finish(
         _, sink = _blocks(symmetry)
         change = kept - _put_out(symmetry)
         if gate is not None:
-            change = change * gate
+            change = change * gate.to(change.device)
         parameter = sink.parameter
         if "master_weights" not in group or not keeps_wide(group, parameter):
             view = sink.view()
