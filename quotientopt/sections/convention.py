@@ -38,6 +38,7 @@ from quotientopt._linalg import (
     locate_first,
     orthogonal_polar_factor,
     row_signs,
+    rows_depend,
     wide,
 )
 
@@ -201,7 +202,8 @@ def rank_tolerance(stored: torch.dtype) -> float:
 def deficient_ranks(A: Tensor, B: Tensor, stored: torch.dtype) -> dict[Ranks, list[int]]:
     """Ranks of the pairs that lack full rank somewhere, with their places in the batch.
 
-    Gram matrices tell which pairs cannot: only the others are looked at closely.
+    Gram matrices tell which pairs cannot: only the others are looked at closely. Those of full rank
+    whose Gram matrices, of the squared condition number, do not show it are among them.
 
     Parameters
     ----------
@@ -210,12 +212,14 @@ def deficient_ranks(A: Tensor, B: Tensor, stored: torch.dtype) -> dict[Ranks, li
         Precision of their entries.
     """
     roots, suspect = [], torch.zeros(len(A), dtype=torch.bool, device=A.device)
+    beyond = torch.zeros_like(suspect)
     for X in (A, B):
         S = gram(X)
         L, info = torch.linalg.cholesky_ex(S, check_errors=False)
         lengths = S.diagonal(dim1=-2, dim2=-1)
         short = L.diagonal(dim1=-2, dim2=-1).square() <= _SUSPECT**2 * lengths
         suspect |= (info > 0) | short.any(dim=-1)
+        beyond |= (info > 0) | rows_depend(L, S, 0.0)
         roots.append(torch.where((info > 0)[:, None, None], 0, L))
     values = torch.linalg.svdvals(roots[0].mT @ roots[1])
     suspect |= values[:, -1] <= _SUSPECT * values[:, 0]
@@ -238,7 +242,7 @@ def deficient_ranks(A: Tensor, B: Tensor, stored: torch.dtype) -> dict[Ranks, li
     ]
     for place, a, b, rho in zip(places.tolist(), *counts, strict=True):
         ranks = Ranks(a, b, min(a, b, max(rho, a + b - size)))
-        if ranks.product < size:
+        if ranks.product < size or bool(beyond[place]):
             found[ranks].append(place)
     return found
 

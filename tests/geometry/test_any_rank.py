@@ -236,3 +236,25 @@ def test_the_gap_is_reported():
     _, _, gaps = both.section(point, "svd", return_gap=True)
     assert set(gaps) == {"pair", "tokens"}
     assert len(both.section(point, "svd")) == 2
+
+
+@pytest.mark.parametrize("cond", [1e7, 1e9, 1e11, 1e13])
+def test_condition_numbers_that_gram_matrices_do_not_resolve(cond):
+    """Full rank, in float64: their squares are beyond it, and no Cholesky factor is there."""
+    generator_ = generator(3)
+    M = FactorQuotient(4, 9, 7, batch_shape=(3,))
+    A, B = M.random_point(generator=generator_, dtype=torch.float64)
+    U, values, Vt = torch.linalg.svd(A, full_matrices=False)
+    spread = torch.logspace(0, -torch.log10(torch.tensor(cond)).item(), 4, dtype=torch.float64)
+    # One of the batch is an ordinary pair.
+    A = torch.stack([A[0], *((U * spread) @ Vt)[1:]])
+    (dressed_A, dressed_B), g = sections.section("svd", A, B)
+    product = A.mT @ B
+    assert deviation(dressed_A.mT @ dressed_B, product) < 1e-13
+    grams = dressed_A @ dressed_A.mT, dressed_B @ dressed_B.mT
+    assert deviation(grams[0], grams[1]) < 1e-8
+    values = torch.linalg.svdvals(product)[:, :4]
+    assert (grams[1].diagonal(dim1=-2, dim2=-1)[:, :3] / values[:, :3] - 1).abs().max() < 1e-4
+    assert deviation(g @ B, dressed_B) < 1e-10
+    again, _ = sections.section("svd", dressed_A, dressed_B)
+    assert max(map(deviation, again, (dressed_A, dressed_B))) < 1e-7
