@@ -151,7 +151,10 @@ def move_(symmetries: SymmetryMap, element: Mapping[str, Tensor], optimizer: Any
         if name in affine:
             affine[name].check_translation(g)
         elif name != RESIDUAL:
-            linear[name].check_element(g)
+            symmetry = linear[name]
+            symmetry.check_element(g)
+            if isinstance(symmetry, HeadSymmetry):
+                symmetry.refuse_overflow(g)
         elif symmetries.residual is not None:
             symmetries.residual.check_element(g)
     if optimizer is not None:

@@ -209,6 +209,29 @@ class HeadSymmetry:
             raise ValueError(f"symmetry {self.name!r}: {error}") from None
 
     @torch.no_grad()
+    def refuse_overflow(self, element: Tensor) -> None:
+        """Refuse an element that takes finite weights beyond the numbers of their dtype (float16).
+
+        Raises
+        ------
+        ValueError
+            Naming symmetry, parameter and dtype.
+        """
+        element = element.to(torch.float64)
+        contragredient = self.group.inverse(element).mT
+        for blocks, g in ((self.left_blocks, contragredient), (self.right_blocks, element)):
+            for block in blocks:
+                largest = torch.finfo(block.parameter.dtype).max
+                if largest >= torch.finfo(torch.bfloat16).max:
+                    continue
+                moved = g.to(block.parameter.device) @ block.view().to(torch.float64)
+                if bool((moved.abs() > largest).any()):
+                    raise ValueError(
+                        f"symmetry {self.name!r}: {block.name!r} would not fit "
+                        f"{block.parameter.dtype}; convert the model to float32"
+                    )
+
+    @torch.no_grad()
     def act_(self, element: Tensor) -> None:
         """Act on the parameters in place, ``(A, B) ↦ (g^{-T} A, g B)``.
 

@@ -360,6 +360,8 @@ class SymmetryMap:
         shifts = [(translated[name], t) for name, t in element.items() if name in translated]
         for actor, g in linear:
             actor.check_element(g)
+            if isinstance(actor, HeadSymmetry):
+                actor.refuse_overflow(g)
         for symmetry, t in shifts:
             symmetry.check_translation(t)
         for actor, g in linear:

@@ -290,3 +290,18 @@ def test_scipy_and_matplotlib_are_imported_late():
     found = "bool({'scipy', 'matplotlib'} & set(sys.modules))"
     code = f"import sys, quotientopt.canonical; sys.exit({found})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_alignment_that_overflows_float16_is_refused():
+    reference = small_gpt().half()
+    model = copy.deepcopy(reference)
+    value, output = (reference.blocks[0].attention.value, reference.blocks[0].attention.output)
+    with torch.no_grad():
+        value.weight[:4].mul_(2e4)
+        output.weight[:, :4].div_(2e4)
+        for own in (model.blocks[0].attention.value, model.blocks[0].attention.output):
+            own.weight.mul_(30)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"would not fit torch.float16"):
+        qo.align_(model, reference)
+    assert all(map(torch.equal, before, model.parameters()))

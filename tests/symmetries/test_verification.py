@@ -160,3 +160,18 @@ def test_acting_on_a_model_whose_tensors_were_replaced_is_refused():
     assert all(map(torch.equal, before, model.parameters()))
     find_symmetries(model).act_(element, model=model)
     assert not all(map(torch.equal, before, model.parameters()))
+
+
+def test_elements_that_overflow_float16_are_refused():
+    model = small_gpt().half()
+    symmetries = find_symmetries(model)
+    name = symmetries.heads[0].name
+    identity = torch.eye(symmetries.heads[0].rank, dtype=torch.float64)
+    element = {name: 1e7 * identity.expand(symmetries.heads[0].heads, -1, -1)}
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"would not fit torch.float16; convert"):
+        symmetries.act_(element)
+    assert all(map(torch.equal, before, model.parameters()))
+    wide = small_gpt().float()
+    find_symmetries(wide).act_(element)
+    assert all(parameter.isfinite().all() for parameter in wide.parameters())
