@@ -168,6 +168,19 @@ def test_resume_takes_over_the_runs(record, tmp_path):
     third.resume(tmp_path, redo=["adamw"])
     assert third.runs == record.runs[-1:]
     assert third.earlier_commands == ["quotientopt compare", "again"]
+    assert third.resumed
+    # By the same command too, whose steps are then timed together with those taken over.
+    same = Record("quotientopt compare", Protocol(steps=30), {})
+    assert not same.resumed
+    same.resume(tmp_path)
+    assert same.resumed
+
+
+def test_different_numbers_of_seeds_are_said(record, make_run):
+    line = "Seeds: adamw 2, soap 1. Means over other seeds differ"
+    assert line in markdown(record)
+    record.runs.append(make_run("soap", 1e-3, (2.6, 1.6, 1.1), seed=1))
+    assert "Seeds:" not in markdown(record)
 
 
 def test_resume_reads_records_made_before_accuracies(record, tmp_path):

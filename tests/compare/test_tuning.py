@@ -60,8 +60,8 @@ def test_explicit_grid_is_kept():
     assert (found.rate, found.interior, tried) == (4.0, False, [1.0, 4.0])
 
 
-def run_plan(name, rates, seeds, objective, make_run):
-    finished, asked = [], []
+def run_plan(name, rates, seeds, objective, make_run, finished=()):
+    finished, asked = list(finished), []
     generator = plan(OPTIMIZERS[name], "gpt", rates, seeds, finished)
     pending = next(generator)
     while True:
@@ -91,6 +91,27 @@ def test_plan_tunes_adamw_for_each_beta_then_repeats_the_best(make_run):
     decays = [{"beta2": 0.98, "weight_decay": decay} for decay in (0.03, 0.3)]
     assert asked[6] == [Trial("adamw", 8e-3, settings) for settings in decays]
     assert asked[7:] == [[Trial("adamw", 8e-3, {"beta2": 0.98}, seed) for seed in (1, 2)]]
+
+
+def test_a_new_best_setting_takes_the_seeds_of_the_one_before(make_run):
+    """A rate tried later, by a command that names no number of seeds, was chosen on seed 0."""
+    settings = {"adamw_rate": 8e-3}
+    before = [make_run("muon", 1e-2, (9.0, 2.0), seed, **settings) for seed in range(3)]
+
+    def objective(trial):
+        return 1.0 if trial.settings == settings else 3.0
+
+    asked = run_plan("muon", [3e-2], 1, objective, make_run, before)
+    assert asked[-1] == [Trial("muon", 3e-2, settings, seed) for seed in (1, 2)]
+
+
+def test_what_diverged_everywhere_gets_no_further_seeds(make_run):
+    finished = []
+    generator = plan(OPTIMIZERS["quotient-adam-no-polar"], "gpt", [1e-2], 3, finished)
+    (trial,) = next(generator)
+    finished.append(make_run(trial.optimizer, trial.rate, (), **trial.settings))
+    with pytest.raises(StopIteration):
+        generator.send(finished[:])
 
 
 def test_a_better_weight_decay_has_its_own_rates(make_run):
