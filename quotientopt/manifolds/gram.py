@@ -384,13 +384,21 @@ class GramQuotient(QuotientManifold[Tensor]):
     def _vertical(self, X: Tensor, U: Tensor, stored: torch.dtype) -> Tensor:
         moving, S = self._moving_gram(X, stored, check=self.check)
         part = self.group.moving_part(U)
+        # Once more, for S has the squared condition number: what is horizontal in the first result
+        # goes, or what is vertical in the rest comes.
+        vertical = self._vertical_once(moving, S, part)
+        if self._broad:
+            vertical = self._vertical_once(moving, S, vertical)
+        else:
+            vertical = vertical + self._vertical_once(moving, S, part - vertical)
+        return self.group.from_moving_part(vertical)
+
+    def _vertical_once(self, moving: Tensor, S: Tensor, part: Tensor) -> Tensor:
         if self._broad:
             product = part @ moving.mT
-            horizontal = solve_lyapunov(S, product + product.mT) @ moving
-            return self.group.from_moving_part(part - horizontal)
+            return part - solve_lyapunov(S, product + product.mT) @ moving
         product = moving.mT @ part
-        rate = solve_lyapunov(S, product - product.mT)
-        return self.group.from_moving_part(moving @ rate)
+        return moving @ solve_lyapunov(S, product - product.mT)
 
     def _with_sums(self, matrix: Tensor, X: Tensor) -> Tensor:
         if self._moving == self.d:

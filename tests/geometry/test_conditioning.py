@@ -222,3 +222,34 @@ def test_what_the_stabilizer_moves_needs_rank():
     M.check_point(x - x.mean(dim=-1, keepdim=True))
     with pytest.raises(ValueError, match="token matrix x is rank-deficient"):
         GramQuotient(6, 4).check_point(x - x.mean(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize(("N", "d"), [(5, 9), (12, 6), (6, 6)])
+@pytest.mark.parametrize("stabilizer", [False, True])
+def test_projections_of_badly_conditioned_tokens(N, d, stabilizer, monkeypatch):
+    """Condition number 10⁶, its square 10¹²: idempotent and equivariant to 1e-9 all the same."""
+    M = GramQuotient(N, d, stabilizer=StabilizerOfOnes(d) if stabilizer else None)
+    group, source = M.group, generator(0)
+    x = torch.randn(N, d, generator=source, dtype=torch.float64)
+    U, values, Vt = torch.linalg.svd(group.moving_part(x), full_matrices=False)
+    values = torch.where(values > 1e-8, torch.logspace(0, -6, len(values), dtype=torch.float64), 0)
+    x = group.from_moving_part((U * values) @ Vt)
+    u = torch.randn(N, d, generator=source, dtype=torch.float64)
+    g = group.random(generator=source, dtype=torch.float64)
+
+    def errors():
+        horizontal = M.horizontal_component(x, u)
+        again = M.horizontal_component(x, horizontal)
+        moved = M.horizontal_component(M.act(g, x), M.act(g, u))
+        return deviation(again, horizontal), deviation(moved, M.act(g, horizontal))
+
+    assert max(errors()) < 1e-9
+
+    # Control: once is not enough.
+    def once(self, X, U, stored):
+        moving, S = self._moving_gram(X, stored, check=False)
+        part = self.group.moving_part(U)
+        return self.group.from_moving_part(self._vertical_once(moving, S, part))
+
+    monkeypatch.setattr(GramQuotient, "_vertical", once)
+    assert max(errors()) > 1e-9
