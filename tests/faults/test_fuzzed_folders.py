@@ -215,7 +215,7 @@ def run(arguments):
     return status, errors.getvalue()
 
 
-@pytest.mark.parametrize("budget", [25.0, pytest.param(100.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("budget", [12.0, pytest.param(100.0, marks=pytest.mark.long)])
 def test_both_commands_on_folders_of_all_kinds(originals, monkeypatch, budget):
     opened, tried, outcomes = [], [], {}
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: opened.append(a))

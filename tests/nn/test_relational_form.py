@@ -215,6 +215,7 @@ def test_a_decoder_of_transformers():
         coordinates(form, attention, X)
 
 
+@pytest.mark.long
 def test_first_layer_of_trained_weights():
     model = smollm2()
     layer = model.model.layers[0]
