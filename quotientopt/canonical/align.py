@@ -175,6 +175,9 @@ def align_(
     for symmetry in own.pairs:
         g = search.element(symmetry, best.turns[symmetry.name], orders.get(symmetry.name))
         symmetry.check_element(g)
+        order = orders.get(symmetry.name)
+        view = stored if order is None else reordered(symmetry, order, stored)
+        symmetry.refuse_overflow(g, view)  # before heads change places
         element[symmetry.name] = g
     element |= _lengths_of(own, other)
     affine = [symmetry for symmetry in own.heads if symmetry.translation is not None]

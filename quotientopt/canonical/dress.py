@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quotientopt._linalg import first_largest, gram, outside_autocast, row_signs, wide, wide_dtype
+from quotientopt._linalg import first_largest, outside_autocast, row_signs, wide, wide_dtype
 from quotientopt.canonical.elements import (
-    Element,
     SectionKind,
     balanced_elements,
     elements_of,
@@ -33,7 +32,6 @@ from quotientopt.canonical.reading import (
     Outside,
     of_unit_length,
     outside_of,
-    pair_of,
     require_pairs,
     residual_axes,
     right_blocks,
@@ -179,7 +177,7 @@ def dress_(
     view = of_unit_length(symmetries, view)
     found = elements_of(symmetries, section, view)
     for symmetry in symmetries.pairs:
-        _refuse_overflow(symmetry, found[symmetry.name])
+        symmetry.refuse_overflow(found[symmetry.name].g)
         element[symmetry.name] = found[symmetry.name].g
         gap = found[symmetry.name].gap
         if gap is not None:
@@ -222,20 +220,6 @@ def _of_heads(symmetries: SymmetryMap) -> SymmetryMap:
     return SymmetryMap(
         symmetries.heads, symmetries.residual, residual_reason=symmetries.residual_reason
     )
-
-
-def _refuse_overflow(symmetry: HeadSymmetry, element: Element) -> None:
-    """Refuse dressed factors whose rows are too long for the parameters' dtype."""
-    dtype = symmetry.blocks[0].parameter.dtype
-    if torch.finfo(dtype).max > torch.finfo(torch.bfloat16).max / 2:
-        return
-    A, B = pair_of(symmetry)
-    for side, dressed in (("left", element.contragredient @ A), ("right", element.g @ B)):
-        if bool((gram(dressed).diagonal(dim1=-2, dim2=-1).sqrt() > torch.finfo(dtype).max).any()):
-            raise ValueError(
-                f"symmetry {symmetry.name!r}: the dressed {side} factor does not fit {dtype}; "
-                "convert the model to float32, or take the 'balanced' section"
-            )
 
 
 def require_group(

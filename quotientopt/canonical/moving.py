@@ -151,10 +151,7 @@ def move_(symmetries: SymmetryMap, element: Mapping[str, Tensor], optimizer: Any
         if name in affine:
             affine[name].check_translation(g)
         elif name != RESIDUAL:
-            symmetry = linear[name]
-            symmetry.check_element(g)
-            if isinstance(symmetry, HeadSymmetry):
-                symmetry.refuse_overflow(g)
+            linear[name].check_element(g)
         elif symmetries.residual is not None:
             symmetries.residual.check_element(g)
     if optimizer is not None:

@@ -209,8 +209,16 @@ class HeadSymmetry:
             raise ValueError(f"symmetry {self.name!r}: {error}") from None
 
     @torch.no_grad()
-    def refuse_overflow(self, element: Tensor) -> None:
+    def refuse_overflow(
+        self, element: Tensor, view: Callable[[Block], Tensor] = Block.view
+    ) -> None:
         """Refuse an element that takes finite weights beyond the numbers of their dtype (float16).
+
+        Parameters
+        ----------
+        element : Tensor
+        view : callable
+            The weights that it will act on; by default those that are there.
 
         Raises
         ------
@@ -224,10 +232,10 @@ class HeadSymmetry:
                 largest = torch.finfo(block.parameter.dtype).max
                 if largest >= torch.finfo(torch.bfloat16).max:
                     continue
-                moved = g.to(block.parameter.device) @ block.view().to(torch.float64)
+                moved = g.to(block.parameter.device) @ view(block).to(torch.float64)
                 if bool((moved.abs() > largest).any()):
                     raise ValueError(
-                        f"symmetry {self.name!r}: {block.name!r} would not fit "
+                        f"symmetry {self.name!r}: {block.name!r} does not fit "
                         f"{block.parameter.dtype}; convert the model to float32"
                     )
 

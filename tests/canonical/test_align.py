@@ -292,7 +292,11 @@ def test_scipy_and_matplotlib_are_imported_late():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_alignment_that_overflows_float16_is_refused():
+@pytest.mark.parametrize("places", [0, 1])
+def test_alignment_that_overflows_float16_is_refused(places):
+    """Before heads change places."""
+    if places:
+        pytest.importorskip("scipy", reason="needs scipy: pip install scipy")
     reference = small_gpt().half()
     model = copy.deepcopy(reference)
     value, output = (reference.blocks[0].attention.value, reference.blocks[0].attention.output)
@@ -301,7 +305,12 @@ def test_alignment_that_overflows_float16_is_refused():
         output.weight[:, :4].div_(2e4)
         for own in (model.blocks[0].attention.value, model.blocks[0].attention.output):
             own.weight.mul_(30)
+        for block in reference.blocks:
+            own = block.attention
+            for layer in (own.query, own.key, own.value):
+                layer.weight.copy_(layer.weight.roll(4 * places, 0))
+            own.output.weight.copy_(own.output.weight.roll(4 * places, 1))
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match=r"would not fit torch.float16"):
+    with pytest.raises(ValueError, match=r"does not fit torch.float16"):
         qo.align_(model, reference)
     assert all(map(torch.equal, before, model.parameters()))
